@@ -1,0 +1,1 @@
+"""The device agent: Flower ClientApp and one round on one device."""

@@ -1,0 +1,63 @@
+"""Every exception that fedtune raises on purpose.
+
+    FedtuneError
+    ├── ConfigError            a run file, command-line value or environment value is wrong
+    ├── DataError              a data file, site or sample cannot be used
+    ├── ModelError             a base model cannot be found, read or adapted
+    ├── PlanError              no plan fits a device
+    ├── MissingExtraError      an optional package is needed; names the extra to install
+    ├── ProtocolError          bytes of a message are not what they must be
+    │   └── RefusedUpdateError a device's update is refused; the round goes on without it
+    ├── RoundError             too few devices reported for a round to count
+    └── RunError               a run folder cannot be created, read or continued
+
+A message says what was expected, what was found and what to do, in the user's own names.
+"""
+
+from __future__ import annotations
+
+
+class FedtuneError(Exception):
+    """Any error that fedtune raises on purpose; the text is one line for a person."""
+
+
+class ConfigError(FedtuneError):
+    """A run file, a command-line value or an environment value is wrong."""
+
+
+class DataError(FedtuneError):
+    """A data file, a site or a sample cannot be used."""
+
+
+class ModelError(FedtuneError):
+    """A base model cannot be found, read or adapted."""
+
+
+class PlanError(FedtuneError):
+    """No plan fits a device within its limits."""
+
+
+class MissingExtraError(FedtuneError):
+    """A package of an optional extra is needed and not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package}; install it with: "
+            f"pip install 'fedtune[{extra}]'"
+        )
+
+
+class ProtocolError(FedtuneError):
+    """The bytes of a message are not what they must be."""
+
+
+class RefusedUpdateError(ProtocolError):
+    """A device's update is refused; the round goes on without it."""
+
+
+class RoundError(FedtuneError):
+    """Too few devices reported for a round to count."""
+
+
+class RunError(FedtuneError):
+    """A run folder cannot be created, read or continued."""

@@ -1,0 +1,380 @@
+"""The records that cross from one stage to the next: frozen, checked, and free of torch.
+
+The order is that of the flow: what a model is, what a device is, what a device shall do, what is
+sent to it, what it sends back, and what the coordinator makes of it. Arrays are numpy float32
+unless a field says otherwise; a matrix W maps `in_features` to `out_features` and is stored
+`(out_features, in_features)`, as `torch.nn.Linear` stores it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray: TypeAlias = NDArray[np.floating]
+TaskName: TypeAlias = Literal["causal-lm", "sequence-classification"]
+FormatName: TypeAlias = Literal["fp32", "bf16", "int8", "nf4"]
+"""How a frozen matrix is held: `nf4` is 4-bit NormalFloat with double-quantised scales (QLoRA)."""
+
+BACKBONE_FORMATS: tuple[FormatName, ...] = ("fp32", "bf16", "int8", "nf4")
+"""All formats, best first."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+# ---------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixShape:
+    """One weight matrix that may be adapted.
+
+    Attributes:
+        name: parameter path in the base's safetensors header, without the `.weight` at its end.
+        layer: index of the transformer block that holds it, from 0.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    layer: int
+
+    @property
+    def parameters(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShapes:
+    """What the coordinator knows of the base model: its shapes, never its weights.
+
+    Attributes:
+        digest: sha256 over the config and every shard's safetensors header and content.
+        other_parameters: parameters that are not in `matrices` (embeddings, norms, biases).
+        largest_matrix_parameters: of `matrices`; sizes the dequantisation workspace.
+    """
+
+    digest: str
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    attention_heads: int
+    vocabulary: int
+    matrices: tuple[MatrixShape, ...]
+    other_parameters: int
+
+    def __post_init__(self) -> None:
+        names = [m.name for m in self.matrices]
+        _require(len(names) == len(set(names)), "matrix names must be unique")
+
+    @property
+    def largest_matrix_parameters(self) -> int:
+        return max((m.parameters for m in self.matrices), default=0)
+
+    def by_name(self) -> dict[str, MatrixShape]:
+        return {m.name: m for m in self.matrices}
+
+
+# ---------------------------------------------------------------- the device
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """What a device can carry, as it reports it before the first round.
+
+    Attributes:
+        name: the site's own name; stable over rounds and restarts.
+        device_class: name of the class in the run's fleet table, or of the catalogue.
+        memory_bytes: what training may use in host memory, beyond the idle process.
+        accelerator: `cpu` or `cuda`.
+        matmul_flops_per_s: by dtype name (`fp32`, `bf16`).
+        formats: backbone formats that run on the device.
+        versions: package name -> version.
+    """
+
+    name: str
+    device_class: str
+    cpu_threads: int
+    memory_bytes: int
+    accelerator: str = "cpu"
+    accelerator_memory_bytes: int = 0
+    matmul_flops_per_s: Mapping[str, float] = field(default_factory=dict)
+    memory_bandwidth_bytes_per_s: float = 0.0
+    link_bytes_per_s: float = 0.0
+    formats: tuple[FormatName, ...] = ("fp32",)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "a device needs a name")
+        _require(self.memory_bytes > 0, f"memory_bytes of {self.name} must be positive")
+        _require(bool(self.formats), f"device {self.name} must support a backbone format")
+        for format_name in self.formats:
+            _require(format_name in BACKBONE_FORMATS, f"unknown backbone format {format_name!r}")
+
+    @property
+    def budget_bytes(self) -> int:
+        """Memory of the place where training happens."""
+        return self.accelerator_memory_bytes if self.accelerator != "cpu" else self.memory_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SiteReport:
+    """A device's answer to the profile query: itself, its data in numbers, its copy of the base.
+
+    Attributes:
+        dense: name -> shape of each parameter that is trained whole (a task head).
+        labels: class names found in the site's data, sorted; empty unless classifying.
+        warnings: what a person should know of the site's data, one line each.
+    """
+
+    profile: DeviceProfile
+    base_digest: str
+    train_samples: int
+    held_out_samples: int
+    train_tokens: int
+    dense: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ImportanceReport:
+    """How much each further rank of each matrix gains.
+
+    Attributes:
+        gain_per_rank: matrix name -> non-increasing gains of rank 1, 2, ...; any positive unit.
+        tokens: how many tokens the numbers rest on; 0 for a prior.
+    """
+
+    gain_per_rank: Mapping[str, tuple[float, ...]]
+    tokens: int = 0
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixPlan:
+    """What one device does with one matrix.
+
+    Attributes:
+        rank: trained LoRA rank; 0 means that the matrix stays frozen.
+        tail_rank: how many further directions of the global adapter the device gets frozen.
+        block_size: weights that share one quantisation scale; 0 for unquantised formats.
+    """
+
+    name: str
+    rank: int
+    format: FormatName
+    tail_rank: int = 0
+    block_size: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, f"rank of {self.name} must not be negative")
+        _require(self.tail_rank >= 0, f"tail rank of {self.name} must not be negative")
+        _require(self.format in BACKBONE_FORMATS, f"unknown backbone format {self.format!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """What one device does in a round, and what that is predicted to cost it.
+
+    Attributes:
+        micro_batch: samples in one forward pass; `batch_size` is a multiple of it.
+        batch_size: samples in one optimiser step (gradients accumulate over micro-batches).
+        sequence_length: longest sample in tokens.
+        first_trained_layer: backpropagation stops below this transformer block.
+        binding: which limit decided, in words.
+    """
+
+    device: str
+    matrices: tuple[MatrixPlan, ...]
+    micro_batch: int
+    batch_size: int
+    sequence_length: int
+    local_steps: int
+    checkpointing: bool = False
+    first_trained_layer: int = 0
+    peak_bytes: int = 0
+    seconds: float = 0.0
+    download_bytes: int = 0
+    upload_bytes: int = 0
+    binding: str = ""
+
+    def __post_init__(self) -> None:
+        _require(self.micro_batch >= 1, "micro_batch must be at least 1")
+        _require(
+            self.batch_size % self.micro_batch == 0,
+            f"batch_size {self.batch_size} must be a multiple of micro_batch {self.micro_batch}",
+        )
+        _require(self.local_steps >= 1, "local_steps must be at least 1")
+
+    def ranks(self) -> dict[str, int]:
+        """Trained rank of every matrix that is trained."""
+        return {m.name: m.rank for m in self.matrices if m.rank > 0}
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPlan:
+    """One plan per device, in the order of the devices' names."""
+
+    devices: tuple[DevicePlan, ...]
+
+    def by_device(self) -> dict[str, DevicePlan]:
+        return {plan.device: plan for plan in self.devices}
+
+
+# ---------------------------------------------------------------- what travels
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFactors:
+    """One low-rank update `scale * b @ a` of one matrix: b (out, rank), a (rank, in)."""
+
+    a: FloatArray
+    b: FloatArray
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.a.ndim == 2 and self.b.ndim == 2, "LoRA factors must be matrices")
+        _require(
+            self.a.shape[0] == self.b.shape[1],
+            f"LoRA factors must share their rank, got a {self.a.shape} and b {self.b.shape}",
+        )
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    def product(self) -> NDArray[np.float64]:
+        """The dense update (out, in), in float64; for tests and small matrices only."""
+        return self.scale * (self.b.astype(np.float64) @ self.a.astype(np.float64))
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """The tensors that the coordinator sends to one device at the start of a round.
+
+    Attributes:
+        trained: factors that the device starts its training from.
+        tail: factors that the device adds to its frozen backbone for this round.
+        dense: values of the parameters that are trained whole.
+    """
+
+    trained: Mapping[str, LoraFactors]
+    tail: Mapping[str, LoraFactors] = field(default_factory=dict)
+    dense: Mapping[str, FloatArray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUpdate:
+    """What a device returns from a round; bytes from a device are hostile until checked.
+
+    Attributes:
+        samples: training samples that the round's steps consumed.
+        tokens: tokens that carried loss.
+        metrics: named numbers (losses before and after, seconds, peak bytes).
+    """
+
+    run: str
+    round: int
+    device: str
+    base_digest: str
+    factors: Mapping[str, LoraFactors]
+    dense: Mapping[str, FloatArray]
+    samples: int
+    tokens: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One accepted update, beside what its device was sent and how much it counts.
+
+    Attributes:
+        weight: not yet normalised; positive.
+        sent: exactly what the device started from, after rounding to the wire's dtype.
+    """
+
+    weight: float
+    sent: Dispatch
+    update: AdapterUpdate
+
+
+# ---------------------------------------------------------------- the coordinator's state
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """`u @ diag(sigma) @ v.T`: u (out, R), sigma (R,) non-increasing, v (in, R).
+
+    u and v have orthonormal columns, except under the `zero-pad` rule, which keeps plain factors
+    there (b and a.T) with every sigma 1.
+    """
+
+    u: FloatArray
+    sigma: FloatArray
+    v: FloatArray
+
+    def __post_init__(self) -> None:
+        rank = self.sigma.shape[0]
+        _require(
+            self.u.shape[1] == rank and self.v.shape[1] == rank,
+            f"u, sigma and v must share their rank, got {self.u.shape}, {self.sigma.shape}, "
+            f"{self.v.shape}",
+        )
+
+    @property
+    def rank(self) -> int:
+        return int(self.sigma.shape[0])
+
+    def product(self) -> NDArray[np.float64]:
+        """The dense update (out, in), in float64; for tests and small matrices only."""
+        return (self.u.astype(np.float64) * self.sigma) @ self.v.astype(np.float64).T
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalAdapter:
+    """The joined adapter after a round.
+
+    Attributes:
+        round: last round that was joined; 0 before the first.
+        matrices: matrix name -> its low-rank update.
+        dense: values of the parameters that are trained whole.
+        dropped_energy: matrix name -> share of the squared norm that the rank cap cut off in
+            this round, 0..1.
+    """
+
+    round: int
+    matrices: Mapping[str, LowRank]
+    dense: Mapping[str, FloatArray] = field(default_factory=dict)
+    dropped_energy: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened in a run: one ledger line, and one thing for a display to show.
+
+    Attributes:
+        kind: such as `round_finished`; `docs/run-folder.md` lists them with their fields.
+        fields: JSON values.
+    """
+
+    kind: str
+    fields: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What an export wrote: kind (`merged`, `peft`, `onnx`) -> folder or file, as text."""
+
+    paths: Mapping[str, str]
+    skipped: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""The coordinator: Flower ServerApp, rounds, ledger, checkpoints and simulation."""

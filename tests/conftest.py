@@ -1,0 +1,36 @@
+"""Fixtures that several stages share, and the run-time check of array shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """Public data and a tiny public model, kept beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"public test data is not at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared_folder: Path) -> Path:
+    """A Llama-shaped model of 260 thousand parameters, in Hugging Face form."""
+    return shared_folder / "models" / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def e2e_rows(shared_folder: Path) -> list[dict[str, object]]:
+    """Rows of prompt, response and client (20 restaurants)."""
+    text = (shared_folder / "data" / "e2e_nlg" / "train.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
