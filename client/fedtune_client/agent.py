@@ -1,0 +1,261 @@
+"""One device's side of a round: describe itself, train what the plan says, measure.
+
+The agent trusts nothing that it is sent: tensors are checked against the plan, the plan against
+the site's own memory, and the base by its digest. It holds the site's tokenised samples; the
+backbone comes from a shelf that all agents of the process share.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fedtune.data.samples import Sample, SampleBuilder, SampleSet, build_samples, site_labels
+from fedtune.errors import ModelError, ProtocolError
+from fedtune.evaluate.perplexity import held_out_loss
+from fedtune.model.backbone import Backbone, BackboneShelf
+from fedtune.model.load import dense_shapes, tensor_names
+from fedtune.model.shapes import read_shapes
+from fedtune.model.source import base_digest, resolve_model
+from fedtune.model.tokenizer import load_tokenizer, pad_id
+from fedtune.records import DevicePlan, Dispatch, MatrixShape, SiteReport, TaskName
+from fedtune.train.batches import stream
+from fedtune.train.round import RoundResult, mount, train_round, unmount
+from fedtune.wire.messages import (
+    EvaluateInstruction,
+    EvaluateReport,
+    TaskSpec,
+    TrainInstruction,
+    TrainReport,
+)
+from fedtune.wire.packing import pack_tensors, tensors_digest
+from fedtune.wire.tensors import unpack_dispatch, update_tensors
+from fedtune_client.site import SiteSettings
+
+_EVALUATION_BATCH = 32
+"""Samples in one forward pass without gradients; chosen, little faster above it on two cores."""
+
+
+class Order(Protocol):
+    """What an instruction to train and one to evaluate have in common."""
+
+    @property
+    def run(self) -> str: ...
+    @property
+    def base_digest(self) -> str: ...
+    @property
+    def plan(self) -> DevicePlan: ...
+    @property
+    def tensors_digest(self) -> str: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+
+class Agent:
+    """The device of one site.
+
+    Args:
+        site: its data, its copy of the base and its limits.
+
+    Raises:
+        ModelError: the base cannot be found.
+    """
+
+    def __init__(self, site: SiteSettings) -> None:
+        self._site = site
+        self._folder = resolve_model(site.model_path, site.model_revision)
+        self._tokenizer = load_tokenizer(self._folder)
+        self._pad_id = pad_id(self._tokenizer)
+        self._samples: dict[tuple[str, ...], tuple[SampleSet, SampleSet]] = {}
+        if site.threads:
+            torch.set_num_threads(site.threads)
+
+    @property
+    def name(self) -> str:
+        return self._site.profile.name
+
+    def describe(self, spec: TaskSpec) -> SiteReport:
+        """Answer the profile query.
+
+        Raises:
+            DataError: the site's data cannot be read.
+        """
+        rows = self._site.sites.site(self.name)
+        labels: tuple[str, ...] = ()
+        if self._task == "sequence-classification":
+            labels = site_labels([*rows.train, *rows.held_out], self._site.data.label_field)
+        train, held_out = self._tokenised(labels)
+        limit = self._site.data.max_tokens
+        return SiteReport(
+            profile=self._site.profile,
+            base_digest=base_digest(self._folder),
+            train_samples=len(train.samples),
+            held_out_samples=len(held_out.samples),
+            train_tokens=train.tokens,
+            dense=_dense_shapes(self._folder, spec.task),
+            labels=labels,
+            warnings=train.warnings(self.name, limit),
+        )
+
+    def train(self, order: TrainInstruction, packed: bytes) -> tuple[TrainReport, bytes]:
+        """Train for one round; returns the report and the packed factors.
+
+        Raises:
+            ProtocolError: the instruction or its tensors do not fit each other or the site.
+        """
+        dispatch, backbone = self._accept(order, packed)
+        train, held_out = self._tokenised(order.labels)
+        metrics: dict[str, float] = {}
+        if order.evaluate:
+            metrics |= self._measure(backbone, dispatch, held_out.samples)
+        plan = order.plan
+        taken = plan.batch_size * plan.local_steps
+        picked = stream(
+            len(train.samples),
+            [order.seed, zlib.crc32(self.name.encode("utf-8"))],
+            (order.round - 1) * taken,
+            taken,
+        )
+        result = train_round(
+            backbone,
+            _batches(train.samples, picked, plan.batch_size),
+            dispatch,
+            plan,
+            order.optimizer,
+            task=self._task,
+            pad_id=self._pad_id,
+        )
+        metrics |= _train_metrics(result)
+        tensors = pack_tensors(update_tensors(result.factors, result.dense), "float32")
+        report = TrainReport(
+            run=order.run,
+            round=order.round,
+            device=self.name,
+            base_digest=order.base_digest,
+            samples=result.samples,
+            tokens=result.units,
+            tensors_digest=tensors_digest(tensors),
+            metrics=metrics,
+        )
+        return report, tensors
+
+    def evaluate(self, order: EvaluateInstruction, packed: bytes) -> EvaluateReport:
+        """Held-out loss with the sent adapter.
+
+        Raises:
+            ProtocolError: as for `train`.
+        """
+        dispatch, backbone = self._accept(order, packed)
+        held_out = self._tokenised(order.labels)[1]
+        metrics = self._measure(backbone, dispatch, held_out.samples)
+        return EvaluateReport(order.run, order.round, self.name, metrics)
+
+    @property
+    def _task(self) -> TaskName:
+        classifying = self._site.data.format == "text-label"
+        return "sequence-classification" if classifying else "causal-lm"
+
+    def _tokenised(self, labels: tuple[str, ...]) -> tuple[SampleSet, SampleSet]:
+        """Training and held-out samples; done once, and once more if the labels change."""
+        if labels not in self._samples:
+            rows = self._site.sites.site(self.name)
+            builder = SampleBuilder(self._tokenizer, self._site.data, labels)
+            self._samples = {
+                labels: (build_samples(rows.train, builder), build_samples(rows.held_out, builder))
+            }
+        return self._samples[labels]
+
+    def _accept(self, order: Order, packed: bytes) -> tuple[Dispatch, Backbone]:
+        """Check an instruction, and have its tensors and its backbone ready."""
+        plan, profile = order.plan, self._site.profile
+        if order.base_digest != base_digest(self._folder):
+            raise ProtocolError(
+                f"{self.name}: the instruction is for another base model "
+                f"({order.base_digest[:12]}); copy the coordinator's model to this site"
+            )
+        if plan.device != self.name:
+            raise ProtocolError(f"{self.name}: the instruction is for device {plan.device!r}")
+        if plan.peak_bytes > profile.budget_bytes:
+            raise ProtocolError(
+                f"{self.name}: the plan needs {plan.peak_bytes} bytes and this site allows "
+                f"{profile.budget_bytes}; plan again, or raise the site's memory limit"
+            )
+        if tensors_digest(packed) != order.tensors_digest:
+            raise ProtocolError(
+                f"{self.name}: the tensors do not have the sha256 they were sent with"
+            )
+        backbone = self._backbone(plan, order.labels)
+        dense = {
+            name: tuple(len(order.labels) if axis == 0 else axis for axis in shape)
+            for name, shape in _dense_shapes(self._folder, self._task).items()
+        }
+        dispatch = unpack_dispatch(packed, plan, _matrix_shapes(self._folder), dense, order.scale)
+        return dispatch, backbone
+
+    def _backbone(self, plan: DevicePlan, labels: tuple[str, ...]) -> Backbone:
+        allowed = self._site.profile.formats
+        for matrix in plan.matrices:
+            if matrix.format not in allowed:
+                raise ProtocolError(
+                    f"{self.name}: the plan wants {matrix.name} as {matrix.format}, and this site "
+                    f"supports {', '.join(allowed)}"
+                )
+        shelf = _shelf(self._folder, self._site.profile.accelerator, self._site.shares_backbone)
+        return shelf.get(self._task, labels, {m.name: m.format for m in plan.matrices})
+
+    def _measure(
+        self, backbone: Backbone, dispatch: Dispatch, samples: Sequence[Sample]
+    ) -> dict[str, float]:
+        if not samples:
+            return {}
+        with backbone.lock:
+            mounted = mount(backbone, dispatch, trainable=False)
+            try:
+                found = held_out_loss(
+                    backbone.model, samples, _EVALUATION_BATCH, self._pad_id, self._task
+                )
+            finally:
+                unmount(backbone, mounted)
+        metrics = {"held_out_loss": found.loss, "held_out_units": float(found.tokens)}
+        if found.accuracy is not None:
+            metrics["accuracy"] = found.accuracy
+        return metrics
+
+
+def _batches(samples: Sequence[Sample], picked: Sequence[int], size: int) -> list[list[Sample]]:
+    chosen = [samples[index] for index in picked]
+    return [chosen[start : start + size] for start in range(0, len(chosen), size)]
+
+
+def _train_metrics(result: RoundResult) -> dict[str, float]:
+    return {
+        "train_loss": sum(result.losses) / len(result.losses),
+        "train_units": float(result.units),
+        "seconds": result.seconds,
+    }
+
+
+@lru_cache(maxsize=8)
+def _shelf(folder: Path, accelerator: str, shared: bool) -> BackboneShelf:
+    """One shelf per process, base and accelerator."""
+    if accelerator != "cpu" and not torch.cuda.is_available():
+        raise ModelError(f"this site's profile says {accelerator}, and torch finds no such device")
+    device = torch.device("cpu" if accelerator == "cpu" else accelerator)
+    return BackboneShelf(folder, device, keep_base=shared)
+
+
+@lru_cache(maxsize=8)
+def _matrix_shapes(folder: Path) -> Mapping[str, MatrixShape]:
+    return read_shapes(folder, ("all-linear",)).by_name()
+
+
+@lru_cache(maxsize=8)
+def _dense_shapes(folder: Path, task: TaskName) -> Mapping[str, tuple[int, ...]]:
+    return dense_shapes(folder, task, tensor_names(folder))

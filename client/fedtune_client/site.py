@@ -1,0 +1,81 @@
+"""What a device knows of itself before the coordinator says anything: its data and its limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+from fedtune.config import DataSection, RunConfig
+from fedtune.data.sites import Sites, open_sites
+from fedtune.devices.simulated import simulated_profiles
+from fedtune.records import DeviceProfile
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSettings:
+    """One site, as the agent on it starts.
+
+    Attributes:
+        model_path: local folder or hub id of the site's copy of the base.
+        sites: where the site's rows are, under the profile's name.
+        threads: torch threads to compute with; 0 leaves torch's choice.
+        shares_backbone: other sites live in this process and use the same base.
+    """
+
+    profile: DeviceProfile
+    model_path: str
+    model_revision: str
+    data: DataSection
+    sites: Sites
+    seed: int
+    threads: int = 0
+    shares_backbone: bool = False
+
+
+class SiteSource(Protocol):
+    """Finds the settings of the site that a Flower node is."""
+
+    def __call__(self, node_config: Mapping[str, object]) -> SiteSettings: ...
+
+    def __hash__(self) -> int:
+        """Equal sources give equal agents, which a process makes once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedFleet:
+    """The sites of a simulated fleet; Flower's `partition-id` picks one.
+
+    It holds the run's settings only, so that worker processes can be given it cheaply; each opens
+    the data itself, once.
+
+    Attributes:
+        config_json: a whole `RunConfig`, as JSON.
+    """
+
+    config_json: str
+
+    def __call__(self, node_config: Mapping[str, object]) -> SiteSettings:
+        config, sites, profiles = _open(self.config_json)
+        partition = node_config["partition-id"]
+        assert isinstance(partition, int)
+        name = sites.names[partition]
+        return SiteSettings(
+            profile=profiles[name],
+            model_path=config.model.path,
+            model_revision=config.model.revision,
+            data=config.data,
+            sites=sites,
+            seed=config.run.seed,
+            threads=config.simulation.threads,
+            shares_backbone=True,
+        )
+
+
+@lru_cache(maxsize=4)
+def _open(config_json: str) -> tuple[RunConfig, Sites, dict[str, DeviceProfile]]:
+    config = RunConfig.model_validate_json(config_json)
+    sites = open_sites(config.data, devices=config.devices, seed=config.run.seed)
+    return config, sites, simulated_profiles(config.fleet, sites.declared, config.run.seed)

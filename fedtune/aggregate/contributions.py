@@ -1,0 +1,165 @@
+"""The checks and the bookkeeping that every rule shares: order, weights, keys, dense tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from fedtune.errors import RefusedUpdateError, RoundError
+from fedtune.records import (
+    Contribution,
+    Dispatch,
+    FloatArray,
+    GlobalAdapter,
+    LoraFactors,
+    LowRank,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One device's part of a join.
+
+    Attributes:
+        weight: normalised over all devices that reported; the shares add up to 1.
+        sent: what the device started from.
+        factors: what it returned, by matrix.
+        dense: what it returned, by tensor.
+    """
+
+    device: str
+    weight: float
+    sent: Dispatch
+    factors: Mapping[str, LoraFactors]
+    dense: Mapping[str, FloatArray]
+
+
+JoinMatrix = Callable[[str, LowRank, Sequence[Share]], tuple[LowRank, float]]
+"""(matrix name, its state, all shares) -> (its new state, share of energy dropped)."""
+
+
+def join_matrices(
+    adapter: GlobalAdapter, contributions: Sequence[Contribution], join_matrix: JoinMatrix
+) -> GlobalAdapter:
+    """Check the contributions, then join matrix by matrix, and the dense tensors by differences.
+
+    Raises:
+        RoundError: there is no contribution.
+        RefusedUpdateError: an update does not return exactly what was sent.
+    """
+    shares = ordered_shares(adapter, contributions)
+    matrices: dict[str, LowRank] = {}
+    dropped: dict[str, float] = {}
+    for name, low_rank in adapter.matrices.items():
+        matrices[name], dropped[name] = join_matrix(name, low_rank, shares)
+    return GlobalAdapter(
+        round=adapter.round + 1,
+        matrices=matrices,
+        dense=join_dense(adapter.dense, shares),
+        dropped_energy=dropped,
+    )
+
+
+def ordered_shares(
+    adapter: GlobalAdapter, contributions: Sequence[Contribution]
+) -> tuple[Share, ...]:
+    """Contributions in the order of device names, with weights that add up to 1.
+
+    The order makes every later sum the same to the last bit, whoever reported first.
+
+    Raises:
+        RoundError: there is no contribution.
+        RefusedUpdateError: two come from one device, a weight is not positive, or an update
+            does not return exactly what was sent.
+    """
+    if not contributions:
+        raise RoundError("no device reported, so there is nothing to join; run the round again")
+    ordered = sorted(contributions, key=lambda contribution: contribution.update.device)
+    names = [contribution.update.device for contribution in ordered]
+    for first, second in pairwise(names):
+        if first == second:
+            raise RefusedUpdateError(f"device {first} reported twice in one round")
+    for contribution in ordered:
+        _check(adapter, contribution)
+    total = math.fsum(contribution.weight for contribution in ordered)
+    return tuple(
+        Share(
+            device=contribution.update.device,
+            weight=contribution.weight / total,
+            sent=contribution.sent,
+            factors=contribution.update.factors,
+            dense=contribution.update.dense,
+        )
+        for contribution in ordered
+    )
+
+
+def holders(name: str, shares: Sequence[Share]) -> Iterator[tuple[Share, LoraFactors, LoraFactors]]:
+    """Each device that trained the matrix: its share, what it was sent, what it returned."""
+    for share in shares:
+        if name in share.factors:
+            yield share, share.sent.trained[name], share.factors[name]
+
+
+def join_dense(dense: Mapping[str, FloatArray], shares: Sequence[Share]) -> dict[str, FloatArray]:
+    """Add the weighted mean of differences to each tensor that is trained whole."""
+    joined: dict[str, FloatArray] = {}
+    for name, value in dense.items():
+        total = value.astype(np.float64)
+        for share in shares:
+            if name in share.dense:
+                before = share.sent.dense[name].astype(np.float64)
+                total += share.weight * (share.dense[name].astype(np.float64) - before)
+        joined[name] = total.astype(np.float32)
+    return joined
+
+
+def _check(adapter: GlobalAdapter, contribution: Contribution) -> None:
+    update, sent = contribution.update, contribution.sent
+    device = update.device
+    if not (contribution.weight > 0 and math.isfinite(contribution.weight)):
+        raise RefusedUpdateError(
+            f"the weight of {device} must be positive, got {contribution.weight}"
+        )
+    _check_keys(device, "matrix", adapter.matrices, sent.trained, update.factors)
+    _check_keys(device, "dense tensor", adapter.dense, sent.dense, update.dense)
+    for name, factors in update.factors.items():
+        before = sent.trained[name]
+        _check_array(device, f"{name}.a", before.a, factors.a)
+        _check_array(device, f"{name}.b", before.b, factors.b)
+    for name, value in update.dense.items():
+        _check_array(device, name, sent.dense[name], value)
+
+
+def _check_keys(
+    device: str,
+    kind: str,
+    known: Mapping[str, object],
+    sent: Mapping[str, object],
+    returned: Mapping[str, object],
+) -> None:
+    """Every name that was sent comes back, no other does, and the state holds each of them."""
+    for name in sorted(sent.keys() - returned.keys()):
+        raise RefusedUpdateError(f"the update of {device} lacks the {kind} {name} that it was sent")
+    for name in sorted(returned.keys() - sent.keys()):
+        raise RefusedUpdateError(
+            f"the update of {device} holds the {kind} {name}, which it was not sent"
+        )
+    for name in sorted(sent.keys() - known.keys()):
+        raise RefusedUpdateError(
+            f"{device} was sent the {kind} {name}, which the global adapter does not hold"
+        )
+
+
+def _check_array(device: str, name: str, sent: FloatArray, returned: FloatArray) -> None:
+    if returned.shape != sent.shape:
+        raise RefusedUpdateError(
+            f"{name} of {device} must have the shape {sent.shape} that was sent, "
+            f"got {returned.shape}"
+        )
+    if not np.isfinite(returned).all():
+        raise RefusedUpdateError(f"{name} of {device} holds values that are not finite")

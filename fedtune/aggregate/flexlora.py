@@ -1,0 +1,78 @@
+"""The rule `flexlora`: the mean of whole products, cut to the cap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+
+from fedtune.aggregate.contributions import Share, holders, join_matrices
+from fedtune.aggregate.delta import empty_adapter
+from fedtune.aggregate.directions import choose_directions, dispatch_directions
+from fedtune.aggregate.low_rank import Pair, pair_of_factors, recompress
+from fedtune.records import (
+    Contribution,
+    DevicePlan,
+    Dispatch,
+    FloatArray,
+    GlobalAdapter,
+    LowRank,
+    MatrixShape,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FlexLora:
+    """Average what each device holds of a matrix, then keep the top directions:
+
+        G_new = sum_k p_k (s_k B_k A_k + T_k)
+
+    The weights are normalised over the devices that trained the matrix; T_k is the frozen tail
+    that the device was given, zero in the paper. A device of low rank votes zero on every
+    direction that it was not sent, so the joined rank shrinks towards that of the weak devices;
+    the rule is here to compare with.
+
+    Args:
+        rank_cap: directions kept per matrix.
+        fresh_rank: how many of a device's directions are fresh in every round.
+
+    Source: Bai et al., "Federated fine-tuning of large language models under heterogeneous tasks
+        and client resources", 2024, https://arxiv.org/abs/2402.11505, section 3. A device whose
+        rank is above that of the state gets fresh directions instead of none.
+    """
+
+    rank_cap: int
+    fresh_rank: int = 0
+    name: ClassVar[str] = "flexlora"
+
+    def start(
+        self, matrices: Sequence[MatrixShape], dense: Mapping[str, FloatArray]
+    ) -> GlobalAdapter:
+        return empty_adapter(matrices, dense)
+
+    def dispatch(
+        self, adapter: GlobalAdapter, plan: DevicePlan, *, scale: float, rng: np.random.Generator
+    ) -> Dispatch:
+        policy = partial(choose_directions, fresh_rank=self.fresh_rank)
+        return dispatch_directions(adapter, plan, policy, scale=scale, rng=rng)
+
+    def join(self, adapter: GlobalAdapter, contributions: Sequence[Contribution]) -> GlobalAdapter:
+        return join_matrices(adapter, contributions, self._join_matrix)
+
+    def _join_matrix(
+        self, name: str, before: LowRank, shares: Sequence[Share]
+    ) -> tuple[LowRank, float]:
+        held = list(holders(name, shares))
+        if not held:
+            return before, 0.0
+        total = math.fsum(share.weight for share, _, _ in held)
+        pairs: list[Pair] = []
+        for share, _, returned in held:
+            pairs.append(pair_of_factors(returned, share.weight / total))
+            if name in share.sent.tail:
+                pairs.append(pair_of_factors(share.sent.tail[name], share.weight / total))
+        return recompress(pairs, self.rank_cap)

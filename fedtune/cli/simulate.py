@@ -1,0 +1,107 @@
+"""`fedtune simulate RUN.toml`: a whole federation on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedtune.cli.display import JsonLines, LiveDisplay
+from fedtune.config import RunConfig, load_run_config
+from fedtune.data.sites import open_sites, read_test_rows
+from fedtune.errors import MissingExtraError, RunError
+from fedtune.model.shapes import read_shapes
+from fedtune.model.source import resolve_model
+from fedtune.records import Event
+
+
+def simulate(
+    run_file: Annotated[Path, typer.Argument(help="the run file, RUN.toml")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as run.rounds=3"),
+    ] = None,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="print one JSON object per event instead of a display")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace a run that is already in the folder")
+    ] = False,
+) -> None:
+    """Run a whole federation on this machine and write the merged model."""
+    run_simulation_file(run_file, set_ or [], json_lines=json_lines, overwrite=overwrite)
+
+
+def run_simulation_file(
+    path: Path, overrides: Sequence[str], *, json_lines: bool, overwrite: bool
+) -> Path:
+    """Load a run file and simulate it; returns the run folder.
+
+    Raises:
+        FedtuneError: the run file, its data or its model is wrong, or the run failed.
+        KeyboardInterrupt: the run was interrupted; its folder says so.
+    """
+    config = load_run_config(path, overrides)
+    at_once = config.simulation.workers if config.simulation.backend == "ray" else 1
+    with JsonLines() if json_lines else LiveDisplay(at_once=at_once) as display:
+        return simulate_config(config, watch=display, overwrite=overwrite)
+
+
+def simulate_config(
+    config: RunConfig, *, watch: Callable[[Event], None], overwrite: bool = False
+) -> Path:
+    """Simulate a run; returns its folder.
+
+    Raises:
+        FedtuneError: the data or the model is wrong, or the run failed.
+    """
+    sites = open_sites(config.data, devices=config.devices, seed=config.run.seed)
+    model = resolve_model(config.model.path, config.model.revision)
+    shapes = read_shapes(model, config.lora.targets)
+    folder: Path = _app("simulation")(
+        config,
+        _client_app(config),
+        shapes,
+        len(sites),
+        watch=watch,
+        finish=lambda run_folder, emit: _finish(config, run_folder, emit),
+        overwrite=overwrite,
+        warnings=sites.warnings,
+    )
+    return folder
+
+
+def _finish(config: RunConfig, folder: Path, emit: Callable[[Event], None]) -> None:
+    """Write the exports, measure the merged model on the test file, and write the report.
+
+    The report comes last, because it tells of all the rest.
+    """
+    from fedtune.export.run_export import export_run
+
+    report = export_run(folder, config.outputs.exports)
+    test_rows = read_test_rows(config.data)
+    if test_rows and "merged" in report.paths:
+        from fedtune.evaluate.compare import compare_on_rows
+
+        emit(compare_on_rows(config, Path(report.paths["merged"]), test_rows, folder))
+    paths = {**report.paths, "report": str(folder / "report.html")}
+    emit(Event("exported", {"paths": paths, "skipped": dict(report.skipped)}))
+    export_run(folder, ["report"])
+
+
+def _client_app(config: RunConfig) -> Any:  # a Flower ClientApp; the core does not import Flower
+    try:
+        import torch  # noqa: F401  the client needs it, and its absence deserves a clear word
+    except ImportError:
+        raise MissingExtraError("torch", "train", "simulating devices") from None
+    return _app("simulated_client")(config)
+
+
+def _app(name: str) -> Any:  # entry points are untyped
+    found = entry_points(group="fedtune.apps", name=name)
+    if not found:
+        raise RunError(f"fedtune is not installed whole: no entry point {name!r}; install it again")
+    return next(iter(found)).load()

@@ -1,0 +1,188 @@
+"""What one device could do: a format, a micro-batch, checkpointing, and how far up the ladder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from fedtune.plan.cost import (
+    Load,
+    peak_bytes,
+    step_seconds,
+    transfer_seconds,
+)
+from fedtune.plan.ladder import Ladder
+from fedtune.plan.settings import Pins, PlanSettings
+from fedtune.records import (
+    BACKBONE_FORMATS,
+    DeviceProfile,
+    FormatName,
+    ModelShapes,
+)
+
+TRANSFER_SHARE = 0.25
+"""Share of `round_seconds` that both transfers may take. Chosen: steps teach the model, transfers
+do not, and a message four times as long buys little more rank than one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One device's planning problem."""
+
+    profile: DeviceProfile
+    shapes: ModelShapes
+    settings: PlanSettings
+    pins: Pins
+    ladder: Ladder
+
+    def formats(self) -> tuple[FormatName, ...]:
+        """Formats to try, best first."""
+        wanted = BACKBONE_FORMATS if self.pins.format is None else (self.pins.format,)
+        return tuple(name for name in wanted if name in self.profile.formats)
+
+    def micro_batches(self) -> tuple[int, ...]:
+        """Sizes to try, largest first: powers of two that divide the batch size."""
+        if self.pins.micro_batch:
+            return (self.pins.micro_batch,)
+        largest = self.settings.batch_size & -self.settings.batch_size
+        return tuple(1 << power for power in reversed(range(largest.bit_length())))
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a device computes, before ranks are granted."""
+
+    format: FormatName
+    micro_batch: int
+    checkpointing: bool
+
+    def formats(self, shapes: ModelShapes) -> dict[str, FormatName]:
+        return {matrix.name: self.format for matrix in shapes.matrices}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An option with its rank prefix and its tail.
+
+    Attributes:
+        length: rungs of the ladder that are granted.
+        tail: frozen directions of each matrix beyond the trained ones.
+        stopped_by: what refused the next rung; empty when there is none.
+    """
+
+    option: Option
+    length: int
+    tail: int
+    stopped_by: str
+
+
+def options(task: Task, format_name: FormatName) -> Iterator[Option]:
+    """Ways to compute in one format, fastest first: checkpointing costs a third of the work."""
+    for checkpointing in (False, True) if task.settings.checkpointing else (False,):
+        for micro_batch in task.micro_batches():
+            yield Option(format_name, micro_batch, checkpointing)
+
+
+def shortest(task: Task) -> int:
+    """Fewest rungs that a plan may grant: the first one, or all of them under a pinned rank."""
+    return len(task.ladder) if task.pins.rank else 1
+
+
+def load_of(task: Task, option: Option, length: int, tail: int = 0) -> Load:
+    """What the device computes with the first `length` rungs and a tail."""
+    tail_ranks, tail_elements = _tail_sums(task, length, tail)
+    return Load(
+        micro_batch=option.micro_batch,
+        sequence_length=task.settings.sequence_length,
+        checkpointing=option.checkpointing,
+        first_trained_layer=task.ladder.first_layer[length],
+        trained_elements=task.ladder.elements[length],
+        trained_ranks=length,
+        tail_elements=tail_elements,
+        tail_ranks=tail_ranks,
+        dense_parameters=task.settings.dense_parameters,
+        task=task.settings.task,
+        eager_attention=task.settings.eager_attention,
+    )
+
+
+def tail_ranks(task: Task, ranks: Mapping[str, int], tail: int) -> dict[str, int]:
+    """Tail of each matrix that may be trained: at most `tail`, the cap's rest, the matrix's rest.
+
+    The global adapter has no directions in other matrices, so they get none.
+    """
+    trainable = set(task.settings.trainable)
+    found: dict[str, int] = {}
+    for matrix in task.shapes.matrices:
+        if trainable and matrix.name not in trainable:
+            continue
+        most = min(task.settings.rank_cap, matrix.out_features, matrix.in_features)
+        trained = 0 if task.settings.tail_apart else ranks.get(matrix.name, 0)
+        found[matrix.name] = max(0, min(tail, most - trained))
+    return found
+
+
+def refusal(task: Task, option: Option, length: int, tail: int = 0) -> str:
+    """Which limit refuses the first `length` rungs with a tail; empty if none does."""
+    settings, formats = task.settings, option.formats(task.shapes)
+    load = load_of(task, option, length, tail)
+    if peak_bytes(task.shapes, formats, load).total > task.profile.budget_bytes:
+        return "memory"
+    if settings.round_seconds > 0:
+        transfer = transfer_seconds(task.profile, load, settings.wire_itemsize)
+        if transfer > TRANSFER_SHARE * settings.round_seconds:
+            return "upload time"
+        step = step_seconds(task.profile, task.shapes, formats, load, settings.batch_size)
+        if transfer + step > settings.round_seconds:
+            return "round time"
+    return ""
+
+
+def longest(first: int, last: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest number in first..last that fits, if fitting never returns once it is lost."""
+    if not fits(first):
+        return None
+    low, high = first, last  # low fits
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def best_choice(task: Task, format_name: FormatName) -> Choice | None:
+    """The choice of most rank in one format, and the fastest of those; None if none fits.
+
+    Rank comes before speed because accumulated micro-batches and recomputed activations give the
+    same gradients, only later, while a rank that is not granted is lost.
+    """
+    best: tuple[int, Option] | None = None
+    least = shortest(task)
+    for option in options(task, format_name):
+        length = longest(least, len(task.ladder), partial(_fits, task, option))
+        if length is not None and (best is None or length > best[0]):
+            best = length, option
+    if best is None:
+        return None
+    length, option = best
+    stopped_by = "" if length == len(task.ladder) else refusal(task, option, length + 1)
+    tail = longest(0, task.settings.tail_max, partial(_fits, task, option, length))
+    assert tail is not None
+    return Choice(option, length, tail, stopped_by)
+
+
+def _fits(task: Task, option: Option, length: int, tail: int = 0) -> bool:
+    return not refusal(task, option, length, tail)
+
+
+def _tail_sums(task: Task, length: int, tail: int) -> tuple[int, int]:
+    """Sum of tail ranks, and of their elements, over the matrices."""
+    if tail == 0:
+        return 0, 0
+    by_name = task.shapes.by_name()
+    ranks = tail_ranks(task, task.ladder.ranks(length), tail)
+    elements = (n * (by_name[k].out_features + by_name[k].in_features) for k, n in ranks.items())
+    return sum(ranks.values()), sum(elements)

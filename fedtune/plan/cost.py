@@ -1,0 +1,320 @@
+"""Closed-form predictions of memory, work and traffic, each from the shapes of a model.
+
+The formulas describe `fedtune.train.round` on a transformer with pre-normalised blocks: frozen
+matrices in a packed format, activations and adapters in float32, AdamW, logits on the rows that
+carry loss. Where a model differs, the prediction is meant to err to the safe side; a test holds it
+between the tensors of a real round and a quarter more. The interpreter and its libraries, and what
+the allocator keeps beyond tensors, are not counted: a budget is what training may use on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from fedtune.records import DeviceProfile, FormatName, MatrixShape, ModelShapes, TaskName
+
+FLOAT_BYTES = 4
+NF4_BLOCK = 64
+"""Weights that share one 8-bit scale (QLoRA, https://arxiv.org/abs/2305.14314, section 3)."""
+NF4_SUPERBLOCK = 256
+"""Scales that share one float32 scale of their own (the same section)."""
+TRAINED_COPIES = 4
+"""Value, gradient and the two moments of AdamW."""
+
+_UNGATED = frozenset({"bert", "roberta", "distilbert", "electra", "gpt2", "gpt_neox", "opt", "phi"})
+"""Model types whose feed-forward part is two matrices; others are taken to have a gate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one device computes in a step, summed over its matrices.
+
+    Attributes:
+        first_trained_layer: the backward pass stops below it.
+        trained_elements: sum of rank * (out + in).
+        trained_ranks: sum of ranks.
+        tail_elements: as `trained_elements`, of the frozen tail.
+        tail_ranks: as `trained_ranks`, of the frozen tail.
+        dense_parameters: parameters that are trained whole.
+    """
+
+    micro_batch: int
+    sequence_length: int
+    checkpointing: bool = False
+    first_trained_layer: int = 0
+    trained_elements: int = 0
+    trained_ranks: int = 0
+    tail_elements: int = 0
+    tail_ranks: int = 0
+    dense_parameters: int = 0
+    task: TaskName = "causal-lm"
+    eager_attention: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one forward pass, padding included."""
+        return self.micro_batch * self.sequence_length
+
+
+@dataclass(frozen=True, slots=True)
+class PeakBytes:
+    """Where the memory of a training process is at its peak, in bytes.
+
+    Attributes:
+        backbone: packed matrices.
+        other: embeddings, norms and biases.
+        adapter: trained factors with gradients and optimiser state, and the frozen tail.
+        activations: what the forward pass keeps for the backward pass.
+        transient: the larger of the logits and of one block's backward pass, which take turns.
+        workspace: one matrix while it is unpacked.
+    """
+
+    backbone: int
+    other: int
+    adapter: int
+    activations: int
+    transient: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def largest(self) -> tuple[str, int]:
+        """The part that takes most, and its bytes."""
+        parts = {field.name: int(getattr(self, field.name)) for field in fields(self)}
+        name = max(parts, key=parts.__getitem__)
+        return name, parts[name]
+
+
+# ---------------------------------------------------------------- memory
+
+
+def matrix_bytes(matrix: MatrixShape, format_name: FormatName) -> int:
+    """Bytes that one packed matrix keeps.
+
+    int8 has a float32 scale per row. nf4 has 4 bits per weight, an 8-bit scale per 64 weights and
+    a float32 scale per 256 of those: 4 + 8/64 + 32/(64*256) = 4.127 bits per weight.
+    """
+    parameters = matrix.parameters
+    match format_name:
+        case "fp32":
+            return FLOAT_BYTES * parameters
+        case "bf16":
+            return 2 * parameters
+        case "int8":
+            return parameters + FLOAT_BYTES * matrix.out_features
+        case "nf4":
+            blocks = _ceil_div(parameters, NF4_BLOCK)
+            superblocks = _ceil_div(blocks, NF4_SUPERBLOCK)
+            return _ceil_div(parameters, 2) + blocks + FLOAT_BYTES * superblocks
+
+
+def backbone_bytes(shapes: ModelShapes, formats: Mapping[str, FormatName]) -> int:
+    """Bytes of all packed matrices; `formats` has one format per matrix name."""
+    return sum(matrix_bytes(matrix, formats[matrix.name]) for matrix in shapes.matrices)
+
+
+def other_bytes(shapes: ModelShapes) -> int:
+    """Bytes of the parameters outside the packed matrices, held in float32."""
+    return FLOAT_BYTES * shapes.other_parameters
+
+
+def adapter_bytes(load: Load) -> int:
+    """Bytes of trained numbers with gradient and AdamW state, plus the tail's values."""
+    trained = load.trained_elements + load.dense_parameters
+    return FLOAT_BYTES * (TRAINED_COPIES * trained + load.tail_elements)
+
+
+def block_activation_bytes(shapes: ModelShapes, load: Load) -> int:
+    """Bytes that one transformer block keeps for its backward pass, without adapters.
+
+    Per token, in numbers of float32: 9 hidden (input of each norm and its result, query, key and
+    value as attention takes them, its result, and that result as the output matrix takes it) and
+    4 intermediate (gate before and after its activation, up, their product; 2 without a gate).
+    Eager attention also keeps heads * sequence scores and as many probabilities.
+    """
+    intermediate = 2 if shapes.model_type in _UNGATED else 4
+    per_token = 9 * shapes.hidden_size + intermediate * shapes.intermediate_size
+    if load.eager_attention:
+        per_token += 2 * shapes.attention_heads * load.sequence_length
+    return FLOAT_BYTES * load.tokens * per_token
+
+
+def adapter_activation_bytes(load: Load) -> int:
+    """Bytes that the adapters keep for the backward pass, over all matrices.
+
+    One number per rank and token, and the trained and frozen factors side by side.
+    """
+    ranks = load.trained_ranks + load.tail_ranks
+    return FLOAT_BYTES * (load.tokens * ranks + load.trained_elements + load.tail_elements)
+
+
+def activation_bytes(shapes: ModelShapes, load: Load) -> int:
+    """Bytes kept from the forward pass until the backward pass of the blocks begins.
+
+    Without checkpointing: all of every block from the first trained one up. With it: only the
+    input of each of those blocks.
+    """
+    blocks = shapes.layers - load.first_trained_layer
+    if load.checkpointing:
+        return FLOAT_BYTES * load.tokens * shapes.hidden_size * blocks
+    return blocks * block_activation_bytes(shapes, load) + adapter_activation_bytes(load)
+
+
+def transient_bytes(shapes: ModelShapes, load: Load) -> int:
+    """Bytes of the larger of two that take turns: the logits, and one block's backward pass.
+
+    With checkpointing the latter holds the block's activations too, as it recomputes them; its
+    adapters are taken to be twice the mean block's, because ranks differ between blocks.
+    """
+    block = block_gradient_bytes(shapes, load)
+    if load.checkpointing:
+        adapters = adapter_activation_bytes(load)
+        block += block_activation_bytes(shapes, load) + min(adapters, 2 * adapters // shapes.layers)
+    return max(logits_bytes(shapes, load), block)
+
+
+def logits_bytes(shapes: ModelShapes, load: Load) -> int:
+    """Bytes of logits, log-probabilities and their gradient, if every row carries loss.
+
+    A classifier has one row per sample and few columns: nothing next to a block.
+    """
+    if load.task != "causal-lm":
+        return 0
+    return 3 * FLOAT_BYTES * load.tokens * shapes.vocabulary
+
+
+def block_gradient_bytes(shapes: ModelShapes, load: Load) -> int:
+    """Bytes of the gradients alive at once inside one block: 3 intermediate and 2 hidden."""
+    per_token = 3 * shapes.intermediate_size + 2 * shapes.hidden_size
+    return FLOAT_BYTES * load.tokens * per_token
+
+
+def workspace_bytes(shapes: ModelShapes, formats: Mapping[str, FormatName]) -> int:
+    """Bytes of the largest packed matrix as float32: a product unpacks the whole matrix."""
+    packed = (m.parameters for m in shapes.matrices if formats[m.name] != "fp32")
+    return FLOAT_BYTES * max(packed, default=0)
+
+
+def peak_bytes(shapes: ModelShapes, formats: Mapping[str, FormatName], load: Load) -> PeakBytes:
+    """The peak of a training process beyond what it uses when idle, part by part."""
+    return PeakBytes(
+        backbone=backbone_bytes(shapes, formats),
+        other=other_bytes(shapes),
+        adapter=adapter_bytes(load),
+        activations=activation_bytes(shapes, load),
+        transient=transient_bytes(shapes, load),
+        workspace=workspace_bytes(shapes, formats),
+    )
+
+
+# ---------------------------------------------------------------- work
+
+
+def step_flops(shapes: ModelShapes, load: Load, batch_size: int) -> float:
+    """Floating-point operations of one optimiser step, a multiply-add counted as two.
+
+    With T tokens, P parameters in matrices and P' of them at or above the first trained layer:
+    2 P T forward, 2 P' T backward (the gradient of a frozen matrix is never formed), as much
+    again as the forward of P' when checkpointing; the head alike; attention 4 T S hidden per
+    block forward and twice that backward; a trained adapter element 6 T, a frozen one 4 T.
+    """
+    tokens = batch_size * load.sequence_length
+    blocks = shapes.layers - load.first_trained_layer
+    above = _parameters_above(shapes, load.first_trained_layer)
+    forward = _forward_flops(shapes, load, tokens, _parameters_above(shapes, 0), shapes.layers)
+    through = _forward_flops(shapes, load, tokens, above, blocks)
+    attention = 4.0 * tokens * load.sequence_length * shapes.hidden_size * blocks
+    head = 0.0
+    if load.task == "causal-lm":
+        head = 2.0 * tokens * shapes.hidden_size * shapes.vocabulary
+    adapters = tokens * (6.0 * load.trained_elements + 4.0 * load.tail_elements)
+    recomputed = through if load.checkpointing else 0.0
+    return forward + through + attention + recomputed + 2 * head + adapters
+
+
+def moved_bytes(
+    shapes: ModelShapes, formats: Mapping[str, FormatName], load: Load, batch_size: int
+) -> float:
+    """Bytes of weights that one optimiser step moves through memory.
+
+    Each pass reads every matrix once: forward, backward from the first trained layer up, and a
+    second forward there when checkpointing. A packed matrix is read, written unpacked, and read
+    again. Each micro-batch pays this anew; so larger ones are faster.
+    """
+    passes = 3 if load.checkpointing else 2
+    total = 0.0
+    for matrix in shapes.matrices:
+        format_name = formats[matrix.name]
+        unpacked = 0 if format_name == "fp32" else 2 * FLOAT_BYTES * matrix.parameters
+        once = matrix_bytes(matrix, format_name) + unpacked
+        total += once * (passes if matrix.layer >= load.first_trained_layer else 1)
+    return total * (batch_size / load.micro_batch)
+
+
+def step_seconds(
+    profile: DeviceProfile,
+    shapes: ModelShapes,
+    formats: Mapping[str, FormatName],
+    load: Load,
+    batch_size: int,
+) -> float:
+    """Seconds of one optimiser step: arithmetic plus weight traffic, taken not to overlap.
+
+    Activations are float32, so the float32 rate counts; a rate that the device does not report
+    contributes nothing.
+    """
+    rates = profile.matmul_flops_per_s
+    flops_per_s = rates.get("fp32", max(rates.values(), default=0.0))
+    seconds = 0.0
+    if flops_per_s > 0:
+        seconds += step_flops(shapes, load, batch_size) / flops_per_s
+    if profile.memory_bandwidth_bytes_per_s > 0:
+        moved = moved_bytes(shapes, formats, load, batch_size)
+        seconds += moved / profile.memory_bandwidth_bytes_per_s
+    return seconds
+
+
+# ---------------------------------------------------------------- traffic
+
+
+def download_bytes(load: Load, wire_itemsize: int) -> int:
+    """Bytes of tensors that a device receives at the start of a round."""
+    return (load.trained_elements + load.tail_elements + load.dense_parameters) * wire_itemsize
+
+
+def upload_bytes(load: Load, wire_itemsize: int) -> int:
+    """Bytes of tensors that a device returns at the end of a round."""
+    return (load.trained_elements + load.dense_parameters) * wire_itemsize
+
+
+def transfer_seconds(profile: DeviceProfile, load: Load, wire_itemsize: int) -> float:
+    """Seconds of both transfers; nothing when the link's rate is unknown."""
+    if profile.link_bytes_per_s <= 0:
+        return 0.0
+    both = download_bytes(load, wire_itemsize) + upload_bytes(load, wire_itemsize)
+    return both / profile.link_bytes_per_s
+
+
+def _parameters_above(shapes: ModelShapes, layer: int) -> float:
+    """Parameters of all linear matrices at or above a layer, adapted or not.
+
+    Those that may not be adapted are among the other parameters: all beyond one embedding table,
+    taken as spread evenly over the layers.
+    """
+    adaptable = sum(matrix.parameters for matrix in shapes.matrices if matrix.layer >= layer)
+    rest = max(0, shapes.other_parameters - shapes.vocabulary * shapes.hidden_size)
+    return adaptable + rest * (shapes.layers - layer) / shapes.layers
+
+
+def _forward_flops(
+    shapes: ModelShapes, load: Load, tokens: int, parameters: float, blocks: int
+) -> float:
+    attention = 4.0 * tokens * load.sequence_length * shapes.hidden_size * blocks
+    return 2.0 * parameters * tokens + attention
+
+
+def _ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)

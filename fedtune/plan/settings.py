@@ -1,0 +1,68 @@
+"""What the planner is told about a run, in plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedtune.records import FormatName, TaskName
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSettings:
+    """What every device of a run shares.
+
+    Attributes:
+        rank_max: highest rank that a device trains.
+        rank_cap: rank that the coordinator keeps; no device gets more tail than fills it up.
+        tail: most frozen directions of the global adapter that a device gets per matrix beyond
+            those it trains; True: up to `rank_cap`, False or 0: none.
+        batch_size: samples of one optimiser step.
+        local_steps: optimiser steps in a round.
+        sequence_length: longest sample in tokens.
+        checkpointing: whether activations may be recomputed to save memory.
+        round_seconds: longest planned round; 0: no limit.
+        wire_itemsize: bytes of one number in a message.
+        dense_parameters: parameters that are trained whole (a task head).
+        trainable: names of the matrices that may be trained; empty: all of them.
+        task: decides whether logits have a row per token.
+        tail_apart: the trained directions are fresh and none of the global adapter's, so the tail
+            may hold all of it (`flora`).
+        eager_attention: whether attention scores are kept in memory (not with fused kernels).
+    """
+
+    rank_max: int
+    rank_cap: int
+    batch_size: int
+    local_steps: int
+    sequence_length: int
+    tail: bool | int = False
+    checkpointing: bool = True
+    round_seconds: float = 0.0
+    wire_itemsize: int = 4
+    dense_parameters: int = 0
+    trainable: tuple[str, ...] = ()
+    task: TaskName = "causal-lm"
+    eager_attention: bool = False
+    tail_apart: bool = False
+
+    @property
+    def tail_max(self) -> int:
+        """Most tail directions of a matrix, as a number."""
+        return self.rank_cap if self.tail is True else int(self.tail)
+
+
+@dataclass(frozen=True, slots=True)
+class Pins:
+    """What a run file fixes for the devices of one class; 0 or None leaves it to the planner.
+
+    Attributes:
+        rank: every trainable matrix gets this rank (less where the matrix is smaller).
+        rank_max: own limit in place of the run's.
+        format: the backbone's format.
+        micro_batch: samples of one forward pass; divides the batch size.
+    """
+
+    rank: int = 0
+    rank_max: int = 0
+    format: FormatName | None = None
+    micro_batch: int = 0

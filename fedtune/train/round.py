@@ -1,0 +1,225 @@
+"""One round on one device: start from what was sent, take the planned steps, give it back.
+
+The same code serves every device; what differs is the plan (ranks, formats, micro-batch) and the
+backbone it was given. Gradients accumulate over micro-batches as sums and are divided once, so the
+micro-batch changes memory and time, never the mathematics.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import ProtocolError
+from fedtune.lora.linear import Factors, attach, detach
+from fedtune.model.backbone import Backbone
+from fedtune.model.loss import TokenisedSample, collate, loss_sum, loss_units
+from fedtune.records import DevicePlan, Dispatch, FloatArray, LoraFactors, TaskName
+from fedtune.train.batches import micro_batches
+from fedtune.train.optimizer import RoundOptimizer
+from fedtune.wire.messages import OptimizerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """What a device has after its steps.
+
+    Attributes:
+        losses: mean loss per unit of each optimiser step's batch, before that step.
+        units: tokens (or samples, when classifying) that carried loss.
+    """
+
+    factors: Mapping[str, LoraFactors]
+    dense: Mapping[str, FloatArray]
+    samples: int
+    units: int
+    losses: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A device's tensors on a backbone: what is trained, and how to read it back."""
+
+    factors: Mapping[str, Factors]
+    dense: Mapping[str, nn.Parameter]
+
+    def trained(self) -> list[Tensor]:
+        """Trained tensors in a fixed order."""
+        pairs = [t for name in sorted(self.factors) for t in _pair(self.factors[name])]
+        return [t for t in pairs if t.requires_grad] + [self.dense[n] for n in sorted(self.dense)]
+
+
+def mount(backbone: Backbone, dispatch: Dispatch, *, trainable: bool) -> Mounted:
+    """Put a device's factors and dense values on a backbone; hold its lock while it is used.
+
+    Raises:
+        ProtocolError: the dispatch names a matrix that the backbone does not adapt.
+    """
+    unknown = (set(dispatch.trained) | set(dispatch.tail)) - set(backbone.layers)
+    if unknown:
+        raise ProtocolError(
+            f"the coordinator sent factors for {sorted(unknown)[0]}, which this backbone does "
+            "not adapt"
+        )
+    device = next(backbone.model.parameters()).device
+    names = sorted(set(dispatch.trained) | set(dispatch.tail))
+    factors = {
+        name: _factors(
+            backbone.layers[name].out_features,
+            backbone.layers[name].in_features,
+            dispatch.trained.get(name),
+            dispatch.tail.get(name),
+            device,
+            trainable,
+        )
+        for name in names
+    }
+    attach(backbone.layers, factors)
+    dense = {name: backbone.parameter(name) for name in sorted(dispatch.dense)}
+    for name, parameter in dense.items():
+        with torch.no_grad():
+            parameter.copy_(torch.tensor(dispatch.dense[name]))
+        parameter.requires_grad_(trainable)
+    return Mounted(factors, dense)
+
+
+def unmount(backbone: Backbone, mounted: Mounted) -> None:
+    """Leave the backbone bare and frozen for the next device."""
+    detach(backbone.layers)
+    for parameter in mounted.dense.values():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def train_round(
+    backbone: Backbone,
+    batches: Sequence[Sequence[TokenisedSample]],
+    dispatch: Dispatch,
+    plan: DevicePlan,
+    optimizer: OptimizerSpec,
+    *,
+    task: TaskName,
+    pad_id: int,
+    after_step: Callable[[int, float], None] | None = None,
+) -> RoundResult:
+    """Train a device's adapter for one round.
+
+    Args:
+        batches: one optimiser step's samples each; as many as `plan.local_steps`.
+        after_step: called with the step's index and loss; may raise to stop the round.
+
+    Raises:
+        ProtocolError: the dispatch does not fit the backbone.
+    """
+    started = time.perf_counter()
+    with backbone.lock:
+        mounted = mount(backbone, dispatch, trainable=True)
+        _set_checkpointing(backbone, plan.checkpointing)
+        try:
+            stepper = RoundOptimizer(mounted.trained(), optimizer, len(batches))
+            losses, units = [], 0
+            for index, batch in enumerate(batches):
+                loss = _accumulate(backbone, batch, plan.micro_batch, task, pad_id)
+                stepper.step()
+                losses.append(loss)
+                units += loss_units(batch, task)
+                if after_step is not None:
+                    after_step(index, loss)
+            factors = _read_back(mounted, dispatch)
+            dense = {name: _array(p) for name, p in mounted.dense.items()}
+        finally:
+            _set_checkpointing(backbone, False)
+            unmount(backbone, mounted)
+    samples = sum(len(batch) for batch in batches)
+    seconds = time.perf_counter() - started
+    return RoundResult(factors, dense, samples, units, tuple(losses), seconds)
+
+
+def _accumulate(
+    backbone: Backbone,
+    batch: Sequence[TokenisedSample],
+    micro_batch: int,
+    task: TaskName,
+    pad_id: int,
+) -> float:
+    """Backpropagate one optimiser step's mean loss, micro-batch by micro-batch."""
+    device = next(backbone.model.parameters()).device
+    units = loss_units(batch, task)
+    loss = 0.0
+    for part in micro_batches(batch, micro_batch):
+        mean = loss_sum(backbone.model, collate(part, pad_id, device), task).total / units
+        mean.backward()  # type: ignore[no-untyped-call]  # torch's own signature
+        loss += float(mean.detach())
+    return loss
+
+
+def _factors(
+    out_features: int,
+    in_features: int,
+    trained: LoraFactors | None,
+    tail: LoraFactors | None,
+    device: torch.device,
+    trainable: bool,
+) -> Factors:
+    def pair(source: LoraFactors | None) -> tuple[Tensor, Tensor]:
+        if source is None:
+            return torch.zeros(0, in_features), torch.zeros(out_features, 0)
+        return torch.tensor(source.a), torch.tensor(source.b)
+
+    a, b = (t.float().to(device) for t in pair(trained))
+    tail_a, tail_b = (t.float().to(device) for t in pair(tail))
+    if a.shape[1] != in_features or b.shape[0] != out_features:
+        raise ProtocolError(
+            f"the coordinator sent factors for a {b.shape[0]}x{a.shape[1]} matrix, "
+            f"found {out_features}x{in_features}"
+        )
+    trains = trainable and trained is not None
+    a.requires_grad_(trains)
+    b.requires_grad_(trains)
+    source = trained or tail
+    assert source is not None
+    return Factors(a, b, tail_a, tail_b, source.scale)
+
+
+def _read_back(mounted: Mounted, dispatch: Dispatch) -> dict[str, LoraFactors]:
+    return {
+        name: LoraFactors(
+            _array(mounted.factors[name].a), _array(mounted.factors[name].b), sent.scale
+        )
+        for name, sent in sorted(dispatch.trained.items())
+    }
+
+
+def _array(tensor: Tensor) -> FloatArray:
+    array: FloatArray = tensor.detach().to("cpu", torch.float32).numpy().copy()
+    return array
+
+
+def _pair(factors: Factors) -> tuple[Tensor, Tensor]:
+    return factors.a, factors.b
+
+
+def _set_checkpointing(backbone: Backbone, on: bool) -> None:
+    """Recompute each block's activations in the backward pass instead of keeping them."""
+    model = backbone.model
+    if on:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        # It also makes the embeddings' output require gradients, for reentrant checkpointing
+        # only, and would drag backpropagation below the first trained layer.
+        model.disable_input_require_grads()
+        model.train()  # transformers checkpoints only in training mode
+        _without_dropout(model)
+    elif model.is_activation_checkpointing:
+        model.activation_checkpointing_disable()
+        model.eval()
+
+
+def _without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()

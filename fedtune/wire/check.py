@@ -1,0 +1,130 @@
+"""The check that every device's update passes before the coordinator uses a number of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedtune.errors import ProtocolError, RefusedUpdateError
+from fedtune.records import AdapterUpdate, DevicePlan, FloatArray, LoraFactors, MatrixShape
+from fedtune.wire.fields import shown
+from fedtune.wire.messages import TrainReport
+from fedtune.wire.packing import Shape, tensors_digest, unpack_tensors
+from fedtune.wire.tensors import update_from_tensors, update_shapes
+
+
+def check_update(
+    report: TrainReport,
+    tensors: bytes,
+    *,
+    run: str,
+    round: int,
+    device: str,
+    base_digest: str,
+    plan: DevicePlan,
+    shapes: Mapping[str, MatrixShape],
+    dense_shapes: Mapping[str, Shape],
+    max_norm: float,
+    scale: float = 1.0,
+) -> AdapterUpdate:
+    """Turn a device's report and bytes into an update that can be joined.
+
+    Args:
+        report: decoded, so its numbers are in the ranges of the protocol.
+        tensors: packed factors and dense parameters.
+        run, round, device, base_digest: what the coordinator asked, and whom.
+        plan: what the device was to do.
+        shapes: name -> shape of the base's matrices.
+        dense_shapes: name -> shape of the parameters that are trained whole.
+        max_norm: largest Frobenius norm of one matrix's `scale * b @ a`, and of one dense
+            parameter. One device with huge values would otherwise own the weighted mean.
+        scale: of every LoRA pair.
+
+    Raises:
+        RefusedUpdateError: anything differs; the message says what was expected and found.
+    """
+    _check_identity(report, run, round, device, base_digest)
+    _check_counts(report, plan)
+    if tensors_digest(tensors) != report.tensors_digest:
+        raise RefusedUpdateError(
+            f"update of {device}: the tensors do not have the reported sha256; "
+            "they were changed or cut on the way"
+        )
+    try:
+        arrays = unpack_tensors(tensors, update_shapes(plan, shapes, dense_shapes))
+    except ProtocolError as error:
+        raise RefusedUpdateError(f"update of {device}: {error}") from error
+    factors, dense = update_from_tensors(arrays, plan, scale)
+    _check_norms(device, factors, dense, max_norm)
+    return AdapterUpdate(
+        run=run,
+        round=round,
+        device=device,
+        base_digest=base_digest,
+        factors=factors,
+        dense=dense,
+        samples=report.samples,
+        tokens=report.tokens,
+        metrics=dict(report.metrics),
+    )
+
+
+def _check_identity(
+    report: TrainReport, run: str, round: int, device: str, base_digest: str
+) -> None:
+    pairs = (
+        ("run", run, report.run),
+        ("round", round, report.round),
+        ("device", device, report.device),
+        ("base model digest", base_digest, report.base_digest),
+    )
+    for what, expected, found in pairs:
+        if expected != found:
+            raise RefusedUpdateError(
+                f"update of {device}: expected {what} {expected}, got {shown(str(found), 80)}"
+            )
+
+
+def _check_counts(report: TrainReport, plan: DevicePlan) -> None:
+    """Counts weigh an update, so they cannot exceed what the planned steps could consume."""
+    most_samples = plan.batch_size * plan.local_steps
+    most_tokens = most_samples * plan.sequence_length
+    for what, found, most in (
+        ("samples", report.samples, most_samples),
+        ("tokens", report.tokens, most_tokens),
+    ):
+        if not 1 <= found <= most:
+            raise RefusedUpdateError(
+                f"update of {report.device}: expected 1..{most} {what} for its plan, got {found}"
+            )
+
+
+def _check_norms(
+    device: str,
+    factors: Mapping[str, LoraFactors],
+    dense: Mapping[str, FloatArray],
+    max_norm: float,
+) -> None:
+    norms = {name: product_norm(pair) for name, pair in factors.items()}
+    norms |= {
+        name: float(np.linalg.norm(value.astype(np.float64))) for name, value in dense.items()
+    }
+    for name, norm in norms.items():
+        if not norm <= max_norm:
+            raise RefusedUpdateError(
+                f"update of {device}: expected a norm of at most {max_norm:g} for {name}, "
+                f"got {norm:g}"
+            )
+
+
+def product_norm(pair: LoraFactors) -> float:
+    """Frobenius norm of `scale * b @ a` without forming it: `sqrt(tr(b^T b a a^T))`.
+
+    Two (rank, rank) products in float64. Cancellation can leave a tiny negative trace, which
+    counts as 0.
+    """
+    a, b = pair.a.astype(np.float64), pair.b.astype(np.float64)
+    squared = float(np.sum((b.T @ b) * (a @ a.T)))
+    return abs(pair.scale) * math.sqrt(max(squared, 0.0))

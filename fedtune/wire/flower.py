@@ -1,0 +1,93 @@
+"""Messages inside Flower records: the only module of the core that knows Flower.
+
+A message is one ConfigRecord (`version`, `kind`, `body`: protobuf bytes) and, when tensors travel
+with it, one ArrayRecord of ONE Array. Flower sends every array on its own, with two HTTP posts and
+a database transaction each, so an adapter of 400 tensors packed in one block takes seconds where
+400 arrays take minutes. The array's `stype` is our own: Flower carries such bytes untouched.
+"""
+
+from __future__ import annotations
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedtune.errors import ProtocolError
+from fedtune.wire.fields import MAX_MESSAGE_BYTES, shown
+
+VERSION = 1
+TENSORS_STYPE = "fedtune.safetensors.v1"
+
+PROFILE = "query.profile"
+TRAIN = "train.lora"
+EVALUATE = "evaluate.loss"
+"""Flower message types; also the `kind` of the record that travels."""
+
+_CONFIG, _TENSORS, _PACKED = "fedtune", "tensors", "packed"
+
+
+def to_record(kind: str, body: bytes, tensors: bytes | None = None) -> RecordDict:
+    """Put a message into the records that Flower sends.
+
+    Args:
+        kind: what the body is, such as `train.lora`.
+        body: protobuf bytes.
+        tensors: what `pack_tensors` wrote; default: none travel.
+    """
+    records = {_CONFIG: ConfigRecord({"version": VERSION, "kind": kind, "body": body})}
+    if tensors is not None:
+        array = Array("uint8", (len(tensors),), TENSORS_STYPE, tensors)
+        records[_TENSORS] = ArrayRecord({_PACKED: array})
+    return RecordDict(records)
+
+
+def from_record(record: RecordDict, kind: str) -> tuple[bytes, bytes | None]:
+    """Take a message out of the records that Flower delivered: its body, and its packed tensors.
+
+    Raises:
+        ProtocolError: the records are not a message of this version and kind.
+    """
+    extra = sorted(set(record) - {_CONFIG, _TENSORS})
+    if extra:
+        raise ProtocolError(f"message {kind}: unexpected record {shown(str(extra[0]))}")
+    body = _body(record.get(_CONFIG), kind)
+    if _TENSORS not in record:
+        return body, None
+    return body, _packed(record[_TENSORS], kind)
+
+
+def _body(config: object, kind: str) -> bytes:
+    if not isinstance(config, ConfigRecord):
+        raise ProtocolError(f"message {kind}: the config record {_CONFIG!r} is missing")
+    if set(config) != {"version", "kind", "body"}:
+        keys = ", ".join(shown(str(key)) for key in sorted(config)[:8])
+        raise ProtocolError(f"message {kind}: expected version, kind and body, got {keys}")
+    version, found, body = config["version"], config["kind"], config["body"]
+    if version != VERSION or type(version) is not int:
+        raise ProtocolError(
+            f"message {kind}: expected version {VERSION}, got {shown(str(version))}; "
+            "install the same fedtune on coordinator and devices"
+        )
+    if found != kind:
+        raise ProtocolError(f"message: expected kind {kind}, got {shown(str(found))}")
+    if not isinstance(body, bytes):
+        raise ProtocolError(f"message {kind}: expected bytes as body, got {type(body).__name__}")
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(
+            f"message {kind}: expected a body of at most {MAX_MESSAGE_BYTES} bytes, got {len(body)}"
+        )
+    return body
+
+
+def _packed(arrays: object, kind: str) -> bytes:
+    if not isinstance(arrays, ArrayRecord) or set(arrays) != {_PACKED}:
+        raise ProtocolError(f"message {kind}: expected one array of packed tensors")
+    array = arrays[_PACKED]
+    if array.stype != TENSORS_STYPE:
+        raise ProtocolError(
+            f"message {kind}: expected array form {TENSORS_STYPE}, got {shown(array.stype)}"
+        )
+    if array.dtype != "uint8" or tuple(array.shape) != (len(array.data),):
+        raise ProtocolError(
+            f"message {kind}: expected uint8 array of shape ({len(array.data)},), "
+            f"got {shown(array.dtype)} {tuple(array.shape)[:8]}"
+        )
+    return bytes(array.data)

@@ -1,0 +1,204 @@
+"""Which tensors a dispatch and an update are made of: their names, their shapes, and the way back.
+
+`<matrix>.a` (rank, in) and `<matrix>.b` (out, rank) are trained factors, `<matrix>.tail_a` and
+`<matrix>.tail_b` frozen directions of the global adapter, `dense.<name>` a parameter that is
+trained whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedtune.errors import ProtocolError
+from fedtune.records import DevicePlan, Dispatch, FloatArray, LoraFactors, MatrixShape
+from fedtune.wire.packing import (
+    Shape,
+    WireDtype,
+    pack_tensors,
+    packed_shapes,
+    round_to_wire,
+    tensors_digest,
+    unpack_tensors,
+)
+
+__all__ = [
+    "Shape",
+    "WireDtype",
+    "dispatch_from_tensors",
+    "dispatch_shapes",
+    "dispatch_tensors",
+    "pack_tensors",
+    "packed_shapes",
+    "round_dispatch",
+    "round_to_wire",
+    "tensors_digest",
+    "unpack_dispatch",
+    "unpack_tensors",
+    "update_from_tensors",
+    "update_shapes",
+    "update_tensors",
+]
+
+
+def dispatch_tensors(dispatch: Dispatch) -> dict[str, FloatArray]:
+    """Name -> array of everything that a dispatch holds."""
+    return update_tensors(dispatch.trained, dispatch.dense) | _named(
+        dispatch.tail, "tail_a", "tail_b"
+    )
+
+
+def update_tensors(
+    factors: Mapping[str, LoraFactors], dense: Mapping[str, FloatArray]
+) -> dict[str, FloatArray]:
+    """Name -> array of everything that a device sends back."""
+    return _named(factors, "a", "b") | {f"dense.{name}": dense[name] for name in dense}
+
+
+def _named(factors: Mapping[str, LoraFactors], a: str, b: str) -> dict[str, FloatArray]:
+    tensors = {}
+    for matrix, pair in factors.items():
+        tensors[f"{matrix}.{a}"] = pair.a
+        tensors[f"{matrix}.{b}"] = pair.b
+    return tensors
+
+
+def round_dispatch(dispatch: Dispatch, dtype: WireDtype) -> Dispatch:
+    """The dispatch as the device will read it: every value rounded to the wire's dtype.
+
+    Raises:
+        ProtocolError: a value is not finite, or does not fit the dtype.
+    """
+
+    def rounded(factors: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
+        return {
+            name: LoraFactors(
+                round_to_wire(pair.a, dtype), round_to_wire(pair.b, dtype), pair.scale
+            )
+            for name, pair in factors.items()
+        }
+
+    return Dispatch(
+        trained=rounded(dispatch.trained),
+        tail=rounded(dispatch.tail),
+        dense={name: round_to_wire(value, dtype) for name, value in dispatch.dense.items()},
+    )
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def update_shapes(
+    plan: DevicePlan,
+    shapes: Mapping[str, MatrixShape],
+    dense_shapes: Mapping[str, Shape],
+) -> dict[str, Shape]:
+    """Name -> shape of every tensor that the device of `plan` sends back.
+
+    Raises:
+        ProtocolError: the plan trains a matrix that the model does not have.
+    """
+    expected: dict[str, Shape] = {}
+    for matrix, rank in plan.ranks().items():
+        expected |= _pair_shapes(_known(shapes, matrix), rank, "a", "b")
+    return expected | {f"dense.{name}": tuple(shape) for name, shape in dense_shapes.items()}
+
+
+def dispatch_shapes(
+    plan: DevicePlan,
+    shapes: Mapping[str, MatrixShape],
+    dense_shapes: Mapping[str, Shape],
+    found: Mapping[str, Shape],
+) -> dict[str, Shape]:
+    """Name -> shape of every tensor that the device of `plan` is sent.
+
+    Trained ranks are exact. A tail holds fewer directions than planned, or none, as long as the
+    global adapter has fewer; so its rank is taken from what was found, bounded by the plan.
+
+    Args:
+        found: name -> shape in the header of the packed tensors.
+
+    Raises:
+        ProtocolError: the plan names a matrix that the model does not have, or a tail is larger
+            than planned.
+    """
+    expected = update_shapes(plan, shapes, dense_shapes)
+    for matrix in plan.matrices:
+        tail = found.get(f"{matrix.name}.tail_a")
+        if tail is None or matrix.tail_rank == 0:
+            continue
+        rank = tail[0] if tail else 0
+        if not 1 <= rank <= matrix.tail_rank:
+            raise ProtocolError(
+                f"tensor {matrix.name}.tail_a: expected 1..{matrix.tail_rank} directions, "
+                f"got {rank}"
+            )
+        expected |= _pair_shapes(_known(shapes, matrix.name), rank, "tail_a", "tail_b")
+    return expected
+
+
+def _pair_shapes(shape: MatrixShape, rank: int, a: str, b: str) -> dict[str, Shape]:
+    return {
+        f"{shape.name}.{a}": (rank, shape.in_features),
+        f"{shape.name}.{b}": (shape.out_features, rank),
+    }
+
+
+def _known(shapes: Mapping[str, MatrixShape], matrix: str) -> MatrixShape:
+    if matrix not in shapes:
+        raise ProtocolError(f"plan: matrix {matrix} is not in the base model")
+    return shapes[matrix]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def unpack_dispatch(
+    data: bytes,
+    plan: DevicePlan,
+    shapes: Mapping[str, MatrixShape],
+    dense_shapes: Mapping[str, Shape],
+    scale: float = 1.0,
+) -> Dispatch:
+    """Read what a device was sent.
+
+    Args:
+        scale: of every LoRA pair; the instruction beside the tensors holds it.
+
+    Raises:
+        ProtocolError: the tensors are not those of the plan; the message names the first.
+    """
+    expected = dispatch_shapes(plan, shapes, dense_shapes, packed_shapes(data))
+    return dispatch_from_tensors(unpack_tensors(data, expected), plan, scale)
+
+
+def dispatch_from_tensors(
+    tensors: Mapping[str, FloatArray], plan: DevicePlan, scale: float = 1.0
+) -> Dispatch:
+    """The dispatch that named arrays make; their shapes are already checked."""
+    trained, dense = update_from_tensors(tensors, plan, scale)
+    tail = {
+        matrix.name: LoraFactors(
+            tensors[f"{matrix.name}.tail_a"], tensors[f"{matrix.name}.tail_b"], scale
+        )
+        for matrix in plan.matrices
+        if f"{matrix.name}.tail_a" in tensors
+    }
+    return Dispatch(trained=trained, tail=tail, dense=dense)
+
+
+def update_from_tensors(
+    tensors: Mapping[str, FloatArray], plan: DevicePlan, scale: float = 1.0
+) -> tuple[dict[str, LoraFactors], dict[str, FloatArray]]:
+    """Trained factors by matrix, and dense parameters by name; shapes are already checked."""
+    factors = {
+        name: LoraFactors(tensors[f"{name}.a"], tensors[f"{name}.b"], scale)
+        for name in plan.ranks()
+    }
+    dense = {
+        name.removeprefix("dense."): np.asarray(value)
+        for name, value in tensors.items()
+        if name.startswith("dense.")
+    }
+    return factors, dense

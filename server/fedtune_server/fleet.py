@@ -1,0 +1,170 @@
+"""Who takes part: wait for the devices, ask each what it is, and check that they fit together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.serverapp import Grid
+
+from fedtune.errors import ProtocolError, RoundError, RunError
+from fedtune.records import Event, SiteReport
+from fedtune.wire.flower import PROFILE, to_record
+from fedtune.wire.messages import TaskSpec, decode_site_report, encode_task_spec
+from fedtune_server.exchange import exchange
+
+Emit = Callable[[Event], None]
+
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The devices of a run, by name, in the order of their names.
+
+    Attributes:
+        labels: class names of all sites together, sorted; empty unless classifying.
+        dense_shapes: shapes of the parameters that are trained whole.
+    """
+
+    nodes: Mapping[str, int]
+    reports: Mapping[str, SiteReport]
+    labels: tuple[str, ...]
+    dense_shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.reports)
+
+
+def wait_for_nodes(grid: Grid, expected: int, deadline_s: float) -> list[int]:
+    """Node ids, once `expected` of them are there.
+
+    Raises:
+        RoundError: fewer came within the deadline.
+    """
+    end = time.monotonic() + deadline_s
+    while len(nodes := sorted(grid.get_node_ids())) < expected:
+        if time.monotonic() > end:
+            raise RoundError(
+                f"expected {expected} devices within {deadline_s:g} s, found {len(nodes)}; "
+                "start the missing devices or lower the counts under [fleet]"
+            )
+        time.sleep(_POLL_S)
+    return nodes[:expected]
+
+
+def gather_fleet(
+    grid: Grid, nodes: Sequence[int], task: TaskSpec, deadline_s: float, emit: Emit
+) -> Fleet:
+    """Ask every node what it is and keep those that can take part.
+
+    A device that fails, or holds another base, is excluded with its reason; the run goes on.
+
+    Raises:
+        RunError: none can take part, or two devices have one name.
+    """
+    request = encode_task_spec(task)
+    by_token = {f"node {node}": node for node in nodes}
+    contents = {token: to_record(PROFILE, request) for token in by_token}
+    reports: dict[str, SiteReport] = {}
+    node_of: dict[str, int] = {}
+    for answer in exchange(
+        grid, contents, by_token, kind=PROFILE, group="profile", deadline_s=deadline_s
+    ):
+        try:
+            report = _read_report(answer.failure, answer.body, task)
+        except ProtocolError as error:
+            emit(Event("site_excluded", {"device": answer.device, "reason": str(error)}))
+            continue
+        name = report.profile.name
+        if name in reports:
+            raise RunError(f"two devices call themselves {name!r}; give each site its own name")
+        reports[name], node_of[name] = report, by_token[answer.device]
+    if not reports:
+        raise RunError("no device can take part; see the reasons above")
+    ordered = dict(sorted(reports.items()))
+    for report in ordered.values():
+        _announce(report, emit)
+    labels = _join_labels(ordered, emit)
+    return Fleet(
+        nodes={name: node_of[name] for name in ordered},
+        reports=ordered,
+        labels=labels,
+        dense_shapes=_common_dense(ordered, len(labels)),
+    )
+
+
+def choose_devices(names: Sequence[str], count: int, seed: int, round: int) -> tuple[str, ...]:
+    """The devices of one round: all when `count` is 0, otherwise a seeded sample, sorted."""
+    if count == 0 or count >= len(names):
+        return tuple(sorted(names))
+    generator = np.random.default_rng([seed, round, 1])
+    chosen = generator.choice(len(names), size=count, replace=False)
+    return tuple(sorted(sorted(names)[index] for index in chosen))
+
+
+def _read_report(failure: str, body: bytes, task: TaskSpec) -> SiteReport:
+    if failure:
+        raise ProtocolError(failure)
+    report = decode_site_report(body)
+    if report.base_digest != task.base_digest:
+        raise ProtocolError(
+            f"{report.profile.name} holds another base model: expected digest "
+            f"{task.base_digest[:12]}, found {report.base_digest[:12]}; copy the same model there"
+        )
+    if report.train_samples == 0:
+        reason = report.warnings[0] if report.warnings else "it has no sample to train on"
+        raise ProtocolError(f"{report.profile.name}: {reason}")
+    return report
+
+
+def _announce(report: SiteReport, emit: Emit) -> None:
+    profile = report.profile
+    emit(
+        Event(
+            "site_reported",
+            {
+                "device": profile.name,
+                "device_class": profile.device_class,
+                "train_samples": report.train_samples,
+                "held_out_samples": report.held_out_samples,
+                "train_tokens": report.train_tokens,
+                "memory_bytes": profile.budget_bytes,
+                "formats": list(profile.formats),
+            },
+        )
+    )
+    for warning in report.warnings:
+        emit(Event("warning", {"text": f"{profile.name}: {warning}"}))
+
+
+def _join_labels(reports: Mapping[str, SiteReport], emit: Emit) -> tuple[str, ...]:
+    """All labels of the fleet; a site that lacks some of them is named, since that skews it."""
+    labels = tuple(sorted({label for report in reports.values() for label in report.labels}))
+    for name, report in reports.items():
+        missing = [label for label in labels if label not in report.labels]
+        if missing:
+            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            text = f"{name} has no sample of {len(missing)} of {len(labels)} labels ({shown})"
+            emit(Event("warning", {"text": text}))
+    return labels
+
+
+def _common_dense(
+    reports: Mapping[str, SiteReport], label_count: int
+) -> dict[str, tuple[int, ...]]:
+    """Head shapes with the label axis (reported as 0) filled in."""
+    first_name, first = next(iter(reports.items()))
+    for name, report in reports.items():
+        if dict(report.dense) != dict(first.dense):
+            raise RunError(
+                f"{name} and {first_name} would train different parameters whole; "
+                "install the same fedtune and transformers on all devices"
+            )
+    return {
+        name: tuple(label_count if axis == 0 else axis for axis in shape)
+        for name, shape in first.dense.items()
+    }

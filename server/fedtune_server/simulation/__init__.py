@@ -1,0 +1,107 @@
+"""A whole run on one machine: the same ServerApp and ClientApp as in a deployment.
+
+`simulate` opens the run folder, lets the coordinator play the run on the chosen backend, and
+leaves a folder that says how it ended, whatever happened.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedtune.config import RunConfig
+from fedtune.errors import FedtuneError
+from fedtune.records import Event, ModelShapes
+from fedtune_server.app import make_server_app
+from fedtune_server.coordinator import Coordinator
+from fedtune_server.ledger import Ledger
+from fedtune_server.metrics import MetricsWriter
+from fedtune_server.run_folder import RunFolder
+from fedtune_server.simulation.grid import run_inprocess
+from fedtune_server.simulation.ray import run_ray
+
+Watcher = Callable[[Event], None]
+
+
+def simulate(
+    config: RunConfig,
+    client_app: ClientApp,
+    shapes: ModelShapes,
+    devices: int,
+    *,
+    watch: Watcher,
+    finish: Callable[[Path, Watcher], None],
+    overwrite: bool = False,
+    warnings: Sequence[str] = (),
+) -> Path:
+    """Play a run and return its folder.
+
+    Args:
+        client_app: what every simulated device runs.
+        devices: sites that take part; each is one device.
+        watch: told of every event, beside the ledger and the metrics.
+        finish: called with the run folder after the last round, to write the exports; its events
+            are the run's.
+        overwrite: replace a run that the folder already holds.
+        warnings: to record at the start of the run.
+
+    Raises:
+        FedtuneError: as the coordinator or `finish` raised it, after the folder says so.
+        KeyboardInterrupt: on Ctrl-C, after the folder says so.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(RunFolder.create(config.folder, overwrite=overwrite))
+        folder.write_json("config.json", config.model_dump(mode="json"))
+        ledger = stack.enter_context(Ledger(folder.ledger))
+        metrics = stack.enter_context(MetricsWriter(folder.metrics, folder.tensorboard))
+        reached = 0
+
+        def emit(event: Event) -> None:
+            nonlocal reached
+            if event.kind == "round_finished":
+                reached = int(str(event.fields["round"]))
+            ledger.append(event)
+            metrics(event)
+            watch(event)
+
+        coordinator = Coordinator(config, shapes, folder, emit, _patience(config, devices))
+        try:
+            for warning in warnings:
+                emit(Event("warning", {"text": warning}))
+            _play(config, coordinator, client_app, devices)
+            finish(folder.path, emit)
+            folder.write_status("finished", reached)
+        except KeyboardInterrupt:
+            folder.write_status("interrupted", reached)
+            emit(Event("run_interrupted", {"round": reached}))
+            raise
+        except FedtuneError as error:
+            folder.write_status("failed", reached)
+            emit(Event("run_failed", {"reason": str(error)}))
+            raise
+    return config.folder
+
+
+def _play(config: RunConfig, coordinator: Coordinator, client_app: ClientApp, devices: int) -> None:
+    def job(grid: Grid) -> None:
+        coordinator.run(grid, devices)
+
+    server_app = make_server_app(job)
+    settings = config.simulation
+    if settings.backend == "ray":
+        threads = settings.threads or os.cpu_count() or 1
+        run_ray(server_app, client_app, devices, threads=threads, workers=settings.workers)
+    else:
+        run_inprocess(server_app, client_app, devices, workers=1)
+
+
+def _patience(config: RunConfig, devices: int) -> float:
+    """Devices take turns here, so a round lasts as long as all turns together."""
+    workers = config.simulation.workers if config.simulation.backend == "ray" else 1
+    return float(math.ceil(devices / workers))
