@@ -194,7 +194,11 @@ class TrainSection(_Section):
     local_steps: int = Field(5, ge=1, description="optimiser steps per device and round")
     batch_size: int = Field(16, ge=1, description="samples per optimiser step, on every device")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="rule of a local step")
-    learning_rate: float = Field(5e-3, gt=0, description="of a step in the first round")
+    learning_rate: float = Field(
+        1e-3,
+        gt=0,
+        description="of a step in the first round; 2e-4 suits billions of parameters, 1e-2 tiny models",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="how the learning rate falls from the first round to the last"
     )
@@ -225,6 +229,9 @@ class DeviceClassSection(_Section):
         ("fp32", "bf16", "int8", "nf4"),
         min_length=1,
         description="backbone formats that the device may use",
+    )
+    upload: Bytes = Field(
+        0, description="largest update that a device sends in a round, such as '5 MB'; 0: no limit"
     )
     rank_max: int = Field(0, ge=0, description="own limit of the rank; 0: lora.rank_max")
     rank: int = Field(0, ge=0, description="pin every matrix to this rank; 0: planned")

@@ -23,10 +23,14 @@ MINIMUM_PYTHON = (3, 11)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where to make it")
     parser.add_argument("--extra", default="demo", help="extra of the package, such as dev")
-    parser.add_argument("--torch-index", default="auto", help="auto, default, or an index's address")
+    parser.add_argument(
+        "--torch-index", default="auto", help="auto, default, or an index's address"
+    )
     arguments = parser.parse_args()
     if sys.version_info < MINIMUM_PYTHON:
         found = ".".join(map(str, sys.version_info[:3]))
@@ -72,7 +76,9 @@ def _pip_is_configured(python: Path) -> bool:
         [str(python), "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     )
     sources = ("index-url", "find-links")
-    return any(source in line.split("=")[0] for line in listed.stdout.splitlines() for source in sources)
+    return any(
+        source in line.split("=")[0] for line in listed.stdout.splitlines() for source in sources
+    )
 
 
 if __name__ == "__main__":

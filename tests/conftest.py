@@ -8,11 +8,19 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Array shapes in signatures are executed: a wrong annotation, or a wrong shape, fails a test. The
+# stages named here have annotations that resolve at run time (no import only for type checkers).
+install_import_hook(
+    ["fedtune.aggregate", "fedtune.lora", "fedtune.quant"],
+    "beartype.beartype",
+)
 
 
 @pytest.fixture(scope="session")

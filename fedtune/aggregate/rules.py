@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from fedtune.records import (
 )
 
 
+@runtime_checkable
 class Rule(Protocol):
     """How a fleet's unequal adapters become one. A rule keeps no state between calls."""
 

@@ -60,6 +60,9 @@ _SHORTEST: Final = 40
 """Characters; shorter documentation strings ("Internal function.") say nothing of their topic."""
 _LONGEST: Final = 420
 """Characters of one sample; about 128 tokens of the demo's own tokenizer."""
+_LONGEST_PAGE: Final = 135
+"""Characters of a page's text, and of its prompt and heading together. Chosen: all but one page
+then fit 128 tokens, so the demo shows no warning about samples that were cut."""
 _SMALLEST_CORPUS: Final = 200
 """Samples; every full Python has over 3000, so fewer means that the sources were stripped."""
 _TYPEWRITER: Final = str.maketrans(
@@ -146,7 +149,7 @@ def write_demo_data(folder: Path) -> DemoData:
     sites = {topic: folder / f"{topic}.jsonl" for topic in SITE_TOPICS}
     samples = {}
     for topic, path in sites.items():
-        pages = [_page(row) for row in rows if row["topic"] == topic and row["heading"]]
+        pages = [page for row in rows if row["topic"] == topic and (page := _page(row))]
         write_rows(path, pages)
         samples[topic] = len(pages)
     return DemoData(base, sites, samples)
@@ -195,8 +198,13 @@ def _add(rows: dict[str, Row], entry: _Entry, module: str, topic: str) -> None:
         heading = ""
 
 
-def _page(row: Row) -> Row:
-    return {"prompt": f"help({row['name']})", "response": f"{row['heading']}\n{row['text']}"}
+def _page(row: Row) -> Row | None:
+    """A row's page of help; None when it is not the start of a page, or too long for one."""
+    text = next((piece for piece in _pieces(row["text"], _LONGEST_PAGE)), "")
+    prompt, head = f"help({row['name']})", row["heading"]
+    if not head or not text or len(prompt) + len(head) > _LONGEST_PAGE:
+        return None
+    return {"prompt": prompt, "response": f"{head}\n{text}"}
 
 
 def _documentation(stdlib: Path) -> Iterator[_Entry]:
@@ -266,7 +274,7 @@ def _samples(documentation: str) -> Iterator[str]:
         paragraph = " ".join(block.split())
         if not _is_english(block, paragraph):
             continue
-        for piece in _pieces(paragraph):
+        for piece in _pieces(paragraph, _LONGEST):
             if sample and len(sample) + len(piece) >= _LONGEST:
                 yield sample
                 sample = ""
@@ -275,15 +283,17 @@ def _samples(documentation: str) -> Iterator[str]:
         yield sample
 
 
-def _pieces(paragraph: str) -> Iterator[str]:
-    """Cut a long paragraph after the ends of sentences."""
+def _pieces(paragraph: str, longest: int) -> Iterator[str]:
+    """Cut a text after the ends of sentences; a sentence that is too long is left out."""
     piece = ""
-    for sentence in re.split(r"(?<=[.!?:;]) ", paragraph):
-        if piece and len(piece) + len(sentence) >= _LONGEST:
+    for sentence in re.split(r"(?<=[.!?:;])(?= )|(?=\n)", paragraph):
+        if piece and len(piece) + len(sentence) > longest:
             yield piece
             piece = ""
-        piece = f"{piece} {sentence}" if piece else sentence
-    if len(piece) <= _LONGEST:
+        piece = f"{piece}{sentence}" if piece else sentence.strip()
+        if len(piece) > longest:
+            piece = ""
+    if piece:
         yield piece
 
 

@@ -11,6 +11,7 @@ from fedtune.plan.cost import (
     peak_bytes,
     step_seconds,
     transfer_seconds,
+    upload_bytes,
 )
 from fedtune.plan.ladder import Ladder
 from fedtune.plan.settings import Pins, PlanSettings
@@ -129,6 +130,9 @@ def refusal(task: Task, option: Option, length: int, tail: int = 0) -> str:
     load = load_of(task, option, length, tail)
     if peak_bytes(task.shapes, formats, load).total > task.profile.budget_bytes:
         return "memory"
+    most = task.pins.upload_bytes
+    if most and upload_bytes(load, settings.wire_itemsize) > most:
+        return "upload size"
     if settings.round_seconds > 0:
         transfer = transfer_seconds(task.profile, load, settings.wire_itemsize)
         if transfer > TRANSFER_SHARE * settings.round_seconds:

@@ -60,9 +60,11 @@ class Pins:
         rank_max: own limit in place of the run's.
         format: the backbone's format.
         micro_batch: samples of one forward pass; divides the batch size.
+        upload_bytes: largest update that a device sends in a round.
     """
 
     rank: int = 0
     rank_max: int = 0
     format: FormatName | None = None
     micro_batch: int = 0
+    upload_bytes: int = 0

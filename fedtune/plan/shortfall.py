@@ -10,6 +10,7 @@ from fedtune.plan.cost import (
     peak_bytes,
     step_seconds,
     transfer_seconds,
+    upload_bytes,
 )
 
 _PARTS = {
@@ -32,6 +33,9 @@ def shortfall(task: Task) -> PlanError:
     )
     peak, budget = _peak(task, smallest), task.profile.budget_bytes
     if peak.total <= budget:
+        sent = upload_bytes(_load(task, smallest), task.settings.wire_itemsize)
+        if 0 < task.pins.upload_bytes < sent:
+            return _too_narrow(task, sent)
         return _too_slow(task)
     part, size = peak.largest()
     takes, remedy = _PARTS[part]
@@ -51,6 +55,16 @@ def human_bytes(count: int) -> str:
             tenths = -(-count * 10 // size)
             return f"{tenths / 10:g} {unit}"
     return f"{count} B"
+
+
+def _too_narrow(task: Task, sent: int) -> PlanError:
+    """The smallest update is larger than what the device may send."""
+    section = f"fleet.{task.profile.device_class}"
+    pinned = f", or unpin {section}.rank" if task.pins.rank else ""
+    return PlanError(
+        f"device {task.profile.name} may send {human_bytes(task.pins.upload_bytes)} a round, and "
+        f"the smallest update takes {human_bytes(sent)}; raise {section}.upload{pinned}"
+    )
 
 
 def _too_slow(task: Task) -> PlanError:

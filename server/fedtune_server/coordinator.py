@@ -162,6 +162,7 @@ class Coordinator:
                 rank_max=section.rank_max,
                 format=section.format,
                 micro_batch=section.micro_batch,
+                upload_bytes=section.upload,
             )
             for name, section in config.fleet.items()
         }

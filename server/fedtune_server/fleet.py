@@ -138,7 +138,7 @@ def _announce(report: SiteReport, emit: Emit) -> None:
         )
     )
     for warning in report.warnings:
-        emit(Event("warning", {"text": f"{profile.name}: {warning}"}))
+        emit(Event("warning", {"text": warning}))
 
 
 def _join_labels(reports: Mapping[str, SiteReport], emit: Emit) -> tuple[str, ...]:

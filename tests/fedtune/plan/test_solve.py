@@ -386,3 +386,28 @@ def test_the_memory_that_the_error_asks_for_is_enough() -> None:
     asked = str(caught.value).split("memory of at least ")[1].split(" kB")[0]
     plan = plan_one(device("d", float(asked) * 1000))
     assert sum(plan.ranks().values()) >= 1
+
+
+def test_an_upload_limit_leaves_ranks_that_differ_between_matrices() -> None:
+    plan = plan_one(device("a", 64 * MB), pins=Pins(upload_bytes=60_000))
+    assert plan.upload_bytes <= 60_000
+    assert len(set(plan.ranks().values())) > 1
+    assert "upload size" in plan.binding
+    free = plan_one(device("a", 64 * MB))
+    assert free.upload_bytes > 60_000
+    assert "upload size" not in free.binding
+
+
+def test_an_upload_limit_below_the_smallest_update_is_an_error() -> None:
+    words = r"device a may send 10 B a round, .* raise fleet\.class-a\.upload$"
+    with pytest.raises(PlanError, match=words):
+        plan_one(device("a", 64 * MB), pins=Pins(upload_bytes=10))
+
+
+def test_a_tail_apart_from_the_trained_directions_may_hold_the_whole_adapter() -> None:
+    whole = replace(SETTINGS, tail=4096, rank_cap=4096)
+    apart = plan_one(device("a", 64 * MB), replace(whole, tail_apart=True))
+    beside = plan_one(device("a", 64 * MB), whole)
+    sides = {m.name: min(m.out_features, m.in_features) for m in TINY.matrices}
+    assert {m.name: m.tail_rank for m in apart.matrices} == sides
+    assert all(m.tail_rank == sides[m.name] - m.rank for m in beside.matrices)
