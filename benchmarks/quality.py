@@ -7,7 +7,8 @@ per response token, measured on the merged model. Model: stories260k. Ranks 2, 4
 and 1 devices, shuffled by the seed; 10 rounds of 5 local steps of 16 samples, all devices in every
 round, server cap 32. Centralised training takes the same 50 steps in a row on all sites' rows at
 rank 16; it sees a twelfth of the samples, and takes as many steps in a row. Weights are the
-sites' numbers of samples; AdamW starts anew in every round; no clipping. Everything runs through the same simulation as `fedtune simulate`.
+sites' numbers of samples; AdamW starts anew in every round; no clipping. Everything runs through
+the same simulation as `fedtune simulate`. Learning rates were chosen on seed 0.
 
 `--quick` takes 6 devices, 4 rounds, 4 local steps, one seed and a coarser test set.
 """

@@ -197,7 +197,8 @@ class TrainSection(_Section):
     learning_rate: float = Field(
         1e-3,
         gt=0,
-        description="of a step in the first round; 2e-4 suits billions of parameters, 1e-2 tiny models",
+        description="of a step in the first round; about 2e-4 for billions of parameters, 1e-2 "
+        "for tiny models",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="how the learning rate falls from the first round to the last"

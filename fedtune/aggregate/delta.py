@@ -12,9 +12,9 @@ from jaxtyping import Float
 
 from fedtune.aggregate.contributions import Share, holders, join_matrices
 from fedtune.aggregate.directions import (
-    split_triplets,
     choose_directions,
     dispatch_directions,
+    split_triplets,
 )
 from fedtune.aggregate.low_rank import (
     Pair,

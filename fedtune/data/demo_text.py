@@ -60,8 +60,8 @@ _SHORTEST: Final = 40
 """Characters; shorter documentation strings ("Internal function.") say nothing of their topic."""
 _LONGEST: Final = 420
 """Characters of one sample; about 128 tokens of the demo's own tokenizer."""
-_LONGEST_PAGE: Final = 135
-"""Characters of a page's text, and of its prompt and heading together. Chosen: all but one page
+_LONGEST_PAGE: Final = 130
+"""Characters of a page's text, and of its prompt and heading together. Chosen: all pages
 then fit 128 tokens, so the demo shows no warning about samples that were cut."""
 _SMALLEST_CORPUS: Final = 200
 """Samples; every full Python has over 3000, so fewer means that the sources were stripped."""

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fedtune.errors import DataError, ModelError
 from fedtune.model.muon import Muon
+from fedtune.model.thread_choice import ThreadChoice, threads_restored
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -183,11 +184,12 @@ def _build(
             f"the demo's base needs text for {recipe.batch} or more windows of {recipe.window} "
             f"tokens, found {len(windows)}"
         )
-    with _threads_restored():
+    with threads_restored():
         model = _new_model(recipe, tokenizer, seed)
         steps = _train(model, windows, recipe, seconds, generator, progress)
         loss = _held_out_loss(model, held_out_windows)
-    model.save_pretrained(folder)
+    with _no_progress_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {
         "parameters": model.num_parameters(),
@@ -263,7 +265,7 @@ def _train(
     """Train until the last step or the time limit; return how many steps were taken."""
     optimizers = _optimizers(model, recipe)
     batches = _batches(windows, recipe.batch, generator)
-    threads = _Threads()
+    threads = ThreadChoice()
     started = time.perf_counter()
     model.train()
     for step in range(recipe.steps):
@@ -274,9 +276,8 @@ def _train(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["full_rate"] * factor
-        threads.before(step)
-        loss = _step(model, next(batches), optimizers)
-        threads.after(step)
+        with threads.step(step):
+            loss = _step(model, next(batches), optimizers)
         if progress is not None:
             progress(share, loss)
     return recipe.steps
@@ -343,43 +344,18 @@ def _held_out_loss(model: LlamaForCausalLM, windows: Int64[Tensor, "windows wind
     return sum(losses) / len(windows)
 
 
-class _Threads:
-    """Chooses between one thread and a few by timing the first steps with each.
-
-    On a quiet machine a few threads are faster. On a busy one they wait for each other at every
-    small product, and a step can take five times as long as with one.
-    """
-
-    def __init__(self) -> None:
-        few = min(torch.get_num_threads(), 4)
-        # The first step of all is not typical, so nothing is concluded from it.
-        self._trials = [few, few, few, 1, 1] if few > 1 else []
-        self._best_s: dict[int, float] = {}
-        self._started = 0.0
-
-    def before(self, step: int) -> None:
-        """Set the threads of a step."""
-        if step < len(self._trials):
-            torch.set_num_threads(self._trials[step])
-        elif step == len(self._trials) and self._best_s:
-            torch.set_num_threads(min(self._best_s, key=lambda n: self._best_s[n]))
-        self._started = time.perf_counter()
-
-    def after(self, step: int) -> None:
-        """Note how long a step took."""
-        if 0 < step < len(self._trials):
-            threads = self._trials[step]
-            took = time.perf_counter() - self._started
-            self._best_s[threads] = min(took, self._best_s.get(threads, took))
-
-
 @contextmanager
-def _threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers' own bars off the terminal, where ours is."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        if shown:
+            logging.enable_progress_bar()
 
 
 # ---------------------------------------------------------------- the cache

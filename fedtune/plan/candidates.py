@@ -90,6 +90,11 @@ def shortest(task: Task) -> int:
     return len(task.ladder) if task.pins.rank else 1
 
 
+def smallest_tail(task: Task) -> int:
+    """Tail that a plan must leave room for: none, unless every device gets all of it."""
+    return task.settings.tail_max if task.settings.whole_tail else 0
+
+
 def load_of(task: Task, option: Option, length: int, tail: int = 0) -> Load:
     """What the device computes with the first `length` rungs and a tail."""
     tail_ranks, tail_elements = _tail_sums(task, length, tail)
@@ -119,7 +124,7 @@ def tail_ranks(task: Task, ranks: Mapping[str, int], tail: int) -> dict[str, int
         if trainable and matrix.name not in trainable:
             continue
         most = min(task.settings.rank_cap, matrix.out_features, matrix.in_features)
-        trained = 0 if task.settings.tail_apart else ranks.get(matrix.name, 0)
+        trained = 0 if task.settings.whole_tail else ranks.get(matrix.name, 0)
         found[matrix.name] = max(0, min(tail, most - trained))
     return found
 
@@ -164,16 +169,17 @@ def best_choice(task: Task, format_name: FormatName) -> Choice | None:
     same gradients, only later, while a rank that is not granted is lost.
     """
     best: tuple[int, Option] | None = None
-    least = shortest(task)
+    least, tail_least = shortest(task), smallest_tail(task)
     for option in options(task, format_name):
-        length = longest(least, len(task.ladder), partial(_fits, task, option))
+        fits = partial(_fits, task, option, tail=tail_least)
+        length = longest(least, len(task.ladder), fits)
         if length is not None and (best is None or length > best[0]):
             best = length, option
     if best is None:
         return None
     length, option = best
-    stopped_by = "" if length == len(task.ladder) else refusal(task, option, length + 1)
-    tail = longest(0, task.settings.tail_max, partial(_fits, task, option, length))
+    stopped_by = "" if length == len(task.ladder) else refusal(task, option, length + 1, tail_least)
+    tail = longest(tail_least, task.settings.tail_max, partial(_fits, task, option, length))
     assert tail is not None
     return Choice(option, length, tail, stopped_by)
 

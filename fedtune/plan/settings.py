@@ -25,8 +25,8 @@ class PlanSettings:
         dense_parameters: parameters that are trained whole (a task head).
         trainable: names of the matrices that may be trained; empty: all of them.
         task: decides whether logits have a row per token.
-        tail_apart: the trained directions are fresh and none of the global adapter's, so the tail
-            may hold all of it (`flora`).
+        whole_tail: every device gets all of the global adapter as its tail, apart from its trained
+            directions, and has to carry it (`flora`).
         eager_attention: whether attention scores are kept in memory (not with fused kernels).
     """
 
@@ -43,7 +43,7 @@ class PlanSettings:
     trainable: tuple[str, ...] = ()
     task: TaskName = "causal-lm"
     eager_attention: bool = False
-    tail_apart: bool = False
+    whole_tail: bool = False
 
     @property
     def tail_max(self) -> int:

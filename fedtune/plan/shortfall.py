@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from fedtune.errors import PlanError
-from fedtune.plan.candidates import Option, Task, load_of, options, refusal, shortest
+from fedtune.plan.candidates import (
+    Option,
+    Task,
+    load_of,
+    options,
+    refusal,
+    shortest,
+    smallest_tail,
+)
 from fedtune.plan.cost import (
     Load,
     PeakBytes,
@@ -74,7 +82,7 @@ def _too_slow(task: Task) -> PlanError:
         option
         for format_name in task.formats()
         for option in options(task, format_name)
-        if refusal(task, option, shortest(task)) != "memory"
+        if refusal(task, option, shortest(task), smallest_tail(task)) != "memory"
     ]
     seconds = {option: _seconds(task, option) for option in fitting}
     fastest = min(fitting, key=lambda option: sum(seconds[option]))
@@ -94,7 +102,7 @@ def _seconds(task: Task, option: Option) -> tuple[float, float]:
 
 
 def _load(task: Task, option: Option) -> Load:
-    return load_of(task, option, shortest(task))
+    return load_of(task, option, shortest(task), smallest_tail(task))
 
 
 def _peak(task: Task, option: Option) -> PeakBytes:

@@ -154,7 +154,7 @@ class Coordinator:
             wire_itemsize=2 if config.wire.dtype == "float16" else 4,
             dense_parameters=sum(int(np.prod(s)) for s in fleet.dense_shapes.values()),
             task=config.model.task,
-            tail_apart=whole,
+            whole_tail=whole,
         )
         pins = {
             name: Pins(

@@ -9,9 +9,9 @@ import pytest
 from fedtune.aggregate.directions import (
     Directions,
     all_fresh,
-    split_triplets,
     choose_directions,
     dispatch_directions,
+    split_triplets,
 )
 from fedtune.aggregate.low_rank import Pair, recompress
 from fedtune.records import DevicePlan, Dispatch, GlobalAdapter, MatrixPlan

@@ -404,10 +404,14 @@ def test_an_upload_limit_below_the_smallest_update_is_an_error() -> None:
         plan_one(device("a", 64 * MB), pins=Pins(upload_bytes=10))
 
 
-def test_a_tail_apart_from_the_trained_directions_may_hold_the_whole_adapter() -> None:
-    whole = replace(SETTINGS, tail=4096, rank_cap=4096)
-    apart = plan_one(device("a", 64 * MB), replace(whole, tail_apart=True))
-    beside = plan_one(device("a", 64 * MB), whole)
+def test_a_whole_tail_is_planned_apart_from_the_trained_directions_or_refused() -> None:
+    free = replace(SETTINGS, tail=4096, rank_cap=4096)
+    whole = replace(free, whole_tail=True)
+    apart, beside = plan_one(device("a", 64 * MB), whole), plan_one(device("a", 64 * MB), free)
     sides = {m.name: min(m.out_features, m.in_features) for m in TINY.matrices}
     assert {m.name: m.tail_rank for m in apart.matrices} == sides
     assert all(m.tail_rank == sides[m.name] - m.rank for m in beside.matrices)
+    least = 1.2 * MB
+    assert plan_one(device("a", least), free).peak_bytes <= least
+    with pytest.raises(PlanError, match="memory budget"):
+        plan_one(device("a", least), whole)
