@@ -279,7 +279,7 @@ def _train(
         with threads.step(step):
             loss = _step(model, next(batches), optimizers)
         if progress is not None:
-            progress(share, loss)
+            progress(min(1.0, max(share, (step + 1) / recipe.steps)), loss)
     return recipe.steps
 
 

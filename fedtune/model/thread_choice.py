@@ -9,48 +9,45 @@ from typing import Final
 
 import torch
 
-_PERIOD: Final = 30
-"""Steps between two trials. Chosen: the four steps of a trial then cost a few per cent at most on
-a quiet machine, and a machine that has become busy or quiet is noticed within seconds."""
 _MOST: Final = 4
 """With more threads, products of a few hundred rows gain nothing."""
+_PATIENCE: Final = 2
+"""Slow steps in a row that are enough to give threads up; one alone may be an accident."""
 
 
 class ThreadChoice:
-    """Chooses between one thread and a few, again and again, by timing steps with each.
+    """Uses a few threads for as long as they are faster than one.
 
-    On a quiet machine a few threads are faster. On a busy one they wait for each other at every
-    small product, and a step can take five times as long as with one.
+    On a quiet machine they are. On a busy one they wait for each other at every small product,
+    and a step can take ten times as long as with one, so they are given up for good.
+
+    Attributes:
+        few: threads to use while they are worth it.
     """
 
     def __init__(self) -> None:
         self.few = min(torch.get_num_threads(), _MOST)
-        self._best_s: dict[int, float] = {}
+        self._one_s = float("inf")
+        self._slow = 0
 
     @contextmanager
     def step(self, index: int) -> Iterator[None]:
-        """Set the threads of one step, and time it when it is one of a trial's."""
-        position = index % _PERIOD
-        trial = (self.few, self.few, 1, 1)
-        if self.few == 1 or position > len(trial):
-            yield
-            return
-        if position == len(trial):
-            torch.set_num_threads(self.fastest())
-            yield
-            return
-        if position == 0:
-            self._best_s.clear()
-        threads = trial[position]
-        torch.set_num_threads(threads)
+        """Set the threads of a step, and learn from how long it takes.
+
+        Args:
+            index: from 0. The first two steps use one thread; the first is never typical.
+        """
+        alone = index < 2 or self.few == 1
+        torch.set_num_threads(1 if alone else self.few)
         started = time.perf_counter()
         yield
-        took = time.perf_counter() - started
-        self._best_s[threads] = min(took, self._best_s.get(threads, took))
-
-    def fastest(self) -> int:
-        """The number of threads of the last trial's fastest step; a few before any trial."""
-        return min(self._best_s, key=lambda n: self._best_s[n], default=self.few)
+        took_s = time.perf_counter() - started
+        if index == 1:
+            self._one_s = took_s
+        if not alone:
+            self._slow = self._slow + 1 if took_s > self._one_s else 0
+            if self._slow >= _PATIENCE:
+                self.few = 1
 
 
 @contextmanager

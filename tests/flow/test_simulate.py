@@ -292,3 +292,12 @@ def _refused(tree: Tree, play: Play, error: type[FedtuneError], words: str) -> N
         play(tree)
     assert "\n" not in str(caught.value)
     assert not Path(tree["outputs"]["folder"]).exists()
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes_as_the_inprocess_backend(tree: Tree, play: Play) -> None:
+    pytest.importorskip("ray")
+    other = copy.deepcopy(tree)
+    other["outputs"]["folder"] += "-ray"
+    other["simulation"] = {"threads": 1, "backend": "ray", "workers": 2}
+    assert _adapter_bytes(play(tree).folder) == _adapter_bytes(play(other).folder)
