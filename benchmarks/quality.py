@@ -89,8 +89,6 @@ VARIANTS = (
     Variant("delta_plain", "delta without tail", "delta"),
     Variant("zero_pad_fast", "zero-pad", "zero-pad", FAST_RATE),
     Variant("flexlora_fast", "flexlora", "flexlora", FAST_RATE),
-    Variant("flora_fast", "flora", "flora", FAST_RATE, True),
-    Variant("delta_plain_fast", "delta without tail", "delta", FAST_RATE),
     Variant("delta", "delta (default: with tail)", "delta", FAST_RATE, True),
 )
 QUICK_KEYS = ("base", "central", "local_only", "zero_pad", "flexlora", "flora", "delta")
@@ -221,7 +219,14 @@ class Bench:
 
 
 def _device_class(count: int, rank: int) -> dict[str, object]:
-    return {"count": count, "memory": "1 GB", "formats": ["fp32"], "format": "fp32", "rank": rank}
+    return {
+        "count": count,
+        "memory": "1 GB",
+        "formats": ["fp32"],
+        "format": "fp32",
+        "rank": rank,
+        "micro_batch": 4,
+    }
 
 
 def _silent(event: object) -> None:

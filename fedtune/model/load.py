@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from fedtune.errors import MissingExtraError, ModelError
 from fedtune.model.source import weight_files
@@ -55,7 +55,7 @@ def load_base(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise ModelError(
                 f"model folder {folder} cannot be loaded for {task}: {line}"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _RESHAPED_LOGITS = (
     "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
     "logit_scale",
     "logits_scaling",
     "lm_head_multiplier",
@@ -119,7 +121,9 @@ def _next_token_logits(
     model: PreTrainedModel, tokens: Int[Tensor, "batch length"], rows: Bool[Tensor, "batch rest"]
 ) -> Float[Tensor, "rows vocabulary"]:
     head = model.get_output_embeddings()
-    if head is None or any(getattr(model.config, key, None) for key in _RESHAPED_LOGITS):
+    # A matrix further inside is the last part of a head that does more (RoBERTa's, say).
+    whole = any(head is child for child in model.children())
+    if not whole or any(getattr(model.config, key, None) for key in _RESHAPED_LOGITS):
         full: Tensor = model(input_ids=tokens, use_cache=False).logits
         return full[:, :-1][rows]
     hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
