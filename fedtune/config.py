@@ -283,6 +283,9 @@ class SimulationSection(_Section):
     )
     threads: int = Field(0, ge=0, description="torch threads per device; 0: all cores")
     workers: int = Field(1, ge=1, description="for `ray`: devices that train at the same time")
+    accelerator: Literal["cpu", "cuda"] = Field(
+        "cpu", description="where the simulated devices compute; their budgets stay their own"
+    )
 
 
 ExportName = Literal["merged", "peft", "onnx"]

@@ -74,8 +74,6 @@ class Agent:
         self._tokenizer = load_tokenizer(self._folder)
         self._pad_id = pad_id(self._tokenizer)
         self._samples: dict[tuple[str, ...], tuple[SampleSet, SampleSet]] = {}
-        if site.threads:
-            torch.set_num_threads(site.threads)
 
     @property
     def name(self) -> str:
@@ -174,6 +172,9 @@ class Agent:
 
     def _accept(self, order: Order, packed: bytes) -> tuple[Dispatch, Backbone]:
         """Check an instruction, and have its tensors and its backbone ready."""
+        if self._site.threads:
+            # Counts for the calling thread only, and an engine may call from another each time.
+            torch.set_num_threads(self._site.threads)
         plan, profile = order.plan, self._site.profile
         if order.base_digest != base_digest(self._folder):
             raise ProtocolError(

@@ -78,4 +78,10 @@ class SimulatedFleet:
 def _open(config_json: str) -> tuple[RunConfig, Sites, dict[str, DeviceProfile]]:
     config = RunConfig.model_validate_json(config_json)
     sites = open_sites(config.data, devices=config.devices, seed=config.run.seed)
-    return config, sites, simulated_profiles(config.fleet, sites.declared, config.run.seed)
+    return (
+        config,
+        sites,
+        simulated_profiles(
+            config.fleet, sites.declared, config.run.seed, config.simulation.accelerator
+        ),
+    )

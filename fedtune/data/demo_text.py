@@ -63,6 +63,8 @@ _LONGEST: Final = 420
 _LONGEST_PAGE: Final = 130
 """Characters of a page's text, and of its prompt and heading together. Chosen: all pages
 then fit 128 tokens, so the demo shows no warning about samples that were cut."""
+_LONGEST_START: Final = 180
+"""Characters of a text that is to be classified."""
 _SMALLEST_CORPUS: Final = 200
 """Samples; every full Python has over 3000, so fewer means that the sources were stripped."""
 _TYPEWRITER: Final = str.maketrans(
@@ -158,16 +160,22 @@ def write_demo_data(folder: Path) -> DemoData:
 def write_classification_data(path: Path) -> int:
     """Write one `text`/`label` row per sample of the sites' topics; the label is the topic.
 
+    A text is the first sentences of a sample: they say what something is, and fit 64 tokens.
+
     Returns:
         How many rows were written.
 
     Raises:
         DataError: as `demo_rows`.
     """
-    rows = [row for row in demo_rows() if row["topic"] in SITE_TOPICS]
+    labels: dict[str, str] = {}
+    for row in demo_rows():
+        text = next(_pieces(row["text"], _LONGEST_START), "")
+        if row["topic"] in SITE_TOPICS and len(text) >= _SHORTEST:
+            labels.setdefault(text, row["topic"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(path, [{"text": row["text"], "label": row["topic"]} for row in rows])
-    return len(rows)
+    write_rows(path, [{"text": text, "label": topic} for text, topic in labels.items()])
+    return len(labels)
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
@@ -200,7 +208,7 @@ def _add(rows: dict[str, Row], entry: _Entry, module: str, topic: str) -> None:
 
 def _page(row: Row) -> Row | None:
     """A row's page of help; None when it is not the start of a page, or too long for one."""
-    text = next((piece for piece in _pieces(row["text"], _LONGEST_PAGE)), "")
+    text = next(_pieces(row["text"], _LONGEST_PAGE), "")
     prompt, head = f"help({row['name']})", row["heading"]
     if not head or not text or len(prompt) + len(head) > _LONGEST_PAGE:
         return None

@@ -6,9 +6,9 @@ reads like broken English, and that is enough: it has a loss that tuning lowers,
 a large Llama has, and the files that every tool expects of a base.
 
 The schedule follows the share of the work done, counted in steps or in seconds, whichever is
-further. On a machine that keeps up, the steps decide and the same seed gives the same training (up
-to rounding: how many threads take part is measured);
-on a slower one the clock decides, and the learning rate still falls to its end.
+further. On a machine that keeps up, the steps decide and the same seed gives the same training, up
+to rounding (how many threads take part is measured). On a slower one the clock decides, and the
+learning rate still falls to its end.
 """
 
 from __future__ import annotations

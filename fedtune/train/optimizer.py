@@ -27,18 +27,29 @@ class RoundOptimizer:
         """Clip, take one step at the current learning rate, and clear the gradients."""
         share = self._taken / max(1, self._steps - 1)
         first, last = self._settings.learning_rate, self._settings.final_learning_rate
+        rate = first + (last - first) * share
         for group in self.inner.param_groups:
-            group["lr"] = first + (last - first) * share
+            group["lr"] = rate
         if self._settings.max_gradient_norm > 0:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_gradient_norm)
+        if isinstance(self.inner, SGD):  # AdamW decays by itself
+            _decay(self._parameters, rate * self._settings.weight_decay)
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
         self._taken += 1
 
 
+@torch.no_grad()
+def _decay(parameters: Sequence[Tensor], share: float) -> None:
+    """Decoupled weight decay; SGD's own would run through its momentum."""
+    if share > 0:
+        for parameter in parameters:
+            parameter.mul_(1.0 - share)
+
+
 def _build(parameters: Sequence[Tensor], settings: OptimizerSpec) -> Optimizer:
     if settings.name == "sgd":
-        return SGD(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return SGD(parameters, lr=settings.learning_rate, momentum=settings.beta1)
     return AdamW(
         parameters,
         lr=settings.learning_rate,

@@ -58,7 +58,9 @@ def mount(backbone: Backbone, dispatch: Dispatch, *, trainable: bool) -> Mounted
     """Put a device's factors and dense values on a backbone; hold its lock while it is used.
 
     Raises:
-        ProtocolError: the dispatch names a matrix that the backbone does not adapt.
+        ProtocolError: the dispatch names a matrix that the backbone does not adapt, or holds a
+            tensor of another shape.
+        ModelError: the model has no dense parameter of that name.
     """
     unknown = (set(dispatch.trained) | set(dispatch.tail)) - set(backbone.layers)
     if unknown:
@@ -79,8 +81,15 @@ def mount(backbone: Backbone, dispatch: Dispatch, *, trainable: bool) -> Mounted
         )
         for name in names
     }
-    attach(backbone.layers, factors)
     dense = {name: backbone.parameter(name) for name in sorted(dispatch.dense)}
+    for name, parameter in dense.items():
+        sent = tuple(dispatch.dense[name].shape)
+        if sent != tuple(parameter.shape):
+            raise ProtocolError(
+                f"the coordinator sent {name} of shape {sent}, expected {tuple(parameter.shape)}"
+            )
+    # From here on the backbone changes; all that can be refused has been.
+    attach(backbone.layers, factors)
     for name, parameter in dense.items():
         with torch.no_grad():
             parameter.copy_(torch.tensor(dispatch.dense[name]))
@@ -119,8 +128,8 @@ def train_round(
     started = time.perf_counter()
     with backbone.lock:
         mounted = mount(backbone, dispatch, trainable=True)
-        _set_checkpointing(backbone, plan.checkpointing)
         try:
+            _set_checkpointing(backbone, plan.checkpointing)
             stepper = RoundOptimizer(mounted.trained(), optimizer, len(batches))
             losses, units = [], 0
             for index, batch in enumerate(batches):
@@ -173,11 +182,12 @@ def _factors(
 
     a, b = (t.float().to(device) for t in pair(trained))
     tail_a, tail_b = (t.float().to(device) for t in pair(tail))
-    if a.shape[1] != in_features or b.shape[0] != out_features:
-        raise ProtocolError(
-            f"the coordinator sent factors for a {b.shape[0]}x{a.shape[1]} matrix, "
-            f"found {out_features}x{in_features}"
-        )
+    for sent_a, sent_b in ((a, b), (tail_a, tail_b)):
+        if sent_a.shape[1] != in_features or sent_b.shape[0] != out_features:
+            raise ProtocolError(
+                f"the coordinator sent factors for a {sent_b.shape[0]}x{sent_a.shape[1]} matrix, "
+                f"found {out_features}x{in_features}"
+            )
     trains = trainable and trained is not None
     a.requires_grad_(trains)
     b.requires_grad_(trains)
@@ -212,14 +222,11 @@ def _set_checkpointing(backbone: Backbone, on: bool) -> None:
         # It also makes the embeddings' output require gradients, for reentrant checkpointing
         # only, and would drag backpropagation below the first trained layer.
         model.disable_input_require_grads()
-        model.train()  # transformers checkpoints only in training mode
-        _without_dropout(model)
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                # transformers checkpoints only in training mode. The flag of the block alone: its
+                # parts stay in evaluation mode, because some read it to switch dropout on.
+                module.training = True
     elif model.is_activation_checkpointing:
         model.activation_checkpointing_disable()
         model.eval()
-
-
-def _without_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()

@@ -199,7 +199,7 @@ class Coordinator:
         momentum: GlobalAdapter | None = None
         before: float | None = None
         for number in range(1, config.run.rounds + 1):
-            self._folder.write_status("running", number)
+            self._folder.write_status("running", number - 1)
             chosen = choose_devices(
                 fleet.names, config.run.devices_per_round, config.run.seed, number
             )

@@ -19,6 +19,8 @@ from fedtune.wire.flower import from_record
 from fedtune_server.flwr_compat import readable_reason
 
 _FIRST_POLL_S, _LONGEST_POLL_S = 0.002, 1.0
+_LAST_STRETCH_S = 0.05
+"""Before the deadline, waits are short again, so that no answer that is there goes unseen."""
 _MAX_REASON = 300
 
 
@@ -75,7 +77,8 @@ def exchange(
                 yield _answer(device, reply, kind)
         poll_s = _FIRST_POLL_S if replies else min(poll_s * 1.5, _LONGEST_POLL_S)
         if waiting:
-            time.sleep(min(poll_s, max(0.0, end - time.monotonic())))
+            before_last_stretch = end - _LAST_STRETCH_S - time.monotonic()
+            time.sleep(min(poll_s, max(_FIRST_POLL_S, before_last_stretch)))
     for device in waiting.values():
         yield Answer(device, failure=f"no answer within {deadline_s:g} s")
 

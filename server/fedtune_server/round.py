@@ -221,7 +221,11 @@ def evaluate(
         except ProtocolError as error:
             fields = {"round": adapter.round, "device": answer.device, "reason": str(error)}
             emit(Event("device_refused", fields))
-    measured = {d: m for d, m in sorted(measured.items()) if m.get("held_out_units", 0) > 0}
+    measured = {
+        device: metrics
+        for device, metrics in sorted(measured.items())
+        if metrics.get("held_out_units", 0) > 0 and "held_out_loss" in metrics
+    }
     loss = _weighted([(m["held_out_loss"], m["held_out_units"]) for m in measured.values()])
     hits = [(m["accuracy"], m["held_out_units"]) for m in measured.values() if "accuracy" in m]
     emit(

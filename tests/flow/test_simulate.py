@@ -301,3 +301,14 @@ def test_ray_gives_the_same_bytes_as_the_inprocess_backend(tree: Tree, play: Pla
     other["outputs"]["folder"] += "-ray"
     other["simulation"] = {"threads": 1, "backend": "ray", "workers": 2}
     assert _adapter_bytes(play(tree).folder) == _adapter_bytes(play(other).folder)
+
+
+def test_a_missing_accelerator_is_named(tree: Tree, play: Play) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    tree["simulation"]["accelerator"] = "cuda"
+    with pytest.raises(RoundError):
+        play(tree)
+    lines = verify_ledger(Path(tree["outputs"]["folder"]) / "ledger.jsonl")
+    reasons = [str(line["reason"]) for line in lines if line["kind"] == "device_refused"]
+    assert "profile says cuda, and torch finds no such device" in reasons[0]

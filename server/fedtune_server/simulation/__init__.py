@@ -96,9 +96,22 @@ def _play(config: RunConfig, coordinator: Coordinator, client_app: ClientApp, de
     settings = config.simulation
     if settings.backend == "ray":
         threads = settings.threads or os.cpu_count() or 1
-        run_ray(server_app, client_app, devices, threads=threads, workers=settings.workers)
+        run_ray(
+            server_app,
+            client_app,
+            devices,
+            threads=threads,
+            workers=settings.workers,
+            accelerators_per_device=_gpu_share(config),
+        )
     else:
         run_inprocess(server_app, client_app, devices, workers=1)
+
+
+def _gpu_share(config: RunConfig) -> float:
+    """What Ray sets aside of one GPU for each device that trains at the same time."""
+    settings = config.simulation
+    return 0.0 if settings.accelerator == "cpu" else 1.0 / settings.workers
 
 
 def _patience(config: RunConfig, devices: int) -> float:

@@ -34,3 +34,9 @@ def test_a_profile_reports_its_class_and_not_this_machine() -> None:
     small = next(p for p in profiles.values() if p.device_class == "small")
     assert small.budget_bytes == 1000
     assert small.formats == ("nf4",)
+
+
+def test_on_an_accelerator_the_budget_is_that_of_the_class() -> None:
+    profiles = simulated_profiles(FLEET, SITES, seed=0, accelerator="cuda")
+    budgets = {p.device_class: p.budget_bytes for p in profiles.values()}
+    assert budgets == {"small": 1000, "large": 9000}

@@ -19,6 +19,7 @@ from fedtune.model.demo_base import (
     read_demo_base,
 )
 from fedtune.model.shapes import read_shapes
+from fedtune.model.thread_choice import threads_restored
 
 TINY = DemoRecipe(
     vocabulary=300,
@@ -96,11 +97,13 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_the_global_generator_and_the_threads_are_left_as_they_were(tmp_path: Path) -> None:
-    torch.manual_seed(11)
-    before, threads = torch.get_rng_state(), torch.get_num_threads()
-    build_demo_base(tmp_path / "base", TEXTS, recipe=replace(TINY, steps=2))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.get_num_threads() == threads
+    with threads_restored():
+        torch.set_num_threads(2)  # two steps would leave one
+        torch.manual_seed(11)
+        before = torch.get_rng_state()
+        build_demo_base(tmp_path / "base", TEXTS, recipe=replace(TINY, steps=2))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.get_num_threads() == 2
 
 
 def test_the_time_limit_ends_the_training_and_still_leaves_a_base(tmp_path: Path) -> None:

@@ -1,0 +1,240 @@
+"""A device describes itself, trains what the plan says, and refuses what does not fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fedtune_client.agent as agent_module
+from fedtune.errors import ModelError, ProtocolError
+from fedtune.records import DeviceProfile
+from fedtune.train.round import train_round
+from fedtune.wire.packing import pack_tensors, tensors_digest, unpack_tensors
+from fedtune.wire.tensors import update_shapes
+from fedtune_client.agent import Agent
+
+Desk = Any  # tests/fedtune_client/conftest.py; test folders are not importable packages
+
+
+@pytest.fixture
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """The samples of every round that is trained, in order."""
+    rounds: list[list[Any]] = []
+
+    def watch(backbone: object, batches: Sequence[Sequence[Any]], *rest: Any, **named: Any) -> Any:
+        rounds.append([sample for batch in batches for sample in batch])
+        return train_round(backbone, batches, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(agent_module, "train_round", watch)
+    return rounds
+
+
+# ---------------------------------------------------------------- describing
+
+
+def test_a_site_reports_its_data_in_numbers_and_its_base(desk: Desk) -> None:
+    agent = desk.agent(1)
+    report = agent.describe(desk.spec)
+    rows = desk.site(1).sites.site("north")
+    assert agent.name == report.profile.name == "north"
+    assert (report.train_samples, report.held_out_samples) == (len(rows.train), len(rows.held_out))
+    assert report.train_samples + report.held_out_samples == 24
+    assert report.base_digest == desk.spec.base_digest
+    assert report.train_tokens > 10 * report.train_samples
+    assert (report.dense, report.labels, report.warnings) == ({}, (), ())
+
+
+def test_a_classifying_site_reports_its_own_labels_and_the_label_axis_as_0(
+    classifying_desk: Desk,
+) -> None:
+    found = {i: classifying_desk.agent(i).describe(classifying_desk.spec) for i in range(4)}
+    assert [found[i].labels for i in range(4)] == [
+        ("a", "b", "c"),
+        ("a", "b"),
+        ("b", "c"),
+        ("a", "c"),
+    ]
+    for report in found.values():
+        assert report.dense == {"classifier.weight": (0, 32), "classifier.bias": (0,)}
+
+
+def test_a_site_warns_of_samples_that_were_cut(desk: Desk, change: Callable[..., Desk]) -> None:
+    (warning,) = change(desk, max_tokens=16).agent().describe(desk.spec).warnings
+    assert warning.startswith("site east: ")
+    assert warning.endswith("samples cut to data.max_tokens = 16")
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_a_round_returns_the_planned_tensors_and_says_what_it_did(desk: Desk) -> None:
+    agent, plan = desk.agent(), desk.plan("east", local_steps=3)
+    packed = desk.tensors(plan)
+    report, returned = agent.train(desk.order(plan, packed, round=4), packed)
+    assert (report.run, report.round, report.device) == ("run-1", 4, "east")
+    assert report.base_digest == desk.spec.base_digest
+    assert report.samples == 12
+    assert report.tokens == report.metrics["train_units"] > 0
+    assert report.tensors_digest == tensors_digest(returned)
+    shapes = update_shapes(plan, agent_module._matrix_shapes(desk.folder), {})
+    sent, back = unpack_tensors(packed, shapes), unpack_tensors(returned, shapes)
+    assert all(not np.array_equal(back[name], sent[name]) for name in shapes)
+    assert {"held_out_loss", "held_out_units", "train_loss", "seconds"} <= report.metrics.keys()
+
+
+def test_the_same_order_gives_the_same_bytes(desk: Desk) -> None:
+    plan = desk.plan("east", format="nf4")
+    packed = desk.tensors(plan)
+    first, second = (desk.agent().train(desk.order(plan, packed), packed)[1] for _ in range(2))
+    assert first == second
+
+
+def test_the_held_out_loss_is_measured_before_the_training_and_only_when_asked(desk: Desk) -> None:
+    agent, plan = desk.agent(), desk.plan("east")
+    packed = desk.tensors(plan)
+    measured = agent.evaluate(desk.evaluation(plan, packed), packed)
+    assert (measured.run, measured.round, measured.device) == ("run-1", 3, "east")
+    report, _ = agent.train(desk.order(plan, packed), packed)
+    for name in ("held_out_loss", "held_out_units"):
+        assert report.metrics[name] == measured.metrics[name]
+    report, _ = agent.train(desk.order(plan, packed, evaluate=False), packed)
+    assert "held_out_loss" not in report.metrics
+
+
+def test_a_site_that_holds_nothing_out_measures_nothing(
+    desk: Desk, change: Callable[..., Desk]
+) -> None:
+    whole = change(desk, held_out_fraction=0.0)
+    plan = whole.plan("east")
+    packed = whole.tensors(plan)
+    assert whole.agent().evaluate(whole.evaluation(plan, packed), packed).metrics == {}
+
+
+def test_the_stream_of_samples_goes_on_over_rounds_and_restarts(
+    desk: Desk, trained_on: list[list[Any]]
+) -> None:
+    agent, plan = desk.agent(), desk.plan("east", batch_size=8, local_steps=1, micro_batch=8)
+    packed = desk.tensors(plan)
+    count = agent.describe(desk.spec).train_samples
+    assert 16 < count < 24
+    for round in (1, 2, 3):
+        agent.train(desk.order(plan, packed, round=round, evaluate=False), packed)
+    taken = [id(sample) for samples in trained_on for sample in samples]
+    assert len(set(taken[:count])) == count  # every sample once, before any comes again
+    assert set(taken[count:]) <= set(taken[:count])
+    restarted = desk.agent()
+    restarted.train(desk.order(plan, packed, round=3, evaluate=False), packed)
+    for before, again in zip(trained_on[2], trained_on[3], strict=True):
+        np.testing.assert_array_equal(before.tokens, again.tokens)
+
+
+def test_sites_and_seeds_read_their_samples_in_orders_of_their_own(
+    desk: Desk, trained_on: list[list[Any]], change: Callable[..., Desk]
+) -> None:
+    # Four sites with the very same rows.
+    same = change(desk, train="", sites=dict.fromkeys("abcd", desk.config.data.train))
+    for partition, seed in ((0, 7), (1, 7), (0, 8)):
+        plan = same.plan("abcd"[partition])
+        packed = same.tensors(plan)
+        agent = same.agent(partition)
+        agent.train(same.order(plan, packed, seed=seed, evaluate=False), packed)
+    texts = [[bytes(sample.tokens) for sample in samples] for samples in trained_on]
+    assert texts[0] != texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_a_classifier_trains_its_head_over_the_labels_of_the_fleet(classifying_desk: Desk) -> None:
+    desk = classifying_desk
+    agent, plan = desk.agent(1), desk.plan("north")  # its own labels are a and b
+    packed = desk.tensors(plan)
+    report, returned = agent.train(desk.order(plan, packed), packed)
+    shapes = update_shapes(plan, agent_module._matrix_shapes(desk.folder), dict(desk.dense))
+    back = unpack_tensors(returned, shapes)
+    assert back["dense.classifier.weight"].shape == (3, 32)
+    assert report.tokens == report.samples == 4
+    assert 0 <= report.metrics["accuracy"] <= 1
+
+
+# ---------------------------------------------------------------- refusing
+
+
+@pytest.fixture(params=["train", "evaluate"])
+def refuse(request: pytest.FixtureRequest, desk: Desk) -> Callable[..., None]:
+    """Have the east device refuse an order to train, and one to evaluate."""
+
+    def check(words: str, *, plan: Any, packed: bytes | None = None, **changes: Any) -> None:
+        agent: Agent = desk.agent()
+        sent = desk.tensors(plan) if packed is None else packed
+        order = desk.order(plan, sent, **changes)
+        if request.param == "evaluate":
+            evaluation = desk.evaluation(plan, sent)
+            order = replace(evaluation, **changes)
+        with pytest.raises(ProtocolError, match=words):
+            getattr(agent, request.param)(order, sent)
+
+    return check
+
+
+def test_an_order_for_another_base_is_refused(desk: Desk, refuse: Callable[..., None]) -> None:
+    words = r"east: the instruction is for another base model \(ffffffffffff\); copy the coord"
+    refuse(words, plan=desk.plan("east"), base_digest="f" * 64)
+
+
+def test_another_devices_plan_is_refused(desk: Desk, refuse: Callable[..., None]) -> None:
+    refuse("east: the instruction is for device 'west'", plan=desk.plan("west"))
+
+
+def test_a_plan_over_the_sites_memory_is_refused(desk: Desk, refuse: Callable[..., None]) -> None:
+    words = "east: the plan needs 10000001 bytes and this site allows 10000000; plan again"
+    refuse(words, plan=desk.plan("east", peak_bytes=10**7 + 1))
+
+
+def test_a_format_that_the_site_does_not_support_is_refused(
+    desk: Desk, refuse: Callable[..., None]
+) -> None:
+    words = "east: the plan wants .* as int8, and this site supports fp32, nf4"
+    refuse(words, plan=desk.plan("east", format="int8"))
+
+
+def test_tensors_that_were_changed_on_the_way_are_refused(
+    desk: Desk, refuse: Callable[..., None]
+) -> None:
+    plan = desk.plan("east")
+    tampered = bytearray(desk.tensors(plan))
+    tampered[-1] ^= 1
+    words = "east: the tensors do not have the sha256 they were sent with"
+    digest = tensors_digest(desk.tensors(plan))
+    refuse(words, plan=plan, packed=bytes(tampered), tensors_digest=digest)
+
+
+def test_tensors_of_another_plan_are_refused(desk: Desk, refuse: Callable[..., None]) -> None:
+    plan = desk.plan("east")
+    name = plan.matrices[0].name
+    words = rf"tensor {name}\.a: expected shape \(2, 64\), got \(1, 32\)"
+    shapes = update_shapes(plan, agent_module._matrix_shapes(desk.folder), {})
+    arrays = {n: np.zeros(shape, np.float32) for n, shape in shapes.items()}
+    arrays[f"{name}.a"] = np.zeros((1, 32), np.float32)
+    refuse(words, plan=plan, packed=pack_tensors(arrays, "float32"))
+
+
+def test_an_accelerator_that_is_not_there_is_refused(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    site = desk.site()
+    profile = DeviceProfile(
+        "east", "gpu", 1, 10**7, accelerator="cuda", accelerator_memory_bytes=10**7
+    )
+    agent, plan = Agent(replace(site, profile=profile)), desk.plan("east")
+    packed = desk.tensors(plan)
+    with pytest.raises(ModelError, match="profile says cuda, and torch finds no such device"):
+        agent.train(desk.order(plan, packed), packed)
+
+
+def test_a_site_without_its_base_says_so(desk: Desk) -> None:
+    with pytest.raises(ModelError, match="no/such/model"):
+        Agent(replace(desk.site(), model_path="no/such/model"))
