@@ -85,7 +85,10 @@ class RunSection(_Section):
     )
     minimum_devices: int = Field(1, ge=1, description="fewer reports than this fail the round")
     round_deadline_s: float = Field(
-        3600.0, gt=0, description="seconds after which a round goes on without late devices"
+        3600.0,
+        gt=0,
+        description="seconds after which a round goes on without late devices; for each device in "
+        "a simulation where they take turns",
     )
 
 
@@ -204,10 +207,11 @@ class TrainSection(_Section):
         "constant", description="how the learning rate falls from the first round to the last"
     )
     final_learning_rate_share: float = Field(
-        1.0,
+        0.1,
         gt=0,
         le=1,
-        description="learning rate of the last round, as a share of the first's",
+        description="learning rate at the end of the run, as a share of the first; not used by a "
+        "constant schedule",
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled, per step")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean; SGD's momentum")
@@ -222,6 +226,9 @@ class DeviceClassSection(_Section):
     """One class of devices in the fleet, and how many there are."""
 
     count: int = Field(ge=1, description="devices of this class; each holds one site")
+    sites: Annotated[tuple[str, ...], BeforeValidator(_split_text)] = Field(
+        (), description="sites that sit on this class; the others are dealt out by the seed"
+    )
     memory: Bytes = Field(gt=0, description="budget of one training process on the device, bytes")
     flops_per_s: float = Field(1e10, gt=0, description="floating-point operations per second")
     memory_bandwidth: Bytes = Field(10**10, gt=0, description="bytes per second")

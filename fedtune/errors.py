@@ -43,7 +43,7 @@ class MissingExtraError(FedtuneError):
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
             f"{purpose} needs the package {package}; install it with: "
-            f"pip install 'fedtune[{extra}]'"
+            f"pip install 'fedtune[{extra}]' (in a clone: pip install -e '.[{extra}]')"
         )
 
 

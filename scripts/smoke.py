@@ -22,16 +22,17 @@ def main() -> int:
     fedtune = str(Path(sys.executable).parent / "fedtune")
     if SHARED.is_dir():
         command = [fedtune, "simulate", str(ROOT / "examples/e2e-restaurants/run.toml")]
-        settings = (
+        settings: tuple[str, ...] = (
             f"model.path={SHARED / 'models/stories260k'}",
             f"data.train={SHARED / 'data/e2e_nlg/train.jsonl'}",
             "run.rounds=2",
             "train.local_steps=2",
             f"outputs.folder={folder}",
         )
-        command += [part for setting in settings for part in ("--set", setting)]
     else:
-        command = [fedtune, "demo", "--quick", "--folder", str(folder)]
+        settings = ("run.rounds=1", f"outputs.folder={folder}")
+        command = [fedtune, "demo", "--folder", str(Path(sys.argv[1]) / "cache")]
+    command += [part for setting in settings for part in ("--set", setting)]
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True)
     missing = [name for name in OUTPUTS if not (folder / name).exists()]

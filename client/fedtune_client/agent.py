@@ -130,8 +130,8 @@ class Agent:
             task=self._task,
             pad_id=self._pad_id,
         )
-        metrics |= _train_metrics(result)
-        tensors = pack_tensors(update_tensors(result.factors, result.dense), "float32")
+        metrics |= _train_metrics(result) | self._peak()
+        tensors = pack_tensors(update_tensors(result.factors, result.dense), order.wire_dtype)
         report = TrainReport(
             run=order.run,
             round=order.round,
@@ -193,6 +193,8 @@ class Agent:
                 f"{self.name}: the tensors do not have the sha256 they were sent with"
             )
         backbone = self._backbone(plan, order.labels)
+        if profile.accelerator != "cpu":
+            torch.cuda.reset_peak_memory_stats()
         dense = {
             name: tuple(len(order.labels) if axis == 0 else axis for axis in shape)
             for name, shape in _dense_shapes(self._folder, self._task).items()
@@ -210,6 +212,12 @@ class Agent:
                 )
         shelf = _shelf(self._folder, self._site.profile.accelerator, self._site.shares_backbone)
         return shelf.get(self._task, labels, {m.name: m.format for m in plan.matrices})
+
+    def _peak(self) -> dict[str, float]:
+        """Most memory that the accelerator held in this round; a CPU does not tell."""
+        if self._site.profile.accelerator == "cpu":
+            return {}
+        return {"peak_bytes": float(torch.cuda.max_memory_allocated())}
 
     def _measure(
         self, backbone: Backbone, dispatch: Dispatch, samples: Sequence[Sample]

@@ -12,6 +12,7 @@ import typer
 from fedtune.cli.display import JsonLines, LiveDisplay
 from fedtune.config import RunConfig, load_run_config
 from fedtune.data.sites import open_sites, read_test_rows
+from fedtune.devices.simulated import simulated_profiles
 from fedtune.errors import MissingExtraError, RunError
 from fedtune.model.shapes import read_shapes
 from fedtune.model.source import resolve_model
@@ -59,6 +60,7 @@ def simulate_config(
         FedtuneError: the data or the model is wrong, or the run failed.
     """
     sites = open_sites(config.data, devices=config.devices, seed=config.run.seed)
+    simulated_profiles(config.fleet, sites.declared, config.run.seed)  # refuses before a run starts
     model = resolve_model(config.model.path, config.model.revision)
     shapes = read_shapes(model, config.lora.targets)
     folder: Path = _app("simulation")(

@@ -6,11 +6,13 @@ what the planner keeps it to.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from fedtune.config import DeviceClassSection
+from fedtune.errors import ConfigError
 from fedtune.records import DeviceProfile
 
 
@@ -20,19 +22,50 @@ def simulated_profiles(
     seed: int,
     accelerator: str = "cpu",
 ) -> dict[str, DeviceProfile]:
-    """A profile for every site, classes dealt out at random but the same for the same seed.
+    """A profile for every site: the named ones as the fleet says, the rest dealt out by the seed.
 
     Args:
         fleet: class name -> its limits and how many devices have it.
         sites: as many names as the fleet has devices.
         accelerator: what this machine computes all of them on.
+
+    Raises:
+        ConfigError: a class names a site that does not exist, or more sites than it has devices.
     """
-    names = [name for name, section in fleet.items() for _ in range(section.count)]
-    order = np.random.default_rng([seed, 3]).permutation(len(names))
+    named = _named_sites(fleet, sites)
+    free = [
+        name for name, section in fleet.items() for _ in range(section.count - len(section.sites))
+    ]
+    order = np.random.default_rng([seed, 3]).permutation(len(free))
+    drawn = [site for site in sorted(sites) if site not in named]
+    classes = named | {site: free[index] for site, index in zip(drawn, order, strict=True)}
     return {
-        site: profile_of_class(site, names[index], fleet[names[index]], accelerator)
-        for site, index in zip(sorted(sites), order, strict=True)
+        site: profile_of_class(site, classes[site], fleet[classes[site]], accelerator)
+        for site in sorted(sites)
     }
+
+
+def _named_sites(fleet: Mapping[str, DeviceClassSection], sites: Sequence[str]) -> dict[str, str]:
+    """Site -> the class whose section names it."""
+    named: dict[str, str] = {}
+    for class_name, section in fleet.items():
+        if len(section.sites) > section.count:
+            raise ConfigError(
+                f"fleet.{class_name}.sites names {len(section.sites)} sites, but "
+                f"fleet.{class_name}.count is {section.count}"
+            )
+        for site in section.sites:
+            if site not in sites:
+                near = difflib.get_close_matches(site, sites, n=1)
+                known = f"sites: {', '.join(sorted(sites))}"
+                hint = f"did you mean {near[0]!r}?" if near else known
+                raise ConfigError(f"fleet.{class_name}.sites: there is no site {site!r}; {hint}")
+            if site in named:
+                raise ConfigError(
+                    f"fleet.{class_name}.sites: {site!r} is already in fleet.{named[site]}.sites"
+                )
+            named[site] = class_name
+    return named
 
 
 def profile_of_class(

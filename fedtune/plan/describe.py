@@ -28,6 +28,8 @@ def _row(plan: DevicePlan, profile: DeviceProfile) -> dict[str, object]:
         "rank_min": min(ranks.values(), default=0),
         "rank_max": max(ranks.values(), default=0),
         "trained_matrices": len(ranks),
+        "tail_rank_max": max((matrix.tail_rank for matrix in plan.matrices), default=0),
+        "local_steps": plan.local_steps,
         "micro_batch": plan.micro_batch,
         "batch_size": plan.batch_size,
         "sequence_length": plan.sequence_length,

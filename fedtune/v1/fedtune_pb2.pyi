@@ -151,7 +151,7 @@ class OptimizerSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., final_learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ...) -> None: ...
 
 class TrainInstruction(_message.Message):
-    __slots__ = ("run", "round", "base_digest", "plan", "optimizer", "seed", "tensors_digest", "evaluate", "scale", "labels")
+    __slots__ = ("run", "round", "base_digest", "plan", "optimizer", "seed", "tensors_digest", "evaluate", "scale", "labels", "wire_dtype")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +162,7 @@ class TrainInstruction(_message.Message):
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     base_digest: str
@@ -172,7 +173,8 @@ class TrainInstruction(_message.Message):
     evaluate: bool
     scale: float
     labels: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., base_digest: _Optional[str] = ..., plan: _Optional[_Union[DevicePlan, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSpec, _Mapping]] = ..., seed: _Optional[int] = ..., tensors_digest: _Optional[str] = ..., evaluate: _Optional[bool] = ..., scale: _Optional[float] = ..., labels: _Optional[_Iterable[str]] = ...) -> None: ...
+    wire_dtype: str
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., base_digest: _Optional[str] = ..., plan: _Optional[_Union[DevicePlan, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSpec, _Mapping]] = ..., seed: _Optional[int] = ..., tensors_digest: _Optional[str] = ..., evaluate: _Optional[bool] = ..., scale: _Optional[float] = ..., labels: _Optional[_Iterable[str]] = ..., wire_dtype: _Optional[str] = ...) -> None: ...
 
 class TrainReport(_message.Message):
     __slots__ = ("run", "round", "device", "base_digest", "samples", "tokens", "metrics", "tensors_digest")

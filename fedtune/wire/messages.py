@@ -15,6 +15,7 @@ from typing import Literal, cast, get_args
 from fedtune.records import DevicePlan, TaskName
 from fedtune.v1 import fedtune_pb2 as pb
 from fedtune.wire import fields
+from fedtune.wire.packing import WireDtype
 from fedtune.wire.plans import (
     decode_site_report,
     encode_site_report,
@@ -93,6 +94,7 @@ class TrainInstruction:
         evaluate: measure held-out loss before training.
         scale: alpha / rank of every LoRA pair beside the message.
         labels: class names of the whole fleet, in index order; empty unless classifying.
+        wire_dtype: of the tensors to send back.
     """
 
     run: str
@@ -105,6 +107,7 @@ class TrainInstruction:
     evaluate: bool = True
     scale: float = 1.0
     labels: tuple[str, ...] = ()
+    wire_dtype: WireDtype = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +215,7 @@ def encode_train_instruction(instruction: TrainInstruction) -> bytes:
         evaluate=instruction.evaluate,
         scale=instruction.scale,
         labels=instruction.labels,
+        wire_dtype=instruction.wire_dtype,
     )
     return message.SerializeToString(deterministic=True)
 
@@ -234,6 +238,9 @@ def decode_train_instruction(data: bytes) -> TrainInstruction:
         evaluate=message.evaluate,
         scale=_scale(message.scale),
         labels=_labels(message.labels),
+        wire_dtype=cast(
+            WireDtype, fields.one_of(message.wire_dtype, "wire_dtype", get_args(WireDtype))
+        ),
     )
 
 

@@ -141,11 +141,13 @@ class Coordinator:
     def _plan(self, fleet: Fleet) -> FleetPlan:
         config = self._config
         profiles = [report.profile for report in fleet.reports.values()]
-        whole = config.aggregate.rule == "flora"  # it has no cap and sends everything it has
+        rule = config.aggregate.rule
+        whole = rule == "flora"  # it has no cap and sends everything it has
+        tail = 0 if rule == "zero-pad" else config.lora.tail_rank
         settings = PlanSettings(
             rank_max=config.lora.rank_max,
             rank_cap=_NO_CAP if whole else config.lora.rank_cap,
-            tail=_NO_CAP if whole else config.lora.tail_rank,
+            tail=_NO_CAP if whole else tail,
             batch_size=config.train.batch_size,
             local_steps=config.train.local_steps,
             sequence_length=config.data.max_tokens,

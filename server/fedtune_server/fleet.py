@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +20,8 @@ from fedtune_server.exchange import exchange
 Emit = Callable[[Event], None]
 
 _POLL_S = 0.05
+_MOST_DENSE = 2**26
+"""Parameters of a task head; with 4096 hidden features and 10,000 labels there are 41 million."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,37 +67,46 @@ def gather_fleet(
 
     A device that fails, or holds another base, is excluded with its reason; the run goes on.
 
+    A device whose name is taken, or that would train other parameters whole than most, is left
+    out as well: one device cannot stop the others.
+
     Raises:
-        RunError: none can take part, or two devices have one name.
+        RunError: none can take part.
     """
     request = encode_task_spec(task)
     by_token = {f"node {node}": node for node in nodes}
     contents = {token: to_record(PROFILE, request) for token in by_token}
     reports: dict[str, SiteReport] = {}
     node_of: dict[str, int] = {}
+    last_reason = "no device answered"
     for answer in exchange(
         grid, contents, by_token, kind=PROFILE, group="profile", deadline_s=deadline_s
     ):
         try:
             report = _read_report(answer.failure, answer.body, task)
+            name = report.profile.name
+            if name in reports:
+                raise ProtocolError(f"another device is called {name!r}; give it a name of its own")
         except ProtocolError as error:
-            emit(Event("site_excluded", {"device": answer.device, "reason": str(error)}))
+            last_reason = str(error)
+            emit(Event("site_excluded", {"device": answer.device, "reason": last_reason}))
             continue
-        name = report.profile.name
-        if name in reports:
-            raise RunError(f"two devices call themselves {name!r}; give each site its own name")
         reports[name], node_of[name] = report, by_token[answer.device]
+    reports = _of_one_kind(dict(sorted(reports.items())), emit)
     if not reports:
-        raise RunError("no device can take part; see the reasons above")
-    ordered = dict(sorted(reports.items()))
-    for report in ordered.values():
+        raise RunError(f"no device can take part; the last reason: {last_reason}")
+    for report in reports.values():
         _announce(report, emit)
-    labels = _join_labels(ordered, emit)
+    labels = _join_labels(reports, emit)
+    dense = next(iter(reports.values())).dense
     return Fleet(
-        nodes={name: node_of[name] for name in ordered},
-        reports=ordered,
+        nodes={name: node_of[name] for name in reports},
+        reports=reports,
         labels=labels,
-        dense_shapes=_common_dense(ordered, len(labels)),
+        dense_shapes={
+            name: tuple(len(labels) if axis == 0 else axis for axis in shape)
+            for name, shape in dense.items()
+        },
     )
 
 
@@ -114,6 +127,12 @@ def _read_report(failure: str, body: bytes, task: TaskSpec) -> SiteReport:
         raise ProtocolError(
             f"{report.profile.name} holds another base model: expected digest "
             f"{task.base_digest[:12]}, found {report.base_digest[:12]}; copy the same model there"
+        )
+    dense = sum(math.prod(max(axis, 1) for axis in shape) for shape in report.dense.values())
+    if dense > _MOST_DENSE:
+        raise ProtocolError(
+            f"{report.profile.name} would train {dense} parameters whole, expected at most "
+            f"{_MOST_DENSE}"
         )
     if report.train_samples == 0:
         reason = report.warnings[0] if report.warnings else "it has no sample to train on"
@@ -153,18 +172,16 @@ def _join_labels(reports: Mapping[str, SiteReport], emit: Emit) -> tuple[str, ..
     return labels
 
 
-def _common_dense(
-    reports: Mapping[str, SiteReport], label_count: int
-) -> dict[str, tuple[int, ...]]:
-    """Head shapes with the label axis (reported as 0) filled in."""
-    first_name, first = next(iter(reports.items()))
-    for name, report in reports.items():
-        if dict(report.dense) != dict(first.dense):
-            raise RunError(
-                f"{name} and {first_name} would train different parameters whole; "
-                "install the same fedtune and transformers on all devices"
-            )
-    return {
-        name: tuple(label_count if axis == 0 else axis for axis in shape)
-        for name, shape in first.dense.items()
-    }
+def _of_one_kind(reports: Mapping[str, SiteReport], emit: Emit) -> dict[str, SiteReport]:
+    """The reports that agree with most of the fleet on which parameters are trained whole."""
+    if not reports:
+        return {}
+    kinds = {name: tuple(sorted(report.dense.items())) for name, report in reports.items()}
+    most = Counter(kinds.values()).most_common(1)[0][0]
+    for name in (name for name, kind in kinds.items() if kind != most):
+        reason = (
+            f"{name} would train other parameters whole than most of the fleet; install the same "
+            "fedtune and transformers there"
+        )
+        emit(Event("site_excluded", {"device": name, "reason": reason}))
+    return {name: report for name, report in reports.items() if kinds[name] == most}

@@ -124,11 +124,12 @@ def train(
                 evaluate=evaluate,
                 scale=terms.scale,
                 labels=fleet.labels,
+                wire_dtype=terms.wire_dtype,
             )
         )
 
     contents = {p.device: to_record(TRAIN, instruction(p), sent[p.device].packed) for p in plans}
-    good, refused = _collect(grid, fleet, contents, plans, sent, terms, round, emit)
+    good, refused, upload_bytes = _collect(grid, fleet, contents, plans, sent, terms, round, emit)
     if len(good) < terms.minimum_devices:
         raise RoundError(
             f"round {round} needs updates of {terms.minimum_devices} devices, got {len(good)} "
@@ -144,7 +145,7 @@ def train(
         "train_loss": _mean(good, "train_loss", "train_units"),
         "seconds": time.perf_counter() - started,
         "download_bytes": sum(len(s.packed) for s in sent.values()),
-        "upload_bytes": sum(4 * _values(c.update) for c in good),
+        "upload_bytes": upload_bytes,
         "dropped_energy": max(joined.dropped_energy.values(), default=0.0),
     }
     emit(Event("round_finished", fields))
@@ -160,14 +161,15 @@ def _collect(
     terms: RoundTerms,
     round: int,
     emit: Emit,
-) -> tuple[list[Contribution], int]:
-    """Good updates in the order of their devices' names, and how many were refused."""
+) -> tuple[list[Contribution], int, int]:
+    """Good updates in the order of their devices' names, how many were refused, bytes received."""
     by_device = {plan.device: plan for plan in plans}
     good: list[Contribution] = []
-    refused = 0
+    refused = received = 0
     for answer in exchange(
         grid, contents, fleet.nodes, kind=TRAIN, group=str(round), deadline_s=terms.deadline_s
     ):
+        received += len(answer.tensors or b"")
         try:
             update = _accept(answer, by_device[answer.device], fleet, terms, round)
         except ProtocolError as error:
@@ -180,7 +182,7 @@ def _collect(
         good.append(Contribution(weight, start.dispatch, update))
         emit(_reported(update, len(start.packed), len(answer.tensors or b"")))
     good.sort(key=lambda contribution: contribution.update.device)
-    return good, refused
+    return good, refused, received
 
 
 def evaluate(
@@ -271,11 +273,6 @@ def _read_evaluation(answer: Answer, terms: RoundTerms, round: int) -> Mapping[s
     if (report.run, report.round, report.device) != (terms.run, round, answer.device):
         raise ProtocolError(f"expected an evaluation of round {round} by {answer.device}")
     return report.metrics
-
-
-def _values(update: AdapterUpdate) -> int:
-    factors = sum(pair.a.size + pair.b.size for pair in update.factors.values())
-    return int(factors + sum(value.size for value in update.dense.values()))
 
 
 def _weight(update: AdapterUpdate, report: SiteReport, by: str) -> float:

@@ -56,20 +56,26 @@ def test_a_device_that_does_not_answer_is_left_out_and_the_run_goes_on(fleet_of:
     assert "0.2 s" in str(fake.all("site_excluded")[0]["reason"])
 
 
-def test_two_devices_of_one_name_end_the_run(fleet_of: FleetOf) -> None:
-    fake = fleet_of("a", "b")
+def test_the_second_device_of_a_name_is_left_out(fleet_of: FleetOf) -> None:
+    fake = fleet_of("a", "b", "c")
     fake.change("b", profile=DeviceProfile("a", "any", 1, 10**9))
-    with (
-        fake.grid() as grid,
-        pytest.raises(RunError, match="two devices call themselves 'a'; give"),
-    ):
-        fake.gather(grid)
+    with fake.grid() as grid:
+        fleet = fake.gather(grid)
+    assert fleet.names == ("a", "c")
+    assert fleet.nodes["a"] == 1000
+    (excluded,) = fake.all("site_excluded")
+    assert "another device is called 'a'; give it a name of its own" in str(excluded["reason"])
 
 
 def test_a_fleet_of_none_ends_the_run(fleet_of: FleetOf) -> None:
     fake = fleet_of("a")
     fake.change("a", base_digest="e" * 64)
-    with fake.grid() as grid, pytest.raises(RunError, match="no device can take part; see the"):
+    with (
+        fake.grid() as grid,
+        pytest.raises(
+            RunError, match=r"no device can take part; the last reason: .* holds another base"
+        ),
+    ):
         fake.gather(grid)
 
 
@@ -108,12 +114,23 @@ def test_many_missing_labels_are_not_all_listed(fleet_of: FleetOf) -> None:
     assert warning["text"] == "b has no sample of 7 of 8 labels (b, c, d, e, f, ...)"
 
 
-def test_devices_that_would_train_different_heads_end_the_run(fleet_of: FleetOf) -> None:
+def test_a_device_that_would_train_another_head_than_most_is_left_out(fleet_of: FleetOf) -> None:
+    fake = fleet_of("a", "b", "c")
+    for name, width in (("a", 9), ("b", 8), ("c", 8)):
+        fake.change(name, dense={"head.weight": (0, width)})
+    with fake.grid() as grid:
+        assert fake.gather(grid).names == ("b", "c")
+    (excluded,) = fake.all("site_excluded")
+    assert "a would train other parameters whole than most of the fleet" in str(excluded["reason"])
+
+
+def test_a_device_that_claims_a_huge_head_is_left_out(fleet_of: FleetOf) -> None:
     fake = fleet_of("a", "b")
-    fake.change("b", dense={"head.weight": (0, 8)})
-    words = "b and a would train different parameters whole; install the same"
-    with fake.grid() as grid, pytest.raises(RunError, match=words):
-        fake.gather(grid)
+    fake.change("b", dense={"head.weight": (0, 2**27)})
+    with fake.grid() as grid:
+        assert fake.gather(grid).names == ("a",)
+    (excluded,) = fake.all("site_excluded")
+    assert "b would train 134217728 parameters whole, expected at most" in str(excluded["reason"])
 
 
 # ---------------------------------------------------------------- waiting and choosing

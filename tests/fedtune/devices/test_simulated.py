@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from fedtune.config import DeviceClassSection
 from fedtune.devices.simulated import simulated_profiles
+from fedtune.errors import ConfigError
 
 FLEET = {
     "small": DeviceClassSection(count=3, memory=1000, formats=("nf4",)),
@@ -40,3 +43,30 @@ def test_on_an_accelerator_the_budget_is_that_of_the_class() -> None:
     profiles = simulated_profiles(FLEET, SITES, seed=0, accelerator="cuda")
     budgets = {p.device_class: p.budget_bytes for p in profiles.values()}
     assert budgets == {"small": 1000, "large": 9000}
+
+
+def _with_sites(**sites: tuple[str, ...]) -> dict[str, DeviceClassSection]:
+    return {n: s.model_copy(update={"sites": sites.get(n, ())}) for n, s in FLEET.items()}
+
+
+def test_a_named_site_sits_on_its_class_under_every_seed() -> None:
+    fleet = _with_sites(large=("c",))
+    for seed in range(10):
+        profiles = simulated_profiles(fleet, SITES, seed)
+        assert profiles["c"].device_class == "large"
+        assert Counter(p.device_class for p in profiles.values()) == {"small": 3, "large": 2}
+
+
+@pytest.mark.parametrize(
+    ("sites", "words"),
+    [
+        ({"large": ("a", "b", "c")}, r"fleet\.large\.sites names 3 sites, but .*count is 2"),
+        ({"large": ("z",)}, r"fleet\.large\.sites: there is no site 'z'; sites: a, b, c, d, e"),
+        ({"small": ("a",), "large": ("a",)}, "'a' is already in fleet.small.sites"),
+    ],
+)
+def test_sites_that_cannot_be_placed_are_refused(
+    sites: dict[str, tuple[str, ...]], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        simulated_profiles(_with_sites(**sites), SITES, seed=0)

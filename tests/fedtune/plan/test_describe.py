@@ -15,6 +15,8 @@ FIELDS = {
     "rank_min",
     "rank_max",
     "trained_matrices",
+    "tail_rank_max",
+    "local_steps",
     "micro_batch",
     "batch_size",
     "sequence_length",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from fedtune.errors import ModelError, ProtocolError
 from fedtune.lora.linear import AdaptedLinear
 from fedtune.model.backbone import Backbone, BackboneShelf
 from fedtune.model.load import dense_shapes, tensor_names
-from fedtune.model.loss import collate, loss_sum, loss_units
+from fedtune.model.loss import LossSum, collate, loss_sum, loss_units
 from fedtune.model.shapes import read_shapes
 from fedtune.records import (
     BACKBONE_FORMATS,
@@ -315,6 +316,24 @@ def test_a_device_leaves_the_backbone_bare_and_frozen(world: World) -> None:
     assert changed == set(dispatch.dense)  # whoever comes next sets these first
     if not dispatch.dense:
         torch.testing.assert_close(world.logits(backbone), logits, rtol=0, atol=0)
+
+
+def test_a_round_that_breaks_off_between_micro_batches_leaves_no_gradients(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, calls = World(tiny_bert, "sequence-classification"), []
+
+    def fail_at_the_second(*arguments: Any) -> LossSum:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError("no memory left")
+        return loss_sum(*arguments)
+
+    monkeypatch.setattr("fedtune.train.round.loss_sum", fail_at_the_second)
+    backbone = world.backbone()
+    with pytest.raises(MemoryError):
+        world.train(backbone, world.dispatch(), batches(), plan(2, checkpointing=True))
+    assert_bare(backbone)
 
 
 def wrong(dispatch: Dispatch, case: str) -> Dispatch:
