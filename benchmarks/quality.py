@@ -204,11 +204,11 @@ class Bench:
         return self._measure(merged_model(self._model, adapter, "causal-lm", ()))
 
     def _measure(self, model: object) -> float:
-        from fedtune.config import DataSection
         from fedtune.data.samples import SampleBuilder, build_samples
         from fedtune.data.sites import read_test_rows
         from fedtune.evaluate.perplexity import held_out_loss
         from fedtune.model.tokenizer import load_tokenizer
+        from fedtune.settings import DataSection
 
         test = str(self._data / "test.jsonl")
         data = DataSection(train="-", test=test, test_stride=self._size.test_stride)

@@ -110,6 +110,8 @@ class Agent:
         """
         dispatch, backbone = self._accept(order, packed)
         train, held_out = self._tokenised(order.labels)
+        if not train.samples:
+            raise ProtocolError(f"{self.name}: there is no sample to train on; plan without it")
         metrics: dict[str, float] = {}
         if order.evaluate:
             metrics |= self._measure(backbone, dispatch, held_out.samples)

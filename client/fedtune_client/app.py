@@ -9,8 +9,8 @@ from typing import cast
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.config import RunConfig
 from fedtune.errors import ProtocolError
+from fedtune.settings import RunConfig
 from fedtune.wire.flower import EVALUATE, PROFILE, TRAIN, from_record, to_record
 from fedtune.wire.messages import (
     decode_evaluate_instruction,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from fedtune.config import DataSection, RunConfig
 from fedtune.data.sites import Sites, open_sites
 from fedtune.devices.simulated import simulated_profiles
 from fedtune.records import DeviceProfile
+from fedtune.settings import DataSection, RunConfig
 
 
 @dataclass(frozen=True, slots=True)

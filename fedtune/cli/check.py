@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.inspection import Inspection, ShownSample, inspect_run
-from fedtune.config import RunConfig, load_run_config
+from fedtune.config import load_run_config
+from fedtune.settings import RunConfig
 
 
 def check(

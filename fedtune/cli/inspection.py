@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-from fedtune.config import RunConfig
 from fedtune.data.rows import Row
 from fedtune.data.samples import SampleBuilder, SampleSet, Tokenizer, build_samples, site_labels
 from fedtune.data.sites import Site, open_sites
@@ -17,6 +16,7 @@ from fedtune.model.shapes import read_shapes
 from fedtune.model.source import resolve_model
 from fedtune.model.tokenizer import load_tokenizer
 from fedtune.records import ModelShapes
+from fedtune.settings import RunConfig
 
 
 @dataclass(frozen=True, slots=True)

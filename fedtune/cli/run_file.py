@@ -19,8 +19,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from fedtune.config import DeviceClassSection, RunConfig, parse_bytes
 from fedtune.errors import ConfigError
+from fedtune.settings import DeviceClassSection, RunConfig, parse_bytes
 
 _WIDTH: Final = 96
 
@@ -119,7 +119,7 @@ def _keys(path: str, section: type[BaseModel], values: Values) -> Iterator[str]:
         allowed = _allowed(field)
         yield from _comment(f"{field.description}{f' ({allowed})' if allowed else ''}")
         value = values.get(f"{path}.{name}", field.get_default(call_default_factory=True))
-        if name in _EXAMPLES and not value:
+        if name in _EXAMPLES and not value and not isinstance(value, tuple):
             yield f"# {name} = {_EXAMPLES[name]}"
         else:
             yield f"{name} = {_literal(value, field)}"

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from fedtune.cli.display import JsonLines, LiveDisplay
-from fedtune.config import RunConfig, load_run_config
+from fedtune.config import load_run_config
 from fedtune.data.sites import open_sites, read_test_rows
 from fedtune.devices.simulated import simulated_profiles
 from fedtune.errors import MissingExtraError, RunError
 from fedtune.model.shapes import read_shapes
 from fedtune.model.source import resolve_model
 from fedtune.records import Event
+from fedtune.settings import RunConfig
 
 
 def simulate(

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from fedtune.config import PartitionSection
 from fedtune.data.rows import Row
 from fedtune.errors import DataError
+from fedtune.settings import PartitionSection
 
 
 def split_rows(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from fedtune.config import DataSection
 from fedtune.errors import DataError
+from fedtune.settings import DataSection
 
 Kind = Literal["text", "label", "messages"]
 """What a key holds: a text; a class or group (text, integer or boolean); a list of turns."""

@@ -13,10 +13,10 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from fedtune.config import DataSection
 from fedtune.data.chat import render_spans
 from fedtune.data.rows import Row
 from fedtune.errors import DataError
+from fedtune.settings import DataSection
 
 
 class Tokenizer(Protocol):

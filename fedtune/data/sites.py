@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.config import DataSection
 from fedtune.data.partition import split_rows
 from fedtune.data.rows import Kind, Row, holds_rows, read_rows, required_kinds
 from fedtune.errors import ConfigError, DataError
+from fedtune.settings import DataSection
 
 MINIMUM_ROWS_TO_HOLD_OUT = 10
 """From this many rows on, a site holds out at least one when the fraction is positive.

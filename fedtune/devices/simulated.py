@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fedtune.config import DeviceClassSection
 from fedtune.errors import ConfigError
 from fedtune.records import DeviceProfile
+from fedtune.settings import DeviceClassSection
 
 
 def simulated_profiles(

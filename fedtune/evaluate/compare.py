@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedtune.config import RunConfig
 from fedtune.data.rows import Row
 from fedtune.data.samples import SampleBuilder, build_samples
 from fedtune.evaluate.perplexity import EvaluationReport, evaluate_folder, held_out_loss
@@ -14,6 +13,7 @@ from fedtune.model.load import load_base
 from fedtune.model.source import resolve_model
 from fedtune.model.tokenizer import load_tokenizer, pad_id
 from fedtune.records import Event
+from fedtune.settings import RunConfig
 
 
 def compare_on_rows(config: RunConfig, merged: Path, rows: Sequence[Row], folder: Path) -> Event:

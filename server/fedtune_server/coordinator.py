@@ -19,7 +19,6 @@ from flwr.serverapp import Grid
 
 from fedtune.aggregate.rules import make_rule
 from fedtune.aggregate.server_step import apply_server_step
-from fedtune.config import RunConfig
 from fedtune.plan.describe import plan_rows
 from fedtune.plan.settings import Pins, PlanSettings
 from fedtune.plan.solve import plan_fleet
@@ -30,6 +29,7 @@ from fedtune.records import (
     GlobalAdapter,
     ModelShapes,
 )
+from fedtune.settings import RunConfig
 from fedtune.wire.checkpoint import prune_checkpoints, write_checkpoint
 from fedtune.wire.messages import OptimizerSpec, TaskSpec
 from fedtune.wire.tensors import update_shapes

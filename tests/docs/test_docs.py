@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.cli.main import main
-from fedtune.config import RunConfig
+from fedtune.settings import RunConfig
 from fedtune_server.run_folder import _FILES, _WHOLE_FOLDERS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config import RunConfig, load_run_config, parse_bytes, parse_run_config
+from fedtune.config import load_run_config, parse_run_config
 from fedtune.errors import ConfigError
+from fedtune.settings import RunConfig, parse_bytes
 
 SMALL = """
 [model]
@@ -226,7 +227,7 @@ def test_a_tree_of_plain_values_is_a_config() -> None:
 
 
 def test_every_key_says_what_it_is() -> None:
-    from fedtune.config import DeviceClassSection, PartitionSection
+    from fedtune.settings import DeviceClassSection, PartitionSection
 
     sections = [field.annotation for field in RunConfig.model_fields.values()]
     for section in [*sections, DeviceClassSection, PartitionSection]:

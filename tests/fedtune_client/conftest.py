@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.config import RunConfig, parse_run_config
+from fedtune.config import parse_run_config
 from fedtune.model.shapes import read_shapes
 from fedtune.model.source import base_digest
 from fedtune.records import DevicePlan, LoraFactors, MatrixPlan
+from fedtune.settings import RunConfig
 from fedtune.wire.messages import EvaluateInstruction, OptimizerSpec, TaskSpec, TrainInstruction
 from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune.wire.tensors import update_tensors

@@ -114,6 +114,16 @@ def test_a_site_that_holds_nothing_out_measures_nothing(
     assert whole.agent().evaluate(whole.evaluation(plan, packed), packed).metrics == {}
 
 
+def test_an_order_to_a_site_without_samples_is_refused(
+    desk: Desk, change: Callable[..., Desk]
+) -> None:
+    bare = change(desk, max_tokens=4, too_long="drop")
+    plan = bare.plan("east")
+    packed = bare.tensors(plan)
+    with pytest.raises(ProtocolError, match="east: there is no sample to train on"):
+        bare.agent().train(bare.order(plan, packed), packed)
+
+
 def test_the_stream_of_samples_goes_on_over_rounds_and_restarts(
     desk: Desk, trained_on: list[list[Any]]
 ) -> None:

@@ -182,6 +182,30 @@ def test_an_interrupted_run_says_so(tree: Tree) -> None:
     assert verify_ledger(folder / "ledger.jsonl")[-1]["kind"] == "run_interrupted"
 
 
+def test_a_fault_of_ours_leaves_a_folder_that_says_failed(tree: Tree) -> None:
+    def fault(event: Event) -> None:
+        if event.kind == "round_started" and event.fields["round"] == 2:
+            raise ZeroDivisionError("a fault")
+
+    with pytest.raises(ZeroDivisionError):
+        simulate_config(parse_run_config(tree, "test"), watch=fault)
+    folder = Path(tree["outputs"]["folder"])
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["round"]) == ("failed", 1)
+    assert "a fault" in str(verify_ledger(folder / "ledger.jsonl")[-1]["reason"])
+
+
+def test_float16_halves_the_bytes_both_ways(tree: Tree, play: Play) -> None:
+    del tree["fleet"]["board"]["upload"]  # it would buy more rank with what is saved
+    half = copy.deepcopy(tree)
+    half["wire"] = {"dtype": "float16"}
+    half["outputs"]["folder"] += "-half"
+    whole = play(tree).all("round_finished")[-1]
+    less = play(half).all("round_finished")[-1]
+    for key in ("download_bytes", "upload_bytes"):
+        assert less[key] < 0.65 * whole[key]  # the headers of tensors this small stay
+
+
 def test_a_finished_run_is_not_overwritten(tree: Tree, play: Play) -> None:
     play(tree)
     with pytest.raises(RunError, match=r"already holds a run \(finished at round 2\)"):

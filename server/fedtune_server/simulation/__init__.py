@@ -15,9 +15,9 @@ from pathlib import Path
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedtune.config import RunConfig
 from fedtune.errors import FedtuneError
 from fedtune.records import Event, ModelShapes
+from fedtune.settings import RunConfig
 from fedtune_server.app import make_server_app
 from fedtune_server.coordinator import Coordinator
 from fedtune_server.ledger import Ledger
@@ -52,7 +52,8 @@ def simulate(
         warnings: to record at the start of the run.
 
     Raises:
-        FedtuneError: as the coordinator or `finish` raised it, after the folder says so.
+        FedtuneError: as the coordinator or `finish` raised it; the folder says so, as it does
+            after a fault of ours.
         KeyboardInterrupt: on Ctrl-C, after the folder says so.
     """
     with ExitStack() as stack:
@@ -81,9 +82,10 @@ def simulate(
             folder.write_status("interrupted", reached)
             emit(Event("run_interrupted", {"round": reached}))
             raise
-        except FedtuneError as error:
+        except BaseException as error:
             folder.write_status("failed", reached)
-            emit(Event("run_failed", {"reason": str(error)}))
+            named = str(error) if isinstance(error, FedtuneError) else repr(error)
+            emit(Event("run_failed", {"reason": named}))
             raise
     return config.folder
 

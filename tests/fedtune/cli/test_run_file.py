@@ -12,8 +12,9 @@ from pydantic import BaseModel
 
 from fedtune.cli.main import main
 from fedtune.cli.run_file import TemplateName, render_run_file, write_run_file
-from fedtune.config import DeviceClassSection, RunConfig, load_run_config, parse_run_config
+from fedtune.config import load_run_config, parse_run_config
 from fedtune.errors import ConfigError
+from fedtune.settings import DeviceClassSection, RunConfig
 
 
 def keys_of(section: type[BaseModel], path: str) -> Iterator[tuple[str, str]]:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config import DataSection
 from fedtune.data.chat import render_spans
 from fedtune.data.rows import Row
 from fedtune.data.samples import SampleBuilder
 from fedtune.errors import DataError
 from fedtune.model.tokenizer import load_tokenizer
+from fedtune.settings import DataSection
 
 jinja2 = pytest.importorskip("jinja2")
 

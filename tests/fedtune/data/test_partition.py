@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.config import PartitionSection
 from fedtune.data.partition import split_rows
 from fedtune.data.rows import Row
 from fedtune.errors import DataError
+from fedtune.settings import PartitionSection
 
 By = Literal["iid", "dirichlet", "quantity"]
 SPLITS: tuple[By, ...] = ("iid", "dirichlet", "quantity")

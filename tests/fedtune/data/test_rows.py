@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config import DataSection
 from fedtune.data.rows import Row, holds_rows, read_rows, required_kinds
 from fedtune.errors import DataError
+from fedtune.settings import DataSection
 
 
 def write(tmp_path: Path, content: str | bytes) -> Path:

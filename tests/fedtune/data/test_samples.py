@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.config import DataSection
 from fedtune.data.rows import Row
 from fedtune.data.samples import Sample, SampleBuilder, SampleSet, build_samples, site_labels
 from fedtune.errors import DataError
 from fedtune.model.tokenizer import load_tokenizer
+from fedtune.settings import DataSection
 
 
 class Words:

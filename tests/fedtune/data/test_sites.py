@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config import DataSection, PartitionSection
 from fedtune.data.rows import Row
 from fedtune.data.sites import hold_out, open_site, open_sites, read_test_rows
 from fedtune.errors import ConfigError, DataError
+from fedtune.settings import DataSection, PartitionSection
 
 
 def write(path: Path, count: int, **extra: object) -> str:

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from fedtune.config import DeviceClassSection
 from fedtune.devices.simulated import simulated_profiles
 from fedtune.errors import ConfigError
+from fedtune.settings import DeviceClassSection
 
 FLEET = {
     "small": DeviceClassSection(count=3, memory=1000, formats=("nf4",)),

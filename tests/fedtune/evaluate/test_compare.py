@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.config import RunConfig, parse_run_config
+from fedtune.config import parse_run_config
 from fedtune.data.rows import Row, read_rows
 from fedtune.data.samples import SampleBuilder, build_samples
 from fedtune.errors import DataError
@@ -18,6 +18,7 @@ from fedtune.evaluate.compare import compare_on_rows
 from fedtune.evaluate.perplexity import held_out_loss
 from fedtune.model.load import load_base
 from fedtune.model.tokenizer import load_tokenizer
+from fedtune.settings import RunConfig
 
 
 def config_of(model: Path, rows: Path, **data: Any) -> RunConfig:
