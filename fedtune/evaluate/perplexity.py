@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.utils import logging
 
 from fedtune.errors import DataError
+from fedtune.model.load import quiet_transformers
 from fedtune.model.loss import TokenisedSample, collate, loss_sum, loss_units
 from fedtune.records import TaskName
 
@@ -93,11 +93,6 @@ def evaluate_folder(
         DataError: no sample carries loss.
     """
     auto = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quiet_transformers():
         model = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     return held_out_loss(model, samples, batch_size, pad_id, task)

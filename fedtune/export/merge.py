@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,13 @@ from safetensors import safe_open
 from torch import nn
 
 from fedtune.errors import ModelError, RunError
-from fedtune.model.load import dense_shapes, load_base, module_path, tensor_names
+from fedtune.model.load import (
+    dense_shapes,
+    load_base,
+    module_path,
+    quiet_transformers,
+    tensor_names,
+)
 from fedtune.model.source import weight_files
 from fedtune.records import GlobalAdapter, LowRank, TaskName
 
@@ -62,7 +67,7 @@ def write_merged(
     """
     model = merged_model(base, adapter, task, labels)
     folder.mkdir(parents=True, exist_ok=True)
-    with _no_progress_bars():
+    with quiet_transformers():
         model.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
     copy_companions(base, folder)
 
@@ -167,16 +172,3 @@ def copy_companions(base: Path, folder: Path) -> None:
         for source in sorted(base.glob(pattern)):
             if source.is_file():
                 shutil.copyfile(source, folder / source.name)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -20,7 +20,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -30,6 +29,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from fedtune.errors import DataError, ModelError
+from fedtune.model.load import quiet_transformers
 from fedtune.model.muon import Muon
 from fedtune.model.thread_choice import ThreadChoice, threads_restored
 
@@ -188,7 +188,7 @@ def _build(
         model = _new_model(recipe, tokenizer, seed)
         steps = _train(model, windows, recipe, seconds, generator, progress)
         loss = _held_out_loss(model, held_out_windows)
-    with _no_progress_bars():
+    with quiet_transformers():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {
@@ -342,20 +342,6 @@ def _held_out_loss(model: LlamaForCausalLM, windows: Int64[Tensor, "windows wind
     model.eval()
     losses = [float(model(input_ids=w, labels=w).loss) * len(w) for w in torch.split(windows, 32)]
     return sum(losses) / len(windows)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers' own bars off the terminal, where ours is."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 # ---------------------------------------------------------------- the cache

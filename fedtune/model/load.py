@@ -45,7 +45,7 @@ def load_base(
     """
     config = _task_config(folder, task, labels)
     auto = _auto_class(task)
-    with _quiet_loading():
+    with quiet_transformers():
         try:
             model, info = auto.from_pretrained(
                 folder,
@@ -84,7 +84,7 @@ def dense_shapes(folder: Path, task: TaskName, held: Sequence[str]) -> dict[str,
     if task == "causal-lm":
         return {}
     config = _task_config(folder, task, [str(i) for i in range(_LABEL_SENTINEL)])
-    with torch.device("meta"), _quiet_loading():
+    with torch.device("meta"), quiet_transformers():
         model = _auto_class(task).from_config(config)
     present = {_match(name, model) for name in held}
     return {
@@ -163,8 +163,8 @@ def _transformers() -> Any:  # the library is untyped
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Keep transformers' progress bars and notices of missing heads away from the terminal."""
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and notices of missing heads off the terminal."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -75,14 +75,15 @@ class RunFolder:
 
         Args:
             path: is created with its parents; other files that are in it stay as they are.
-            overwrite: first remove what an earlier run left there, and only that.
+            overwrite: first remove what an earlier run left there, and only that. A run that
+                ended before its first round was saved is replaced without it.
 
         Raises:
             RunError: the folder holds a run, or another coordinator uses it.
         """
         folder = cls._locked(path)
         try:
-            if overwrite:
+            if overwrite or folder._holds_nothing_to_lose():
                 folder._remove_run()
             elif folder.holds_run:
                 raise RunError(
@@ -221,6 +222,12 @@ class RunFolder:
                 f"{self.status}: expected state {', '.join(get_args(RunState))}, got {state!r}"
             )
         return RunStatus(cast(RunState, state), round, updated)
+
+    def _holds_nothing_to_lose(self) -> bool:
+        """Whether a run failed or was interrupted here before it had joined anything."""
+        if not self.status.exists() or any(self.checkpoints.glob("round-*")):
+            return False
+        return self.read_status().state in ("failed", "interrupted")
 
     def _described_state(self) -> str:
         try:

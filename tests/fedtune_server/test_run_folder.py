@@ -115,3 +115,21 @@ def test_a_reader_never_sees_a_part_of_a_json_file(
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"value": 2})
     assert json.loads(path.read_text(encoding="utf-8"))["value"] == 1
+
+
+@pytest.mark.parametrize("state", ["failed", "interrupted"])
+def test_a_run_that_ended_before_its_first_round_is_replaced(tmp_path: Path, state: str) -> None:
+    with RunFolder.create(tmp_path) as folder:
+        folder.ledger.write_text("old\n", encoding="utf-8")
+        folder.write_status(state, 0)  # type: ignore[arg-type]
+    with RunFolder.create(tmp_path) as folder:
+        assert not folder.ledger.exists()
+        assert folder.read_status().state == "running"
+
+
+def test_a_failed_run_with_a_checkpoint_is_kept(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path) as folder:
+        (folder.checkpoints / "round-0001.safetensors").write_bytes(b"x")
+        folder.write_status("failed", 1)
+    with pytest.raises(RunError, match="already holds a run"):
+        RunFolder.create(tmp_path)
