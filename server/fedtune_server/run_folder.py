@@ -227,7 +227,10 @@ class RunFolder:
         """Whether a run failed or was interrupted here before it had joined anything."""
         if not self.status.exists() or any(self.checkpoints.glob("round-*")):
             return False
-        return self.read_status().state in ("failed", "interrupted")
+        try:
+            return self.read_status().state in ("failed", "interrupted")
+        except RunError:
+            return False  # a damaged status tells nothing; keep what is there
 
     def _described_state(self) -> str:
         try:
