@@ -58,7 +58,6 @@ class ModelShapes:
     Attributes:
         digest: sha256 over the config and every shard's safetensors header and content.
         other_parameters: parameters that are not in `matrices` (embeddings, norms, biases).
-        largest_matrix_parameters: of `matrices`; sizes the dequantisation workspace.
     """
 
     digest: str
@@ -74,10 +73,6 @@ class ModelShapes:
     def __post_init__(self) -> None:
         names = [m.name for m in self.matrices]
         _require(len(names) == len(set(names)), "matrix names must be unique")
-
-    @property
-    def largest_matrix_parameters(self) -> int:
-        return max((m.parameters for m in self.matrices), default=0)
 
     def by_name(self) -> dict[str, MatrixShape]:
         return {m.name: m for m in self.matrices}

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from fedtune.aggregate.contributions import Share, holders, join_matrices
 from fedtune.aggregate.directions import (
+    TailUse,
     choose_directions,
     dispatch_directions,
     split_triplets,
@@ -55,6 +56,7 @@ class Delta:
     rank_cap: int
     fresh_rank: int = 0
     name: ClassVar[str] = "delta"
+    tail: ClassVar[TailUse] = "planned"
 
     def start(
         self, matrices: Sequence[MatrixShape], dense: Mapping[str, FloatArray]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
@@ -38,6 +39,9 @@ class Directions:
     fresh: int
     tail: int
 
+
+TailUse: TypeAlias = Literal["planned", "none", "whole"]
+"""What of the global adapter a rule gives its devices frozen."""
 
 Policy = Callable[[int, MatrixPlan], Directions]
 """(directions in the global adapter, the device's plan of the matrix) -> its directions."""

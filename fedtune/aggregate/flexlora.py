@@ -12,7 +12,7 @@ import numpy as np
 
 from fedtune.aggregate.contributions import Share, holders, join_matrices
 from fedtune.aggregate.delta import empty_adapter
-from fedtune.aggregate.directions import choose_directions, dispatch_directions
+from fedtune.aggregate.directions import TailUse, choose_directions, dispatch_directions
 from fedtune.aggregate.low_rank import Pair, pair_of_factors, recompress
 from fedtune.records import (
     Contribution,
@@ -48,6 +48,7 @@ class FlexLora:
     rank_cap: int
     fresh_rank: int = 0
     name: ClassVar[str] = "flexlora"
+    tail: ClassVar[TailUse] = "planned"
 
     def start(
         self, matrices: Sequence[MatrixShape], dense: Mapping[str, FloatArray]

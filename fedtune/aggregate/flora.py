@@ -10,7 +10,7 @@ import numpy as np
 
 from fedtune.aggregate.contributions import Share, join_matrices
 from fedtune.aggregate.delta import empty_adapter, join_differences
-from fedtune.aggregate.directions import all_fresh, dispatch_directions
+from fedtune.aggregate.directions import TailUse, all_fresh, dispatch_directions
 from fedtune.records import (
     Contribution,
     DevicePlan,
@@ -38,6 +38,7 @@ class Flora:
     """
 
     name: ClassVar[str] = "flora"
+    tail: ClassVar[TailUse] = "whole"
 
     def start(
         self, matrices: Sequence[MatrixShape], dense: Mapping[str, FloatArray]

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from fedtune.aggregate.delta import Delta
+from fedtune.aggregate.directions import TailUse
 from fedtune.aggregate.flexlora import FlexLora
 from fedtune.aggregate.flora import Flora
 from fedtune.aggregate.zero_pad import ZeroPad
@@ -30,6 +31,12 @@ class Rule(Protocol):
     @property
     def name(self) -> str:
         """The name in a run file."""
+
+    @property
+    def tail(self) -> TailUse:
+        """What of the global adapter a device gets frozen, for the planner to leave room for:
+        `planned` (as much as its plan says), `none`, or `whole` (all of it, whatever the cap).
+        """
 
     def start(
         self, matrices: Sequence[MatrixShape], dense: Mapping[str, FloatArray]

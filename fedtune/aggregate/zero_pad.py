@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedtune.aggregate.contributions import Share, holders, join_matrices
-from fedtune.aggregate.directions import fresh_rows, matrix_of
+from fedtune.aggregate.directions import TailUse, fresh_rows, matrix_of
 from fedtune.errors import PlanError
 from fedtune.records import (
     Contribution,
@@ -48,6 +48,7 @@ class ZeroPad:
     rank_cap: int
     seed: int = 0
     name: ClassVar[str] = "zero-pad"
+    tail: ClassVar[TailUse] = "none"
 
     def start(
         self, matrices: Sequence[MatrixShape], dense: Mapping[str, FloatArray]

@@ -141,13 +141,12 @@ class Coordinator:
     def _plan(self, fleet: Fleet) -> FleetPlan:
         config = self._config
         profiles = [report.profile for report in fleet.reports.values()]
-        rule = config.aggregate.rule
-        whole = rule == "flora"  # it has no cap and sends everything it has
-        tail = 0 if rule == "zero-pad" else config.lora.tail_rank
+        whole = self._rule.tail == "whole"
+        tails = {"planned": config.lora.tail_rank, "none": 0, "whole": _NO_CAP}
         settings = PlanSettings(
             rank_max=config.lora.rank_max,
             rank_cap=_NO_CAP if whole else config.lora.rank_cap,
-            tail=_NO_CAP if whole else tail,
+            tail=tails[self._rule.tail],
             batch_size=config.train.batch_size,
             local_steps=config.train.local_steps,
             sequence_length=config.data.max_tokens,
