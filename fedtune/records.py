@@ -156,6 +156,15 @@ class ImportanceReport:
 # ---------------------------------------------------------------- the plan
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class MatrixForm:
+    """How one frozen matrix is held on a device; see `MatrixPlan` for the fields."""
+
+    format: FormatName
+    block_size: int = 0
+    correction_rank: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class MatrixPlan:
     """What one device does with one matrix.
@@ -163,7 +172,9 @@ class MatrixPlan:
     Attributes:
         rank: trained LoRA rank; 0 means that the matrix stays frozen.
         tail_rank: how many further directions of the global adapter the device gets frozen.
-        block_size: weights that share one quantisation scale; 0 for unquantised formats.
+        block_size: weights that share one quantisation scale; 0 for formats without blocks.
+        correction_rank: rank of the frozen pair that repairs the format's own error on this
+            device; 0: none. It never travels.
     """
 
     name: str
@@ -171,11 +182,18 @@ class MatrixPlan:
     format: FormatName
     tail_rank: int = 0
     block_size: int = 0
+    correction_rank: int = 0
 
     def __post_init__(self) -> None:
         _require(self.rank >= 0, f"rank of {self.name} must not be negative")
         _require(self.tail_rank >= 0, f"tail rank of {self.name} must not be negative")
+        _require(self.correction_rank >= 0, f"correction rank of {self.name} must not be negative")
         _require(self.format in BACKBONE_FORMATS, f"unknown backbone format {self.format!r}")
+
+    @property
+    def form(self) -> MatrixForm:
+        """How the matrix is held, without what is trained of it."""
+        return MatrixForm(self.format, self.block_size, self.correction_rank)
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,7 +213,7 @@ class Agent:
                     f"supports {', '.join(allowed)}"
                 )
         shelf = _shelf(self._folder, self._site.profile.accelerator, self._site.shares_backbone)
-        return shelf.get(self._task, labels, {m.name: m.format for m in plan.matrices})
+        return shelf.get(self._task, labels, {m.name: m.form for m in plan.matrices})
 
     def _peak(self) -> dict[str, float]:
         """Most memory that the accelerator held in this round; a CPU does not tell."""

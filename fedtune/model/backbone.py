@@ -21,7 +21,7 @@ from fedtune.errors import ModelError
 from fedtune.lora.linear import AdaptedLinear
 from fedtune.model.load import load_base, module_path
 from fedtune.quant.storage import store
-from fedtune.records import FormatName, TaskName
+from fedtune.records import MatrixForm, TaskName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,22 +79,22 @@ class BackboneShelf:
         self,
         task: TaskName,
         labels: Sequence[str],
-        formats: Mapping[str, FormatName],
+        forms: Mapping[str, MatrixForm],
     ) -> Backbone:
-        """The backbone with each named matrix in its format; built on first use.
+        """The backbone with each named matrix held in its form; built on first use.
 
         Raises:
             ModelError: a matrix is not a linear module of the model.
         """
         task_key = (task, tuple(labels))
-        key = (*task_key, tuple(sorted(formats.items())))
+        key = (*task_key, tuple(sorted(forms.items())))
         with self._lock:
             if key not in self._backbones:
                 base = self._base.get(task_key) or load_base(self._folder, task, labels)
                 if self._keep_base:
                     self._base[task_key] = base
                     base = _sharing_copy(base)
-                self._backbones[key] = _build(base, formats, self._device)
+                self._backbones[key] = _build(base, forms, self._device)
             return self._backbones[key]
 
 
@@ -105,11 +105,11 @@ def _sharing_copy(base: PreTrainedModel) -> PreTrainedModel:
 
 
 def _build(
-    model: PreTrainedModel, formats: Mapping[str, FormatName], torch_device: torch.device
+    model: PreTrainedModel, forms: Mapping[str, MatrixForm], torch_device: torch.device
 ) -> Backbone:
-    """Put `AdaptedLinear` over the packed matrix in place of each linear named in `formats`."""
+    """Put `AdaptedLinear` over the packed matrix in place of each matrix named in `forms`."""
     layers: dict[str, AdaptedLinear] = {}
-    for name, format_name in formats.items():
+    for name, form in forms.items():
         path = module_path(name, model)
         linear = model.get_submodule(path)
         if not isinstance(linear, nn.Linear):
@@ -117,7 +117,7 @@ def _build(
                 f"matrix {name} is a {type(linear).__name__}, and only linear layers can be "
                 "adapted; leave it out of lora.targets"
             )
-        adapted = AdaptedLinear(store(linear.weight, format_name), linear.bias).eval()
+        adapted = AdaptedLinear(store(linear.weight, form.format), linear.bias).eval()
         model.set_submodule(path, adapted)
         layers[name] = adapted
     if torch_device.type != "cpu":

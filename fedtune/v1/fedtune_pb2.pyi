@@ -89,18 +89,20 @@ class SiteReport(_message.Message):
     def __init__(self, profile: _Optional[_Union[DeviceProfile, _Mapping]] = ..., base_digest: _Optional[str] = ..., train_samples: _Optional[int] = ..., held_out_samples: _Optional[int] = ..., train_tokens: _Optional[int] = ..., dense: _Optional[_Iterable[_Union[DenseShape, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class MatrixPlan(_message.Message):
-    __slots__ = ("name", "rank", "tail_rank", "format", "block_size")
+    __slots__ = ("name", "rank", "tail_rank", "format", "block_size", "correction_rank")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     TAIL_RANK_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    CORRECTION_RANK_FIELD_NUMBER: _ClassVar[int]
     name: str
     rank: int
     tail_rank: int
     format: str
     block_size: int
-    def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., tail_rank: _Optional[int] = ..., format: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
+    correction_rank: int
+    def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., tail_rank: _Optional[int] = ..., format: _Optional[str] = ..., block_size: _Optional[int] = ..., correction_rank: _Optional[int] = ...) -> None: ...
 
 class DevicePlan(_message.Message):
     __slots__ = ("device", "matrices", "micro_batch", "batch_size", "sequence_length", "local_steps", "checkpointing", "first_trained_layer", "peak_bytes", "seconds", "download_bytes", "upload_bytes", "binding")

@@ -148,6 +148,7 @@ def plan_message(plan: DevicePlan) -> pb.DevicePlan:
                 tail_rank=matrix.tail_rank,
                 format=matrix.format,
                 block_size=matrix.block_size,
+                correction_rank=matrix.correction_rank,
             )
             for matrix in plan.matrices
         ],
@@ -206,4 +207,7 @@ def _matrix_record(message: pb.MatrixPlan) -> MatrixPlan:
         tail_rank=fields.whole(message.tail_rank, f"plan tail rank of {name}", 0, fields.MAX_RANK),
         format=_format(message.format, f"plan format of {name}"),
         block_size=fields.whole(message.block_size, f"plan block size of {name}", 0, 2**24),
+        correction_rank=fields.whole(
+            message.correction_rank, f"plan correction rank of {name}", 0, fields.MAX_RANK
+        ),
     )

@@ -13,14 +13,16 @@ from fedtune.model import backbone as backbone_module
 from fedtune.model.backbone import Backbone, BackboneShelf
 from fedtune.model.load import load_base
 from fedtune.model.shapes import read_shapes
-from fedtune.records import BACKBONE_FORMATS, FormatName
+from fedtune.records import BACKBONE_FORMATS, FormatName, MatrixForm
 
 TOKENS = torch.arange(3, 40)[None]
-Formats = dict[str, FormatName]
+Formats = dict[str, MatrixForm]
 
 
 def formats(folder: Path, name: FormatName) -> Formats:
-    return {matrix.name: name for matrix in read_shapes(folder, ("all-linear",)).matrices}
+    return {
+        matrix.name: MatrixForm(name) for matrix in read_shapes(folder, ("all-linear",)).matrices
+    }
 
 
 def shelf(folder: Path, keep_base: bool = True) -> BackboneShelf:
@@ -110,14 +112,14 @@ def test_a_backbone_is_frozen_and_in_evaluation_mode(tiny_bert: Path) -> None:
 def test_a_matrix_that_is_not_linear_is_refused(tiny_llama: Path) -> None:
     words = r"matrix model\.embed_tokens is a Embedding, and only linear .* out of lora\.targets"
     with pytest.raises(ModelError, match=words):
-        shelf(tiny_llama).get("causal-lm", (), {"model.embed_tokens": "fp32"})
+        shelf(tiny_llama).get("causal-lm", (), {"model.embed_tokens": MatrixForm("fp32")})
 
 
 def test_a_failed_build_leaves_the_base_whole_for_the_next(tiny_llama: Path) -> None:
     backbones = shelf(tiny_llama)
     chosen = formats(tiny_llama, "int8")
     with pytest.raises(ModelError):
-        backbones.get("causal-lm", (), chosen | {"model.embed_tokens": "int8"})
+        backbones.get("causal-lm", (), chosen | {"model.embed_tokens": MatrixForm("int8")})
     expected = logits(shelf(tiny_llama).get("causal-lm", (), chosen))
     torch.testing.assert_close(logits(backbones.get("causal-lm", (), chosen)), expected)
 

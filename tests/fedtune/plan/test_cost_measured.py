@@ -12,7 +12,7 @@ import pytest
 from fedtune.aggregate.rules import make_rule
 from fedtune.model.shapes import read_shapes
 from fedtune.plan.cost import Load, backbone_bytes, peak_bytes
-from fedtune.records import DevicePlan, FormatName, MatrixPlan
+from fedtune.records import DevicePlan, FormatName, MatrixForm, MatrixPlan
 from fedtune.wire.messages import OptimizerSpec
 
 torch = pytest.importorskip("torch")
@@ -72,7 +72,7 @@ def test_the_predicted_peak_covers_the_measured_one_within_a_quarter(
         for _ in range(4)
     ]
     shelf = BackboneShelf(stories260k, torch.device("cpu"), keep_base=False)
-    backbone = shelf.get("causal-lm", (), formats)
+    backbone = shelf.get("causal-lm", (), {n: MatrixForm(f) for n, f in formats.items()})
     measured = measured_peak(
         lambda: train_round(
             backbone, [batch, batch], sent, plan, OptimizerSpec(), task="causal-lm", pad_id=0

@@ -25,6 +25,7 @@ from fedtune.records import (
     Dispatch,
     FormatName,
     LoraFactors,
+    MatrixForm,
     MatrixShape,
     TaskName,
 )
@@ -74,7 +75,9 @@ class World:
     def backbone(self, format_name: FormatName = "fp32") -> Backbone:
         """A new one, which no other test has used."""
         shelf = BackboneShelf(self._folder, CPU, keep_base=False)
-        return shelf.get(self.task, self.labels, dict.fromkeys(self.shapes, format_name))
+        return shelf.get(
+            self.task, self.labels, dict.fromkeys(self.shapes, MatrixForm(format_name))
+        )
 
     def dispatch(self, seed: int = 0, tail: int = 0, rank: int = 3) -> Dispatch:
         """Factors for every matrix; ranks differ from one matrix to the next."""
