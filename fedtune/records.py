@@ -20,6 +20,9 @@ TaskName: TypeAlias = Literal["causal-lm", "sequence-classification"]
 FormatName: TypeAlias = Literal["fp32", "bf16", "int8", "nf4"]
 """How a frozen matrix is held: `nf4` is 4-bit NormalFloat with double-quantised scales (QLoRA)."""
 
+ComputeName: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
+"""In which dtype a device multiplies; `auto` is measured there."""
+
 BACKBONE_FORMATS: tuple[FormatName, ...] = ("fp32", "bf16", "int8", "nf4")
 """All formats, best first."""
 
