@@ -35,22 +35,27 @@ DEVICE void cross_entropy(const Team& team, const CrossEntropy& given) {
 
         float largest = minus_infinity, total = 0.0f;
         for (int64_t start = begin; start < n; start += STEPS * stride) {
-            float value[STEPS][V];
+            Words words[STEPS];
+            float value[V];
             UNROLL for (int s = 0; s < STEPS; s++) {
-                read_within(logits, start + s * stride, n, value[s], minus_infinity);
+                words[s] = read_within(logits, start + s * stride, n, minus_infinity);
             }
             float higher = largest;
             UNROLL for (int s = 0; s < STEPS; s++) {
-                UNROLL for (int j = 0; j < V; j++) higher = larger(higher, value[s][j]);
+                decode(words[s], value, T{});
+                UNROLL for (int j = 0; j < V; j++) higher = larger(higher, value[j]);
             }
             if (higher > largest) {
                 total *= exponential(largest - higher);
                 largest = higher;
             }
             const float shift = largest == minus_infinity ? 0.0f : largest;
+            float part = 0.0f;  // summed on its own, so that long rows lose no digits
             UNROLL for (int s = 0; s < STEPS; s++) {
-                UNROLL for (int j = 0; j < V; j++) total += exponential(value[s][j] - shift);
+                decode(words[s], value, T{});
+                UNROLL for (int j = 0; j < V; j++) part += exponential(value[j] - shift);
             }
+            total += part;
         }
         const float row_largest = team.largest(largest);
         const float shift = row_largest == minus_infinity ? 0.0f : row_largest;
@@ -59,18 +64,21 @@ DEVICE void cross_entropy(const Team& team, const CrossEntropy& given) {
 
         const float factor = weight / total;
         for (int64_t start = begin; start < n; start += STEPS * stride) {
-            float value[STEPS][V];
+            Words words[STEPS];
             if (weight != 0.0f) {
                 UNROLL for (int s = 0; s < STEPS; s++) {
-                    read_within(logits, start + s * stride, n, value[s], minus_infinity);
+                    words[s] = read_within(logits, start + s * stride, n, minus_infinity);
                 }
             }
             UNROLL for (int s = 0; s < STEPS; s++) {
-                UNROLL for (int j = 0; j < V; j++) {
-                    value[s][j] =
-                        weight != 0.0f ? exponential(value[s][j] - shift) * factor : 0.0f;
+                float value[V] = {};
+                if (weight != 0.0f) {
+                    decode(words[s], value, T{});
+                    UNROLL for (int j = 0; j < V; j++) {
+                        value[j] = exponential(value[j] - shift) * factor;
+                    }
                 }
-                write_within(logits, start + s * stride, n, value[s]);
+                write_within(logits, start + s * stride, n, value);
             }
         }
         team.sync();  // the gradient at the target lies before it is corrected

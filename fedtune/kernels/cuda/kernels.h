@@ -25,7 +25,7 @@
 FOR_DTYPES(DEQUANTISE)
 
 #define CROSS_ENTROPY(T, NAME) \
-    KERNEL(cross_entropy_##NAME, CrossEntropy, Block, 1024, cross_entropy<T>)
+    KERNEL(cross_entropy_##NAME, CrossEntropy, Block, 512, cross_entropy<T>)
 FOR_DTYPES(CROSS_ENTROPY)
 
 #define SWIGLU(T, NAME)                                     \
@@ -34,9 +34,9 @@ FOR_DTYPES(CROSS_ENTROPY)
 FOR_DTYPES(SWIGLU)
 
 #define RMS_NORM(T, W, NAME)                                                              \
-    KERNEL(rms_norm_##NAME, RmsNorm, Block, 1024, rms_norm<T, W>)                         \
+    KERNEL(rms_norm_##NAME, RmsNorm, Block, 512, rms_norm<T, W>)                         \
     KERNEL(rms_norm_short_##NAME, RmsNorm, Warp, 256, rms_norm<T, W>)                     \
-    KERNEL(rms_norm_backward_##NAME, RmsNorm, Block, 1024, rms_norm_backward<T, W>)       \
+    KERNEL(rms_norm_backward_##NAME, RmsNorm, Block, 512, rms_norm_backward<T, W>)       \
     KERNEL(rms_norm_backward_short_##NAME, RmsNorm, Warp, 256, rms_norm_backward<T, W>)
 FOR_PAIRS(RMS_NORM)
 

@@ -132,14 +132,13 @@ DEVICE void read_run(const T* from, int64_t count, bool aligned, float (&value)[
 // The run of memory that starts at value `i` of a row of n, at a multiple of 16 bytes; i may be
 // below 0, and i + WIDTH<T> above n: such values are `fill`, and are not written.
 template <class T>
-DEVICE void read_within(const T* row, int64_t i, int64_t n, float (&value)[WIDTH<T>], float fill) {
-    if (i >= 0 && i + WIDTH<T> <= n) {
-        decode(*reinterpret_cast<const Words*>(row + i), value, T{});
-    } else {
-        UNROLL for (int j = 0; j < WIDTH<T>; j++) {
-            value[j] = i + j >= 0 && i + j < n ? to_float(row[i + j]) : fill;
-        }
+DEVICE Words read_within(const T* row, int64_t i, int64_t n, float fill) {
+    if (i >= 0 && i + WIDTH<T> <= n) return *reinterpret_cast<const Words*>(row + i);
+    float value[WIDTH<T>];
+    UNROLL for (int j = 0; j < WIDTH<T>; j++) {
+        value[j] = i + j >= 0 && i + j < n ? to_float(row[i + j]) : fill;
     }
+    return encode(value, T{});
 }
 
 template <class T>
