@@ -7,8 +7,8 @@ weights of a real, trained encoder) and the 35 of stories260k. Error: norm of wh
 norm of the weights, all matrices of a model together; blocks of 64 for every format with blocks,
 scales double-quantised, so that the compared formats take the same bits per weight (bitsandbytes
 has no 2 and 3 bits). Unpacking: one matrix of 4096 x 4096 to float32 on one thread, by panels of
-256 rows as a product does it, beside bitsandbytes' kernel and a copy of as many bytes; the
-contenders take turns, and the best of their turns counts.
+256 rows as a product does it, beside bitsandbytes' kernel (which makes a new matrix each time) and
+a copy of one panel again and again; the contenders take turns, and the best of their turns counts.
 
 `--quick` takes a quarter of MiniLM's matrices and fewer turns.
 """
@@ -154,7 +154,7 @@ def unpacking(quick: bool) -> Measured:
     source = weight[:256].clone()
     target = torch.empty_like(source)
     contenders: dict[str, Callable[[], object]] = {
-        "copy": lambda: [target.copy_(source) for _ in range(LARGE[0] // 256)]
+        "(copy of a panel)": lambda: [target.copy_(source) for _ in range(LARGE[0] // 256)]
     }
     for name in names:
         matrix = store(weight, MatrixForm(name))
@@ -171,7 +171,7 @@ def unpacking(quick: bool) -> Measured:
     rows: list[dict[str, object]] = [
         {"format": name, "GB of float32 per second": f"{value:.1f}"} for name, value in rate.items()
     ]
-    figures = {f"unpack_{name.replace('-', '_')}_gb_per_s": value for name, value in rate.items()}
+    figures = {f"unpack_{name.replace('-', '_')}_gb_per_s": rate[name] for name in names}
     if "bnb-nf4" in rate:
         figures["unpack_speedup_vs_bitsandbytes"] = rate["q4"] / rate["bnb-nf4"]
     return Measured(rows, figures)
