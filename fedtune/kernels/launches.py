@@ -39,7 +39,8 @@ def dequantise(launcher: Launcher, packed: PackedWeights, first: int, out: Tenso
         )
     if not out.is_contiguous():
         raise KernelError(f"out must be contiguous, got strides {out.stride()}")
-    _require_one_device(out, packed.codes, packed.scale_codes, packed.scale_steps, packed.codebook)
+    scales = (packed.scale_codes, packed.scale_steps, packed.scale_offset)
+    _require_one_device(out, packed.codes, *scales, packed.codebook)
     if count == 0:
         return out
     codes = _at_multiple_of(packed.codes, 8)
@@ -47,7 +48,7 @@ def dequantise(launcher: Launcher, packed: PackedWeights, first: int, out: Tenso
     tile = 256 * (16 // out.element_size()) * _DEQUANTISE_STEPS
     teams = -(-count // tile)
     if packed.bits == 8:  # 32 KB of codebook for each team: few teams, with more to do
-        teams = min(teams, 6 * launcher.processors)
+        teams = min(teams, 8 * launcher.processors)
     launcher.launch(
         f"dequantise_{packed.bits}_{suffix}",
         min(teams, MOST_TEAMS),

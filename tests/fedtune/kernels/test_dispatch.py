@@ -10,7 +10,7 @@ from host import HostLauncher
 from oracle import random_packed
 
 from fedtune.errors import KernelError
-from fedtune.kernels import dispatch, driver
+from fedtune.kernels import dispatch
 
 CPU = torch.device("cpu")
 
@@ -44,13 +44,3 @@ def test_a_gpu_whose_kernels_do_not_load_takes_plain_torch_with_one_line(
         assert dispatch._choose(gpu) is None
         assert dispatch._choose(gpu) is None
     assert caplog.messages == ["kernels on cuda:7: plain torch (no code for cuda:7)"]
-
-
-def test_a_missing_driver_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> None:
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(driver.ctypes, "CDLL", absent)
-    driver._library.cache_clear()
-    with pytest.raises(KernelError, match=r"the CUDA driver library \S+ cannot be loaded"):
-        driver._library()
