@@ -37,7 +37,7 @@ def dequantise(packed: PackedWeights, first: int, out: Tensor) -> Tensor:
 def grouped_low_rank_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, groups: Groups) -> Tensor:
     """See `low_rank.grouped_low_rank_`."""
     launcher = launcher_of(x)
-    if launcher is None or not low_rank.launchable(x, a, b, groups):
+    if launcher is None or not low_rank.takes(x, a, b, groups):
         return low_rank.grouped_low_rank_(y, x, a, b, groups)
     return low_rank.launch_grouped_low_rank_(launcher, y, x, a, b, groups)
 
@@ -45,7 +45,7 @@ def grouped_low_rank_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, groups: Groups
 def grouped_low_rank_gradient(left: Tensor, right: Tensor, groups: Groups) -> Tensor:
     """See `low_rank.grouped_low_rank_gradient`."""
     launcher = launcher_of(right)
-    if launcher is None:
+    if launcher is None or not low_rank.launchable(right.dtype, right.device):
         return low_rank.grouped_low_rank_gradient(left, right, groups)
     return low_rank.launch_grouped_low_rank_gradient(launcher, left, right, groups)
 
@@ -60,9 +60,8 @@ def packed_product(x: Tensor, packed: PackedWeights) -> Tensor:
 
 def packed_product_wins(tokens: int, packed: PackedWeights, dtype: torch.dtype) -> bool:
     """Whether `packed_product` is the faster way to x W^T; if not, unpack and multiply."""
-    if launcher_of(packed.codes) is None:
-        return False
-    return packed_products.wins(tokens, packed, dtype)
+    launcher = launcher_of(packed.codes)
+    return launcher is not None and packed_products.launchable(tokens, packed, dtype)
 
 
 # ---------------------------------------------------------------- which path

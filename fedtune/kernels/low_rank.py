@@ -183,10 +183,17 @@ def _runs(groups: Groups) -> Iterator[_Run]:
 # ---------------------------------------------------------------- compiled kernels
 
 
-def launchable(x: Tensor, a: Tensor, b: Tensor, groups: Groups) -> bool:
-    """Whether the compiled kernels take these dtypes and ranks."""
+def launchable(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the compiled kernels take x of a dtype on a device: bfloat16 from sm_80 on."""
+    if dtype == torch.bfloat16 and device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return dtype in SUFFIX
+
+
+def takes(x: Tensor, a: Tensor, b: Tensor, groups: Groups) -> bool:
+    """Whether `launch_grouped_low_rank_` takes these dtypes and ranks."""
     return (
-        x.dtype in SUFFIX
+        launchable(x.dtype, x.device)
         and a.dtype == b.dtype
         and a.dtype in (x.dtype, torch.float32)
         and groups.max_rank <= MOST_RANK
@@ -207,10 +214,11 @@ def launch_grouped_low_rank_(
     _require(a, (groups.rank, columns), a.dtype, x.device, "a")
     _require(b, (groups.rank, out), a.dtype, x.device, "b")
     _require_groups(groups, x.device)
-    if not launchable(x, a, b, groups):
+    if not takes(x, a, b, groups):
         raise KernelError(
-            f"the factors must be {x.dtype} or float32 of rank {MOST_RANK} at most, got {a.dtype}, "
-            f"{b.dtype} and rank {groups.max_rank}"
+            f"x must be float32, bfloat16 (from sm_80 on) or float16, and the factors of its dtype "
+            f"or float32 and of rank {MOST_RANK} at most; got {x.dtype}, {a.dtype}, {b.dtype} and "
+            f"rank {groups.max_rank}"
         )
     low = x.new_empty(tokens, groups.max_rank)
     if tokens == 0 or groups.rank == 0:
@@ -222,7 +230,7 @@ def launch_grouped_low_rank_(
     launcher.launch(
         f"low_rank_{suffix}",
         min(tiles * slices, MOST_TEAMS),
-        256,
+        128 if x.dtype == torch.float32 else 256,  # float32 needs more registers a thread
         _PRODUCT,
         y.data_ptr(),
         low.data_ptr(),

@@ -31,7 +31,6 @@ unpacked route's cost does not yet grow; not yet tuned on a GPU."""
 
 _PRODUCT = Struct("@PPPPPPPqqqqi")
 _ROWS = 32  # of a block, as in packed_product.h
-_TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def packed_product(
@@ -43,24 +42,17 @@ def packed_product(
 
 
 def launchable(tokens: int, packed: PackedWeights, dtype: torch.dtype) -> bool:
-    """Whether the compiled kernel can do this product; it needs rows of whole groups of weights."""
-    return (
-        tokens <= MOST_TOKENS and dtype in _TENSOR_CORE_DTYPES and packed.shape[1] % GROUP == 0
-    )
+    """Whether the compiled kernel can do this product.
 
-
-def wins(tokens: int, packed: PackedWeights, dtype: torch.dtype) -> bool:
-    """Whether the compiled kernel beats unpacking and cuBLAS.
-
-    It does wherever it can run on tensor cores: up to MOST_TOKENS tokens. Before sm_80 there are
-    none for bfloat16.
+    It needs tensor cores for the dtype (bfloat16: from sm_80 on) and rows of whole groups of
+    weights. Where it can, up to MOST_TOKENS tokens, it is taken to win.
     """
-    if not launchable(tokens, packed, dtype):
+    if tokens > MOST_TOKENS or packed.shape[1] % GROUP:
         return False
     device = packed.codes.device
     if dtype == torch.bfloat16 and device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return True
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def launch_packed_product(launcher: Launcher, x: Tensor, packed: PackedWeights) -> Tensor:
@@ -79,7 +71,8 @@ def launch_packed_product(launcher: Launcher, x: Tensor, packed: PackedWeights) 
         )
     if not launchable(tokens, packed, x.dtype):
         raise KernelError(
-            f"a packed product takes bfloat16 or float16, {MOST_TOKENS} tokens at most and rows of "
+            f"a packed product takes bfloat16 (from sm_80 on) or float16, {MOST_TOKENS} tokens at "
+            f"most and rows of "
             f"a multiple of {GROUP} weights, got {x.dtype}, {tokens} and {columns}"
         )
     y = x.new_empty(tokens, out)

@@ -146,6 +146,15 @@ DEVICE void store_eight(T* to, const Eight<T>& from, int64_t valid, bool aligned
 
 // ---------------------------------------------------------------- the product
 
+// Whether there is a product of this type. Kernels of a type that has none are empty, and
+// fedtune/kernels/low_rank.py and packed_product.py do not launch them.
+template <class T>
+constexpr bool RUNS = true;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <>
+constexpr bool RUNS<bf16> = false;
+#endif
+
 #ifdef __CUDACC__
 
 template <class P>
@@ -156,27 +165,27 @@ DEVICE uint32_t word_of(const P& pair) {
     return word;
 }
 
-// Without tensor cores (float32 everywhere, bfloat16 before sm_80): a lane fetches the rows and
-// columns that it lacks from its neighbours.
-template <class T>
-DEVICE void exchanged_product(Sums& c, const Left<T>& a, const Right<T>& b) {
+// Without tensor cores, for float32: a lane fetches the rows and columns that it lacks from its
+// neighbours. The loop stays a loop: the code of a kernel holds this many times.
+DEVICE void exchanged_product(Sums& c, const Left<float>& a, const Right<float>& b) {
     const int lane = int(threadIdx.x % 32), g = lane / 4, q = lane % 4;
-    UNROLL for (int k = 0; k < 16; k++) {
-        const int from = k % 8 / 2;
-        const Pair<T>& top = a.pair[k / 8 * 2];
-        const Pair<T>& bottom = a.pair[k / 8 * 2 + 1];
-        const Pair<T>& right = b.pair[k / 8];
-        const float own_top = to_float(k % 2 ? top.high : top.low);
-        const float own_bottom = to_float(k % 2 ? bottom.high : bottom.low);
-        const float own_right = to_float(k % 2 ? right.high : right.low);
-        const float a0 = __shfl_sync(0xffffffffu, own_top, 4 * g + from);
-        const float a1 = __shfl_sync(0xffffffffu, own_bottom, 4 * g + from);
-        const float b0 = __shfl_sync(0xffffffffu, own_right, 8 * q + from);
-        const float b1 = __shfl_sync(0xffffffffu, own_right, 8 * q + 4 + from);
-        c.at[0] += a0 * b0;
-        c.at[1] += a0 * b1;
-        c.at[2] += a1 * b0;
-        c.at[3] += a1 * b1;
+#pragma unroll 1
+    for (int from = 0; from < 4; from++) {
+        UNROLL for (int i = 0; i < 4; i++) {
+            const Pair<float>& top = a.pair[i / 2 * 2];
+            const Pair<float>& bottom = a.pair[i / 2 * 2 + 1];
+            const Pair<float>& right = b.pair[i / 2];
+            const float own = i % 2 ? right.high : right.low;
+            const float a0 = __shfl_sync(0xffffffffu, i % 2 ? top.high : top.low, 4 * g + from);
+            const float a1 =
+                __shfl_sync(0xffffffffu, i % 2 ? bottom.high : bottom.low, 4 * g + from);
+            const float b0 = __shfl_sync(0xffffffffu, own, 8 * q + from);
+            const float b1 = __shfl_sync(0xffffffffu, own, 8 * q + 4 + from);
+            c.at[0] += a0 * b0;
+            c.at[1] += a0 * b1;
+            c.at[2] += a1 * b0;
+            c.at[3] += a1 * b1;
+        }
     }
 }
 
@@ -194,9 +203,7 @@ DEVICE void lane_product(Sums& c, const Left<float>& a, const Right<float>& b) {
 DEVICE void lane_product(Sums& c, const Left<bf16>& a, const Right<bf16>& b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     TENSOR_CORES("bf16");
-#else
-    exchanged_product(c, a, b);
-#endif
+#endif  // others have none: RUNS<bf16> is false
 }
 DEVICE void lane_product(Sums& c, const Left<f16>& a, const Right<f16>& b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

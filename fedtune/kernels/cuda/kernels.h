@@ -15,7 +15,7 @@ FOR_DTYPES(DEQUANTISE)
 #include "low_rank.h"
 #include "packed_product.h"
 
-KERNEL(low_rank_f32, LowRank, Block, 256, low_rank<float, float>)
+KERNEL(low_rank_f32, LowRank, Block, 128, low_rank<float, float>)
 KERNEL(low_rank_bf16, LowRank, Block, 256, low_rank<bf16, bf16>)
 KERNEL(low_rank_f16, LowRank, Block, 256, low_rank<f16, f16>)
 KERNEL(low_rank_bf16_f32, LowRank, Block, 256, low_rank<bf16, float>)

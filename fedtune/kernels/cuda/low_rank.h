@@ -110,8 +110,10 @@ DEVICE void shrink(float (*part)[LOW_RANK_PASS], int warp, int warps, const T* x
     const F* const factor = a + (span.first_rank + pass) * in;
     const int64_t stride = warps * LOW_RANK_STEP;
     PerLane<TwoRows<T>> rows;
-    load_rows(rows, x, span, in, int64_t(warp) * LOW_RANK_STEP, aligned);
+    constexpr bool AHEAD = sizeof(T) == 2;  // registers do not hold two steps of float32
+    if constexpr (AHEAD) load_rows(rows, x, span, in, int64_t(warp) * LOW_RANK_STEP, aligned);
     for (int64_t step = int64_t(warp) * LOW_RANK_STEP; step < in; step += stride) {
+        if constexpr (!AHEAD) load_rows(rows, x, span, in, step, aligned);
         PerLane<Left<T>> left[2];
         FOR_LANES(lane) {
             UNROLL for (int h = 0; h < 2; h++) {
@@ -122,7 +124,8 @@ DEVICE void shrink(float (*part)[LOW_RANK_PASS], int warp, int warps, const T* x
                 }
             }
         }
-        load_rows(rows, x, span, in, step + stride, aligned);  // arrives while this step multiplies
+        // Arrives while this step multiplies.
+        if constexpr (AHEAD) load_rows(rows, x, span, in, step + stride, aligned);
         UNROLL for (int j = 0; j < LOW_RANK_PASS / 8; j++) {
             if (8 * j < ranks) {
                 PerLane<Right<T>> right[2];
@@ -216,7 +219,7 @@ DEVICE void expand(const LowRankShared<T>& shared, int64_t part, int64_t parts, 
 
 // Consecutive teams share a tile of tokens, `slices` of them; each computes `low` for itself.
 template <class T, class F, class Team>
-DEVICE void low_rank(const Team& team, const LowRank& given) {
+DEVICE void low_rank_tiles(const Team& team, const LowRank& given) {
     SHARED LowRankShared<T> shared;
     T* const y = static_cast<T*>(given.y);
     const T* const x = static_cast<const T*>(given.x);
@@ -251,6 +254,11 @@ DEVICE void low_rank(const Team& team, const LowRank& given) {
             team.sync();  // the next group overwrites what this one still reads
         }
     }
+}
+
+template <class T, class F, class Team>
+DEVICE void low_rank(const Team& team, const LowRank& given) {
+    if constexpr (RUNS<T>) low_rank_tiles<T, F>(team, given);
 }
 
 // ---------------------------------------------------------------- gradients of the factors
@@ -336,7 +344,7 @@ DEVICE void gradient_part(float (*part)[LOW_RANK_COLUMNS], int warp, int warps, 
 
 // A team takes 64 columns and 32 ranks of one group.
 template <class T, class Team>
-DEVICE void low_rank_gradient(const Team& team, const LowRankGradient& given) {
+DEVICE void low_rank_gradient_tiles(const Team& team, const LowRankGradient& given) {
     SHARED float part[GRADIENT_WARPS][GRADIENT_RANKS][LOW_RANK_COLUMNS];
     const T* const left = static_cast<const T*>(given.left);
     const T* const right = static_cast<const T*>(given.right);
@@ -366,4 +374,9 @@ DEVICE void low_rank_gradient(const Team& team, const LowRankGradient& given) {
         }
         team.sync();
     }
+}
+
+template <class T, class Team>
+DEVICE void low_rank_gradient(const Team& team, const LowRankGradient& given) {
+    if constexpr (RUNS<T>) low_rank_gradient_tiles<T>(team, given);
 }

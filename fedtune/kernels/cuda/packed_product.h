@@ -157,7 +157,7 @@ DEVICE void packed_part(float (*part)[PACKED_PRODUCT_ROWS], const float* codeboo
 // A team takes 32 rows of W and all tokens, at most 16 * TILES. Up to 16 levels lie in as many banks
 // of the shared memory; of 256 levels there are as many copies as leave room for the sums.
 template <int BITS, int TILES, class T, class Team>
-DEVICE void packed_product(const Team& team, const PackedProduct& given) {
+DEVICE void packed_tiles(const Team& team, const PackedProduct& given) {
     constexpr int COPIES = BITS == 8 ? 8 : 1;
     SHARED float codebook[(1 << BITS) * COPIES];
     SHARED float part[PACKED_PRODUCT_WARPS][16 * TILES][PACKED_PRODUCT_ROWS];
@@ -185,4 +185,9 @@ DEVICE void packed_product(const Team& team, const PackedProduct& given) {
         }
         team.sync();
     }
+}
+
+template <int BITS, int TILES, class T, class Team>
+DEVICE void packed_product(const Team& team, const PackedProduct& given) {
+    if constexpr (RUNS<T>) packed_tiles<BITS, TILES, T>(team, given);
 }

@@ -165,7 +165,7 @@ def test_ranks_past_the_kernels_go_through_torch(host: HostLauncher) -> None:
     groups, given = made(((4,), (129,)), (8, 8), torch.float32, torch.float32)
     expected, _ = expected_of(groups, given)
     arguments = given["y"], given["x"], given["a"], given["b"], groups
-    with pytest.raises(KernelError, match="of rank 128 at most, got .* and rank 129"):
+    with pytest.raises(KernelError, match="of rank 128 at most; got .* and rank 129"):
         low_rank.launch_grouped_low_rank_(host, *arguments)
     with dispatch.chosen(host, CPU):
         dispatch.grouped_low_rank_(*arguments)
