@@ -30,7 +30,7 @@ PTX = (75, 120)
 def source_digest() -> str:
     """SHA-256 of all sources, in order of their names."""
     digest = hashlib.sha256()
-    for path in sorted(CUDA.glob("*.h")) + [CUDA / "kernels.cu"]:
+    for path in [*sorted(CUDA.glob("*.h")), CUDA / "kernels.cu"]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -34,6 +34,58 @@ def dequantise(packed: PackedWeights, first: int, out: Tensor) -> Tensor:
     return launches.dequantise(launcher, packed, first, out)
 
 
+def softmax_cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """See `reference.softmax_cross_entropy_`."""
+    launcher = launcher_of(logits)
+    if launcher is None:
+        return reference.softmax_cross_entropy_(logits, targets, weights)
+    return launches.softmax_cross_entropy_(launcher, logits, targets, weights)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See `reference.swiglu`."""
+    launcher = launcher_of(gate)
+    if launcher is None:
+        return reference.swiglu(gate, up)
+    return launches.swiglu(launcher, gate, up)
+
+
+def swiglu_backward_(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.swiglu_backward_`."""
+    launcher = launcher_of(gate)
+    if launcher is None:
+        return reference.swiglu_backward_(gradient, gate, up)
+    return launches.swiglu_backward_(launcher, gradient, gate, up)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, epsilon: float, weight_offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """See `reference.rms_norm`."""
+    launcher = launcher_of(x)
+    if launcher is None:
+        return reference.rms_norm(x, weight, epsilon, weight_offset)
+    return launches.rms_norm(launcher, x, weight, epsilon, weight_offset)
+
+
+def rms_norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor, weight_offset: float = 0.0
+) -> Tensor:
+    """See `reference.rms_norm_backward`."""
+    launcher = launcher_of(x)
+    if launcher is None:
+        return reference.rms_norm_backward(gradient, x, weight, inverse_rms, weight_offset)
+    return launches.rms_norm_backward(launcher, gradient, x, weight, inverse_rms, weight_offset)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """See `reference.rotate_`."""
+    launcher = launcher_of(x)
+    if launcher is None:
+        return reference.rotate_(x, cos, sin, inverse)
+    return launches.rotate_(launcher, x, cos, sin, inverse)
+
+
 def grouped_low_rank_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, groups: Groups) -> Tensor:
     """See `low_rank.grouped_low_rank_`."""
     launcher = launcher_of(x)

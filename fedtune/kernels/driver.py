@@ -67,7 +67,7 @@ class Driver:
         Raises:
             KernelError: the driver library is missing, or holds no code for this GPU.
         """
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         self._index = device_index
         properties = torch.cuda.get_device_properties(device_index)
         self.processors = int(properties.multi_processor_count)

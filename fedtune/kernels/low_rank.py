@@ -3,7 +3,7 @@
 Tokens of one adapter lie together; the factors of all adapters lie one below the other, A as
 (sum of ranks, in) and B as (sum of ranks, out), B transposed against a single adapter's usual
 (out, rank). So both factors of an adapter are whole rows, adapters are joined by concatenation
-alone, and the backward pass in x is the forward pass with A and B exchanged: two kernels are enough.
+alone, and the backward pass in x is the forward pass with A and B exchanged: two kernels suffice.
 
 One launch does both products. Punica's SGMV (arXiv 2310.18547) and S-LoRA launch twice, shrink and
 then expand, because a serving batch of few tokens must spread the long sums of x A^T over the GPU.

@@ -4,7 +4,7 @@ Unpacking a whole matrix reads about half a byte and writes two for every weight
 reads the two again. With few tokens this traffic is all there is, and a kernel that keeps weights
 in registers has a ninth of it; with many tokens the multiplication is the cost, and nothing is
 faster than cuBLAS on an unpacked panel (a perfect fused kernel wins at most 2.8x at 128 tokens,
-1.45x at 512, 1.11x at 2048: 4 bytes of traffic a weight against 2 tokens operations). bitsandbytes
+1.45x at 512, 1.11x at 2048, computed from traffic and operations). bitsandbytes
 draws its line on sm_90 at 16 to 64 tokens.
 
 There is no transposed product g W for the backward pass. Its operands pair weights of different
@@ -36,7 +36,7 @@ _ROWS = 32  # of a block, as in packed_product.h
 def packed_product(
     x: Float[Tensor, "tokens in"], packed: PackedWeights
 ) -> Float[Tensor, "tokens out"]:
-    """x W^T. Weights are rounded to the dtype of x, sums are float32, the result is rounded once."""
+    """x W^T: weights rounded to the dtype of x, float32 sums, the result rounded once."""
     dense = torch.empty(packed.shape, dtype=x.dtype, device=x.device)
     return x @ reference.dequantise(packed, 0, dense).t()
 

@@ -22,7 +22,8 @@
 
 constexpr int LOW_RANK_WARPS = 8;        // at most, of a block; they divide the columns
 constexpr int LOW_RANK_TOKENS = 16;      // of a block
-constexpr int LOW_RANK_PASS = 64;        // ranks whose sums fit the registers; more read x again
+template <class T>
+constexpr int LOW_RANK_PASS = sizeof(T) == 2 ? 64 : 32;  // ranks whose sums fit; more read x again
 constexpr int LOW_RANK_MOST = 128;       // ranks
 constexpr int LOW_RANK_COLUMNS = 64;     // of y that a warp takes at a time
 constexpr int LOW_RANK_STEP = 32;        // columns of x that a warp takes at a time
@@ -42,7 +43,7 @@ struct LowRank {
 
 template <class T>
 struct LowRankShared {
-    float part[LOW_RANK_WARPS][LOW_RANK_TOKENS][LOW_RANK_PASS];
+    float part[LOW_RANK_WARPS][LOW_RANK_TOKENS][LOW_RANK_PASS<T>];
     alignas(16) T low[LOW_RANK_TOKENS][LOW_RANK_MOST + 8];  // 8 more: rows start in other banks
 };
 
@@ -102,11 +103,11 @@ DEVICE void load_rows(
 
 // One warp's part of x A^T, for the ranks from `pass` on.
 template <class T, class F>
-DEVICE void shrink(float (*part)[LOW_RANK_PASS], int warp, int warps, const T* x, const F* a,
+DEVICE void shrink(float (*part)[LOW_RANK_PASS<T>], int warp, int warps, const T* x, const F* a,
                    const Span& span, int pass, int64_t in, bool aligned) {
-    PerLane<Sums> sums[LOW_RANK_PASS / 8];
-    UNROLL for (int j = 0; j < LOW_RANK_PASS / 8; j++) clear(sums[j]);
-    const int ranks = span.rank - pass < LOW_RANK_PASS ? span.rank - pass : LOW_RANK_PASS;
+    PerLane<Sums> sums[LOW_RANK_PASS<T> / 8];
+    UNROLL for (int j = 0; j < LOW_RANK_PASS<T> / 8; j++) clear(sums[j]);
+    const int ranks = span.rank - pass < LOW_RANK_PASS<T> ? span.rank - pass : LOW_RANK_PASS<T>;
     const F* const factor = a + (span.first_rank + pass) * in;
     const int64_t stride = warps * LOW_RANK_STEP;
     PerLane<TwoRows<T>> rows;
@@ -126,7 +127,7 @@ DEVICE void shrink(float (*part)[LOW_RANK_PASS], int warp, int warps, const T* x
         }
         // Arrives while this step multiplies.
         if constexpr (AHEAD) load_rows(rows, x, span, in, step + stride, aligned);
-        UNROLL for (int j = 0; j < LOW_RANK_PASS / 8; j++) {
+        UNROLL for (int j = 0; j < LOW_RANK_PASS<T> / 8; j++) {
             if (8 * j < ranks) {
                 PerLane<Right<T>> right[2];
                 FOR_LANES(lane) {
@@ -143,7 +144,7 @@ DEVICE void shrink(float (*part)[LOW_RANK_PASS], int warp, int warps, const T* x
             }
         }
     }
-    UNROLL for (int j = 0; j < LOW_RANK_PASS / 8; j++) {
+    UNROLL for (int j = 0; j < LOW_RANK_PASS<T> / 8; j++) {
         FOR_LANES(lane) {
             UNROLL for (int i = 0; i < 4; i++) {
                 part[lane / 4 + i / 2 * 8][8 * j + lane % 4 * 2 + i % 2] = sums[j][lane].at[i];
@@ -156,8 +157,8 @@ DEVICE void shrink(float (*part)[LOW_RANK_PASS], int warp, int warps, const T* x
 template <class T, class Team>
 DEVICE void gather(LowRankShared<T>& shared, const Team& team, T* low, const Span& span, int pass,
                    int max_rank) {
-    for (int i = team.thread(); i < LOW_RANK_TOKENS * LOW_RANK_PASS; i += team.threads()) {
-        const int row = i / LOW_RANK_PASS, column = i % LOW_RANK_PASS, rank = pass + column;
+    for (int i = team.thread(); i < LOW_RANK_TOKENS * LOW_RANK_PASS<T>; i += team.threads()) {
+        const int row = i / LOW_RANK_PASS<T>, column = i % LOW_RANK_PASS<T>, rank = pass + column;
         float total = 0.0f;
         if (rank < span.rank) {
             for (int warp = 0; warp < warps_of(team); warp++) total += shared.part[warp][row][column];
@@ -239,7 +240,7 @@ DEVICE void low_rank_tiles(const Team& team, const LowRank& given) {
             if (span.begin >= first + LOW_RANK_TOKENS || span.begin >= given.tokens) break;
             if (span.end <= first || span.end == span.begin) continue;
             const int ranks = span.rank > given.max_rank ? span.rank : given.max_rank;
-            for (int pass = 0; pass < ranks; pass += LOW_RANK_PASS) {
+            for (int pass = 0; pass < ranks; pass += LOW_RANK_PASS<T>) {
                 if (pass < span.rank) {
                     shrink(shared.part[warp], warp, warps, x, a, span, pass, given.in, in_aligned);
                 }

@@ -47,6 +47,9 @@ DEVICE uint32_t bfloats_of_floats(float low, float high) {
 DEVICE float product(float a, float b) { return a * b; }
 DEVICE float sum(float a, float b) { return a + b; }
 DEVICE float exponential(float x) { return std::exp(x); }
+DEVICE float logarithm(float x) { return std::log(x); }
+DEVICE float root(float x) { return std::sqrt(x); }
+DEVICE float quotient(float a, float b) { return a / b; }
 DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 
 template <class T>

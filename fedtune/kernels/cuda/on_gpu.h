@@ -32,6 +32,9 @@ DEVICE uint32_t bfloats_of_floats(float low, float high) {
 DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float sum(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float exponential(float x) { return __expf(x); }  // error below 2e-6 relative for |x| < 30
+DEVICE float logarithm(float x) { return logf(x); }
+DEVICE float root(float x) { return sqrtf(x); }
+DEVICE float quotient(float a, float b) { return __fdividef(a, b); }  // 0 if b is above 2 ** 126
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 
 template <class T>

@@ -112,3 +112,42 @@ DEVICE void write(T* to, int64_t count, bool aligned, const float (&value)[WIDTH
         }
     }
 }
+
+// V values of a dtype of which 16 bytes hold V or half as many.
+template <int V, class T>
+DEVICE void read_run(const T* from, int64_t count, bool aligned, float (&value)[V]) {
+    if constexpr (V == WIDTH<T>) {
+        read(from, count, aligned, value);
+    } else {
+        static_assert(V == 2 * WIDTH<T>);
+        float half[V / 2];
+        UNROLL for (int part = 0; part < 2; part++) {
+            const int start = part * V / 2;
+            read(from + start, count - start, aligned, half);
+            UNROLL for (int j = 0; j < V / 2; j++) value[start + j] = half[j];
+        }
+    }
+}
+
+// The run of memory that starts at value `i` of a row of n, at a multiple of 16 bytes; i may be
+// below 0, and i + WIDTH<T> above n: such values are `fill`, and are not written.
+template <class T>
+DEVICE Words read_within(const T* row, int64_t i, int64_t n, float fill) {
+    if (i >= 0 && i + WIDTH<T> <= n) return *reinterpret_cast<const Words*>(row + i);
+    float value[WIDTH<T>];
+    UNROLL for (int j = 0; j < WIDTH<T>; j++) {
+        value[j] = i + j >= 0 && i + j < n ? to_float(row[i + j]) : fill;
+    }
+    return encode(value, T{});
+}
+
+template <class T>
+DEVICE void write_within(T* row, int64_t i, int64_t n, const float (&value)[WIDTH<T>]) {
+    if (i >= 0 && i + WIDTH<T> <= n) {
+        *reinterpret_cast<Words*>(row + i) = encode(value, T{});
+    } else {
+        UNROLL for (int j = 0; j < WIDTH<T>; j++) {
+            if (i + j >= 0 && i + j < n) row[i + j] = rounded<T>(value[j]);
+        }
+    }
+}

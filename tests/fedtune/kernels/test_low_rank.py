@@ -22,7 +22,7 @@ FORMS = (
     ((1, 1, 1, 1, 13, 40), (2, 64, 5, 0, 33, 128)),
     ((0, 0), (3, 1)),
 )
-SIZES = ((40, 24), (37, 65), (128, 200), (1, 1), (600, 8))
+SIZES = ((40, 24), (37, 65), (300, 200), (1, 1))
 
 
 def made(
@@ -50,7 +50,9 @@ def made(
     }
 
 
-def expected_of(groups: Groups, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def expected_of(
+    groups: Groups, given: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """y and low by one adapter at a time in float64, of factors as they are rounded."""
     x, y = given["x"].double().cpu(), given["y"].double().cpu()
     a, b = (given[name].to(given["x"].dtype).double().cpu() for name in "ab")
@@ -125,9 +127,7 @@ def test_bodies_give_a_token_the_same_bits_whatever_else_is_in_the_batch(
 ) -> None:
     groups, given = made(((9, 30, 4), (5, 70, 16)), (72, 96), torch.bfloat16, torch.float32)
     together = given["y"].clone()
-    low_rank.launch_grouped_low_rank_(
-        host, together, given["x"], given["a"], given["b"], groups
-    )
+    low_rank.launch_grouped_low_rank_(host, together, given["x"], given["a"], given["b"], groups)
     token = row = 0
     for count, rank, scale in zip(groups.token_counts, groups.ranks, groups.scales, strict=True):
         rows, mine = slice(token, token + count), slice(row, row + rank)
@@ -146,9 +146,7 @@ def test_bodies_give_a_token_the_same_bits_whatever_else_is_in_the_batch(
 
 def test_nothing_outside_the_tensors_is_written_or_needed(host: HostLauncher) -> None:
     groups, given = made(((7, 3), (3, 5)), (24, 40), torch.float32, torch.float32)
-    room = {
-        name: torch.full((value.numel() + 32,), float("nan")) for name, value in given.items()
-    }
+    room = {name: torch.full((value.numel() + 32,), float("nan")) for name, value in given.items()}
     inside = {
         name: room[name][16:-16].view(value.shape).copy_(value) for name, value in given.items()
     }
@@ -165,7 +163,7 @@ def test_ranks_past_the_kernels_go_through_torch(host: HostLauncher) -> None:
     groups, given = made(((4,), (129,)), (8, 8), torch.float32, torch.float32)
     expected, _ = expected_of(groups, given)
     arguments = given["y"], given["x"], given["a"], given["b"], groups
-    with pytest.raises(KernelError, match="of rank 128 at most; got .* and rank 129"):
+    with pytest.raises(KernelError, match=r"of rank 128 at most; got .* and rank 129"):
         low_rank.launch_grouped_low_rank_(host, *arguments)
     with dispatch.chosen(host, CPU):
         dispatch.grouped_low_rank_(*arguments)
@@ -185,8 +183,8 @@ def test_wrong_shapes_strides_and_dtypes_are_refused(host: HostLauncher) -> None
         low_rank.launch_grouped_low_rank_(host, y, x, torch.randn(8, 5).t(), b, groups)
     with pytest.raises(KernelError, match=r"left must be \(6, 3\)"):
         low_rank.launch_grouped_low_rank_gradient(host, x, x, groups)
+    elsewhere = groups_of((4, 2), (2, 3), (1.0, 1.0), torch.device("meta"))
     with pytest.raises(KernelError, match="the groups must be on cpu, they are on meta"):
-        elsewhere = groups_of((4, 2), (2, 3), (1.0, 1.0), torch.device("meta"))
         low_rank.launch_grouped_low_rank_(host, y, x, a, b, elsewhere)
 
 
@@ -204,6 +202,8 @@ def test_groups_that_contradict_themselves_are_refused() -> None:
 def test_the_gpu_adds_each_adapters_product_and_gives_its_gradient(
     form: tuple[tuple[int, ...], tuple[int, ...]], float_factors: bool, dtype: torch.dtype
 ) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
     device = torch.device("cuda", 0)
     for size in (*SIZES, (2048, 4096)):
         factor_dtype = torch.float32 if float_factors else dtype

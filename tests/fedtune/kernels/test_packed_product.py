@@ -1,4 +1,4 @@
-"""Products with packed weights: the compiled kernel against unpacked weights in double precision."""
+"""Products with packed weights, against the product of unpacked weights in double precision."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def test_what_the_kernel_cannot_do_is_refused_or_left_to_torch(host: HostLaunche
     half = torch.zeros(2, 512, dtype=torch.float16)
     with pytest.raises(KernelError, match=r"contiguous \(tokens, 512\) .* got \(2, 500\)"):
         launch_packed_product(host, half[:, :500].contiguous(), packed)
-    with pytest.raises(KernelError, match="a multiple of 256 weights, got .*, 2 and 500"):
+    with pytest.raises(KernelError, match=r"a multiple of 256 weights, got .*, 2 and 500"):
         launch_packed_product(host, half[:, :500].contiguous(), ragged)
     with pytest.raises(KernelError, match="32 tokens at most"):
         launch_packed_product(host, half.repeat(20, 1), packed)
-    with pytest.raises(KernelError, match="takes bfloat16 .* or float16"):
+    with pytest.raises(KernelError, match=r"takes bfloat16 .* or float16"):
         launch_packed_product(host, half.float(), packed)
     host.launched.clear()
     with dispatch.chosen(host, CPU):
@@ -97,6 +97,8 @@ def test_what_the_kernel_cannot_do_is_refused_or_left_to_torch(host: HostLaunche
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_gpu_multiplies_by_the_unpacked_weights(bits: Bits, dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
     device = torch.device("cuda", 0)
     for shape, tokens in (((33, 256), 1), ((70, 768), 16), ((1000, 4096), 17), ((64, 1024), 32)):
         packed, x, expected = case(bits, 64, shape, tokens, dtype)

@@ -9,7 +9,11 @@ from fedtune.kernels.low_rank import groups_of
 from fedtune.lora.grouped import grouped_update
 
 CPU = torch.device("cpu")
-COUNTS, RANKS, SCALES = (12, 12, 0, 33, 1, 33, 33), (4, 4, 3, 16, 0, 8, 8), (2.0, 2, 1, 0.5, 1, 1, 1)
+COUNTS, RANKS, SCALES = (
+    (12, 12, 0, 33, 1, 33, 33),
+    (4, 4, 3, 16, 0, 8, 8),
+    (2.0, 2, 1, 0.5, 1, 1, 1),
+)
 
 
 def test_the_gradients_are_those_of_the_definition() -> None:
