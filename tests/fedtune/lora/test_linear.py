@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fedtune.kernels import dispatch
+from fedtune.kernels.packed import PackedWeights
 from fedtune.lora.linear import (
     AdaptedLinear,
     Correction,
@@ -17,8 +19,9 @@ from fedtune.lora.linear import (
     attach,
     detach,
 )
+from fedtune.quant.block import BlockMatrix
 from fedtune.quant.storage import store
-from fedtune.records import BACKBONE_FORMATS, FormatName
+from fedtune.records import BACKBONE_FORMATS, FormatName, MatrixForm
 
 OUT, IN, RANK, TAIL, SCALE = 12, 20, 3, 4, 0.5
 
@@ -50,7 +53,7 @@ def test_forward_and_gradients_equal_plain_autograd(
     format_name: FormatName, tail: int, with_bias: bool
 ) -> None:
     bias = _random(OUT, seed=5) if with_bias else None
-    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), format_name), bias)
+    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), MatrixForm(format_name)), bias)
     weight = layer.matrix.values(torch.float32)
     ours, plain = _factors(tail=tail), _factors(tail=tail)
     layer.factors = ours
@@ -68,7 +71,7 @@ def test_forward_and_gradients_equal_plain_autograd(
 
 
 def test_the_tail_gets_no_gradient() -> None:
-    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), "fp32"), None)
+    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), MatrixForm("fp32")), None)
     layer.factors = _factors()
     layer(_random(3, IN, seed=6)).sum().backward()
     assert layer.factors.tail_a.grad is None
@@ -77,7 +80,7 @@ def test_the_tail_gets_no_gradient() -> None:
 
 def test_without_factors_the_layer_is_the_frozen_matrix() -> None:
     weight = _random(OUT, IN, seed=0)
-    layer = AdaptedLinear(store(weight, "fp32"), None)
+    layer = AdaptedLinear(store(weight, MatrixForm("fp32")), None)
     x = _random(3, IN, seed=6).requires_grad_(True)
     y = layer(x)
     torch.testing.assert_close(y, x @ weight.t())
@@ -86,7 +89,7 @@ def test_without_factors_the_layer_is_the_frozen_matrix() -> None:
 
 
 def test_nothing_is_recorded_below_the_first_trained_layer() -> None:
-    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), "nf4"), None)
+    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), MatrixForm("nf4")), None)
     assert not layer(_random(3, IN, seed=6)).requires_grad
     layer.factors = _factors(trains=False)
     assert not layer(_random(3, IN, seed=6)).requires_grad
@@ -94,7 +97,8 @@ def test_nothing_is_recorded_below_the_first_trained_layer() -> None:
 
 def test_attach_takes_the_factors_of_the_last_device_away() -> None:
     layers = {
-        name: AdaptedLinear(store(_random(OUT, IN, seed=0), "fp32"), None) for name in ("p", "q")
+        name: AdaptedLinear(store(_random(OUT, IN, seed=0), MatrixForm("fp32")), None)
+        for name in ("p", "q")
     }
     attach(layers, {"p": _factors(), "q": _factors()})
     attach(layers, {"q": _factors()})
@@ -105,7 +109,7 @@ def test_attach_takes_the_factors_of_the_last_device_away() -> None:
 
 
 def test_attach_refuses_a_matrix_that_is_not_there() -> None:
-    layers = {"p": AdaptedLinear(store(_random(OUT, IN, seed=0), "fp32"), None)}
+    layers = {"p": AdaptedLinear(store(_random(OUT, IN, seed=0), MatrixForm("fp32")), None)}
     with pytest.raises(KeyError, match="no adapted matrix named ghost"):
         attach(layers, {"ghost": _factors()})
 
@@ -269,6 +273,24 @@ def test_micro_batches_of_a_step_share_the_stacked_factors() -> None:
     layers = {str(i): layer for i, layer in enumerate(group.layers)}
     detach(layers)
     assert all(layer._stacked is None for layer in group.layers)
+
+
+def test_few_tokens_are_multiplied_by_the_packed_weights_where_that_wins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), MatrixForm("q4")), _random(OUT, seed=5))
+    layer.factors = _factors()
+    x = _random(3, IN, seed=6)
+    expected, asked = layer(x), []
+
+    def wins(tokens: int, packed: PackedWeights, dtype: torch.dtype) -> bool:
+        asked.append((tokens, packed.shape, dtype))
+        return True
+
+    monkeypatch.setattr(dispatch, "packed_product_wins", wins)
+    monkeypatch.setattr(BlockMatrix, "panels", None)
+    torch.testing.assert_close(layer(x), expected)
+    assert asked == [(3, (OUT, IN), torch.float32)]
 
 
 def test_a_bias_that_is_trained_gets_its_gradient() -> None:
