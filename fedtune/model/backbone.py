@@ -162,7 +162,7 @@ class BackboneShelf:
     ) -> dict[str, StoredMatrix]:
         """Every matrix in its form, made one by one."""
         return {
-            name: store(weight(name), form.format).to(self._device) for name, form in forms.items()
+            name: store(weight(name), form).to(self._device) for name, form in forms.items()
         }
 
 
