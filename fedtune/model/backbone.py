@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.lora.linear import AdaptedLinear
-from fedtune.model.load import load_base, module_path
+from fedtune.model.load import dense_shapes, load_base, module_path, tensor_names
+from fedtune.model.precision import compute_in
 from fedtune.model.replace import coverage, linear_at, oriented
 from fedtune.model.stream import BaseTensors, Skeleton, put, stream_base
 from fedtune.quant.storage import StoredMatrix, store
@@ -72,10 +73,18 @@ class BackboneShelf:
         torch_device: where the matrices live.
         keep_base: keep what backbones share (embeddings, norms, biases), so that another set of
             forms brings only its matrices; a device of its own, which uses one, does not need it.
+        compute: dtype of activations and products.
     """
 
-    def __init__(self, folder: Path, torch_device: torch.device, keep_base: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        torch_device: torch.device,
+        keep_base: bool,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
         self._folder, self._device, self._keep_base = folder, torch_device, keep_base
+        self._compute = compute
         self._tensors: BaseTensors | None = None
         self._skeletons: dict[tuple[object, ...], Skeleton] = {}
         self._backbones: dict[tuple[object, ...], Backbone] = {}
@@ -99,7 +108,11 @@ class BackboneShelf:
         with self._lock:
             if key not in self._backbones:
                 skeleton = self._skeleton(task, tuple(labels), forms)
-                self._backbones[key] = self._build(skeleton, forms)
+                backbone = self._build(skeleton, forms)
+                if self._compute != torch.float32:
+                    heads = dense_shapes(self._folder, task, tensor_names(self._folder))
+                    compute_in(backbone.model, self._compute, trained_whole=heads)
+                self._backbones[key] = backbone
             return self._backbones[key]
 
     def _skeleton(
