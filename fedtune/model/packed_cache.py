@@ -97,7 +97,7 @@ class PackedCache:
     def write(
         self, base: str, forms: Mapping[str, MatrixForm], matrices: Mapping[str, StoredMatrix]
     ) -> None:
-        """Keep matrices that lie on the CPU; a disk that takes no more is no error."""
+        """Keep matrices; a disk that takes no more is no error."""
         size = sum(matrix.bytes for matrix in matrices.values())
         if size < self._minimum_bytes:
             return
@@ -185,7 +185,7 @@ def _serialise(matrices: Mapping[str, StoredMatrix]) -> Iterator[bytes | memoryv
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 

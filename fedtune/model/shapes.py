@@ -65,17 +65,20 @@ class TensorEntry:
         return math.prod(self.shape)
 
 
-def read_shapes(folder: Path, targets: tuple[str, ...]) -> ModelShapes:
+def read_shapes(
+    folder: Path, targets: tuple[str, ...], remembered: Path | None = None
+) -> ModelShapes:
     """Which matrices can be adapted, and the sizes that a plan's cost depends on.
 
     Args:
         folder: a base model in Hugging Face form.
         targets: `all-linear` for every weight matrix inside the transformer blocks that is
             neither norm nor embedding; or ends of such matrices' names, such as `q_proj`.
+        remembered: folder for digests of large bases; see `base_digest`.
 
     Raises:
-        ModelError: the folder cannot be read, its architecture is not supported, or a target
-            matches nothing.
+        ModelError: the folder cannot be read, a target matches nothing, or matches matrices that
+            cannot be adapted.
     """
     config = read_json(folder / "config.json")
     _check_supported(folder, config)
@@ -93,7 +96,7 @@ def read_shapes(folder: Path, targets: tuple[str, ...]) -> ModelShapes:
     parameters = sum(t.elements for t in tensors.values() if t.dtype in _FLOATING)
     largest = max(max(m.out_features, m.in_features) for m in linear)
     return ModelShapes(
-        digest=base_digest(folder),
+        digest=base_digest(folder, remembered),
         model_type=str(config.get("model_type", "unknown")),
         hidden_size=_number(folder, sizes, _HIDDEN),
         intermediate_size=_number(folder, sizes, _INTERMEDIATE, default=largest),
