@@ -128,8 +128,8 @@ def load_ours(folder: Path, format_name: str, cache: Path | None) -> Mapping[str
 
     assert LlamaForCausalLM is not None  # imported before the clock starts
     clock = Clock()
-    packed = PackedCache(cache, minimum_bytes=0) if cache else None
-    shapes = read_shapes(folder, ("all-linear",), packed.digests if packed else None)
+    packed = PackedCache(cache / "packed", minimum_bytes=0) if cache else None
+    shapes = read_shapes(folder, ("all-linear",), cache / "digests" if cache else None)
     forms = {matrix.name: MatrixForm(format_name) for matrix in shapes.matrices}  # type: ignore[arg-type]
     shelf = BackboneShelf(folder, torch.device("cpu"), keep_base=False, packed=packed)
     backbone = shelf.get("causal-lm", (), forms)
@@ -143,7 +143,9 @@ def load_transformers(folder: Path, format_name: str, cache: Path | None) -> Map
     """`from_pretrained`, in float32 or with bitsandbytes' NF4."""
     import torch
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     options: dict[str, Any] = {}
     if format_name == "bnb":
         import bitsandbytes
@@ -199,7 +201,7 @@ def main() -> int:
     rows: list[dict[str, object]] = []
     figures: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder, cache = Path(name) / "base", Path(name) / "packed"
+        folder, cache = Path(name) / "base", Path(name) / "cache"
         folder.mkdir()
         write_folder(folder, shape)
         for text, load, how in CONTENDERS:

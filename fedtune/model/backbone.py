@@ -190,7 +190,7 @@ class BackboneShelf:
         packed = {name: form for name, form in forms.items() if form.format not in DTYPES}
         found: dict[str, StoredMatrix] | None = None
         if self._packed is not None and packed:
-            digest = base_digest(self._folder, self._packed.digests)
+            digest = base_digest(self._folder)
             found = self._packed.read(digest, packed)
             if found is None:
                 found = {name: store(weight(name), form) for name, form in packed.items()}

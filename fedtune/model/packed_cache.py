@@ -22,7 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -58,21 +58,17 @@ _DTYPES: Final = {
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
 class PackedCache:
     """A folder of finished matrices.
 
-    Args:
+    Attributes:
         folder: is created when there is something to keep.
         minimum_bytes: sets of matrices that are smaller together are not kept.
     """
 
-    def __init__(self, folder: Path, minimum_bytes: int = MINIMUM_BYTES) -> None:
-        self._folder, self._minimum_bytes = folder, minimum_bytes
-
-    @property
-    def digests(self) -> Path:
-        """Where digests of bases are remembered."""
-        return self._folder / "digests"
+    folder: Path
+    minimum_bytes: int = MINIMUM_BYTES
 
     def read(self, base: str, forms: Mapping[str, MatrixForm]) -> dict[str, StoredMatrix] | None:
         """Every matrix in its form, mapped from disk; None when that is not at hand.
@@ -82,7 +78,7 @@ class PackedCache:
         Args:
             base: digest of the base.
         """
-        for path in sorted(self._folder.glob(f"{_key(base, forms)}.*.safetensors")):
+        for path in sorted(self.folder.glob(f"{_key(base, forms)}.*.safetensors")):
             try:
                 if content_digest(path) == path.name.split(".")[1]:
                     os.utime(path)
@@ -99,14 +95,14 @@ class PackedCache:
     ) -> None:
         """Keep matrices; a disk that takes no more is no error."""
         size = sum(matrix.bytes for matrix in matrices.values())
-        if size < self._minimum_bytes:
+        if size < self.minimum_bytes:
             return
         temporary: Path | None = None
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(self._folder).free < 2 * size:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self.folder).free < 2 * size:
                 raise OSError(f"there is no room for {size} bytes")
-            handle, name = tempfile.mkstemp(".part", "packed-", self._folder)
+            handle, name = tempfile.mkstemp(".part", "packed-", self.folder)
             temporary = Path(name)
             with os.fdopen(handle, "wb") as stream:
                 for part in _serialise(matrices):
@@ -114,16 +110,16 @@ class PackedCache:
                 stream.flush()
                 os.fsync(stream.fileno())
             content = content_digest(temporary)
-            temporary.replace(self._folder / f"{_key(base, forms)}.{content}.safetensors")
+            temporary.replace(self.folder / f"{_key(base, forms)}.{content}.safetensors")
             self._prune()
         except OSError as error:
-            _log.warning("packed matrices are not kept in %s: %s", self._folder, error)
+            _log.warning("packed matrices are not kept in %s: %s", self.folder, error)
             if temporary is not None:
                 _remove(temporary)
 
     def _prune(self) -> None:
         """Delete all but the files that were used last."""
-        files = sorted(self._folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime)
+        files = sorted(self.folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime)
         for path in files[:-_KEPT_FILES]:
             _remove(path)
 

@@ -45,7 +45,7 @@ def forms_and_matrices(
 
 
 def files(cache: PackedCache) -> list[Path]:
-    return sorted(cache._folder.glob("*.safetensors"))
+    return sorted(cache.folder.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -128,9 +128,9 @@ def test_a_file_that_says_what_it_is_but_holds_something_else_is_deleted(
     cache.write(BASE, forms, matrices)
     key = files(cache)[0].name.split(".")[0]
     files(cache)[0].unlink()
-    other = cache._folder / "other"
+    other = cache.folder / "other"
     other.write_bytes(b"no tensors")
-    other.rename(cache._folder / f"{key}.{content_digest(other)}.safetensors")
+    other.rename(cache.folder / f"{key}.{content_digest(other)}.safetensors")
     assert cache.read(BASE, forms) is None
     assert files(cache) == []
 
@@ -146,7 +146,7 @@ def test_a_part_of_a_file_is_never_in_its_place(
     monkeypatch.setattr(os, "fsync", full)
     with caplog.at_level(logging.WARNING):
         cache.write(BASE, forms, matrices)
-    assert list(cache._folder.iterdir()) == []
+    assert list(cache.folder.iterdir()) == []
     (record,) = caplog.records
     assert "packed matrices are not kept in" in record.getMessage()
     assert "No space left" in record.getMessage()
@@ -237,7 +237,7 @@ def test_a_second_start_reads_no_matrix_of_the_base(
 
 def test_floats_are_not_kept_a_second_time(tiny_llama: Path, cache: PackedCache) -> None:
     logits(tiny_llama, cache, "bf16")
-    assert not cache._folder.exists()
+    assert not cache.folder.exists()
 
 
 def test_a_spoiled_file_is_made_anew(tiny_llama: Path, cache: PackedCache) -> None:
