@@ -20,7 +20,8 @@ from fedtune.errors import ModelError, ProtocolError
 from fedtune.evaluate.perplexity import held_out_loss
 from fedtune.model.backbone import Backbone, BackboneShelf
 from fedtune.model.load import dense_shapes, tensor_names
-from fedtune.model.shapes import read_shapes
+from fedtune.model.packed_cache import PackedCache
+from fedtune.model.shapes import linear_matrices
 from fedtune.model.source import base_digest, resolve_model
 from fedtune.model.tokenizer import load_tokenizer, pad_id
 from fedtune.records import DevicePlan, Dispatch, MatrixShape, SiteReport, TaskName
@@ -97,7 +98,7 @@ class Agent:
         limit = self._site.data.max_tokens
         return SiteReport(
             profile=self._site.profile,
-            base_digest=base_digest(self._folder),
+            base_digest=self._base_digest(),
             train_samples=len(train.samples),
             held_out_samples=len(held_out.samples),
             train_tokens=train.tokens,
@@ -198,7 +199,7 @@ class Agent:
             # Counts for the calling thread only, and an engine may call from another each time.
             torch.set_num_threads(self._site.threads)
         plan, profile = order.plan, self._site.profile
-        if order.base_digest != base_digest(self._folder):
+        if order.base_digest != self._base_digest():
             raise ProtocolError(
                 f"{self.name}: the instruction is for another base model "
                 f"({order.base_digest[:12]}); copy the coordinator's model to this site"
@@ -228,6 +229,10 @@ class Agent:
         dispatch = unpack_dispatch(packed, plan, _matrix_shapes(self._folder), dense, order.scale)
         return dispatch, backbone
 
+    def _base_digest(self) -> str:
+        cache = self._site.cache_folder
+        return base_digest(self._folder, cache / "digests" if cache else None)
+
     def _backbone(self, plan: DevicePlan, labels: tuple[str, ...]) -> Backbone:
         allowed = self._site.profile.formats
         for matrix in plan.matrices:
@@ -236,7 +241,13 @@ class Agent:
                     f"{self.name}: the plan wants {matrix.name} as {matrix.format}, and this site "
                     f"supports {', '.join(allowed)}"
                 )
-        shelf = _shelf(self._folder, self._torch_device, self._site.shares_backbone, self._compute)
+        shelf = _shelf(
+            self._folder,
+            self._torch_device,
+            self._site.shares_backbone,
+            self._compute,
+            self._site.cache_folder,
+        )
         return shelf.get(self._task, labels, {m.name: m.form for m in plan.matrices})
 
     def _peak(self) -> dict[str, float]:
@@ -279,15 +290,20 @@ def _train_metrics(result: RoundResult) -> dict[str, float]:
 
 @lru_cache(maxsize=8)
 def _shelf(
-    folder: Path, torch_device: torch.device, shared: bool, compute: torch.dtype
+    folder: Path,
+    torch_device: torch.device,
+    shared: bool,
+    compute: torch.dtype,
+    cache_folder: Path | None,
 ) -> BackboneShelf:
     """One shelf per process, base, accelerator and dtype."""
-    return BackboneShelf(folder, torch_device, keep_base=shared, compute=compute)
+    packed = PackedCache(cache_folder / "packed") if cache_folder else None
+    return BackboneShelf(folder, torch_device, keep_base=shared, compute=compute, packed=packed)
 
 
 @lru_cache(maxsize=8)
 def _matrix_shapes(folder: Path) -> Mapping[str, MatrixShape]:
-    return read_shapes(folder, ("all-linear",)).by_name()
+    return linear_matrices(folder)
 
 
 @lru_cache(maxsize=8)
