@@ -117,7 +117,7 @@ def _build(
                 f"matrix {name} is a {type(linear).__name__}, and only linear layers can be "
                 "adapted; leave it out of lora.targets"
             )
-        adapted = AdaptedLinear(store(linear.weight, form.format), linear.bias).eval()
+        adapted = AdaptedLinear(store(linear.weight, form), linear.bias).eval()
         model.set_submodule(path, adapted)
         layers[name] = adapted
     if torch_device.type != "cpu":
