@@ -100,7 +100,7 @@ class Process:
     """One contender in a process of its own."""
 
     def __init__(self, contender: str, folder: Path) -> None:
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         task = json.dumps({"contender": contender, "folder": str(folder)})
         self._process = subprocess.Popen(
             [sys.executable, "-m", "contenders.worker", task],

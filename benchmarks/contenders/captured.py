@@ -11,10 +11,10 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from contenders.ours import DeviceTrainer
-from contenders.workloads import LEARNING_RATE, Sample
 from torch import Tensor
 
+from contenders.ours import DeviceTrainer
+from contenders.workloads import LEARNING_RATE, Sample
 from fedtune.model.loss import loss_sum, loss_units, prepare
 
 _PRACTICE = 3

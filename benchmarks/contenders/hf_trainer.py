@@ -15,10 +15,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
 from contenders.rivals import from_folder
 from contenders.worker import keep_freed_memory
 from contenders.workloads import LEARNING_RATE, dense, pad
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
 STEPS = 10
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders.workloads import LEARNING_RATE, SCALE, Sample, first_factors
 
+from contenders.workloads import LEARNING_RATE, SCALE, Sample, first_factors
 from fedtune.lora.linear import AdaptedLinear
 from fedtune.model.backbone import Backbone, BackboneShelf
 from fedtune.model.shapes import read_shapes
@@ -68,7 +68,7 @@ def quantise(base: Any, names: Sequence[str], form: MatrixForm) -> Backbone:
     layers = {}
     for name in names:
         linear = base.get_submodule(name)
-        layers[name] = AdaptedLinear(store(linear.weight, form.format), None).eval()
+        layers[name] = AdaptedLinear(store(linear.weight, form), None).eval()
         base.set_submodule(name, layers[name])
     base.requires_grad_(False)
     return Backbone(base.eval(), layers, threading.Lock())

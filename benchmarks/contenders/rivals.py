@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders.workloads import LEARNING_RATE, RANK, SCALE, TARGETS, Sample, first_factors, pad
 from torch import nn
+
+from contenders.workloads import LEARNING_RATE, RANK, SCALE, TARGETS, Sample, first_factors, pad
 
 # PEFT asks for recomputation by names that transformers has changed.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
@@ -100,7 +101,7 @@ def from_folder(folder: Path, weights: str, compute: str) -> PeftTrainer:
 
 
 def quantise(base: Any) -> Any:  # transformers is untyped
-    """Put bitsandbytes' NF4 layers in place of a loaded model's, as transformers does on loading."""
+    """Put bitsandbytes' NF4 layers into a model in memory, as transformers does on loading."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     settings = {"compress_statistics": True, "quant_type": "nf4"}
