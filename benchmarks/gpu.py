@@ -10,7 +10,8 @@ of that many tokens, all with loss. `ragged` is 16 samples of instruction length
 them, `grouped` are such batches after sorting a pool of samples by length. Everyone starts from
 the same factors and sees the same batches. Speed is real tokens per second, padding not counted.
 
-Each cell prints one JSON line as it ends, so that a run that is cut off keeps what it has.
+Each contender runs in a process of its own, so that a fault of one leaves the others alone. Each
+cell prints one JSON line as it ends, so that a run that is cut off keeps what it has.
 `--smoke` runs every line of this script on the CPU with a tiny model.
 """
 
@@ -18,11 +19,12 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -172,7 +174,7 @@ CONTENDERS: dict[str, Callable[[Shape, torch.device], Trainer]] = {
     OURS: build_ours,
     RIVAL: build_rival,
     CAPTURED: build_captured,
-    LIGER: build_liger,  # the last, because it changes what the others use
+    LIGER: build_liger,
 }
 
 
@@ -187,7 +189,6 @@ class Card:
     smoke: bool
     ends_at: float
     model_bytes: int = 0
-    done: list[Cell] = field(default_factory=list)
 
     @property
     def on_gpu(self) -> bool:
@@ -285,13 +286,14 @@ def predicted_bytes(cell: Cell, shape: Shape, batches: Sequence[Sequence[Sample]
 # ---------------------------------------------------------------- all cells
 
 
-def run_all(card: Card, shapes: Mapping[str, Shape], only: str) -> Iterator[Cell]:
-    """Every cell in turn, each contender's model freed before the next."""
-    for contender, build in CONTENDERS.items():
-        for name, shape in shapes.items():
-            cells = [c for c in _cells(contender, name, card) if only in c.key]
-            if cells:
-                yield from _run_model(card, build, cells, shape)
+def run_contender(
+    card: Card, contender: str, shapes: Mapping[str, Shape], only: str
+) -> Iterator[Cell]:
+    """Every cell of a contender in turn, each model freed before the next."""
+    for name, shape in shapes.items():
+        cells = [cell for cell in _cells(contender, name, card) if only in cell.key]
+        if cells:
+            yield from _run_model(card, CONTENDERS[contender], cells, shape)
 
 
 def _cells(contender: str, shape: str, card: Card) -> list[Cell]:
@@ -403,6 +405,7 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--lines", type=Path, help="file that each cell's JSON line is added to")
     parser.add_argument("--report", type=Path, help="print and publish the lines of a file; no run")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument("--contender", help="run this one, in this process")
 
 
 def main() -> int:
@@ -412,42 +415,63 @@ def main() -> int:
     if not arguments.smoke and not torch.cuda.is_available():
         print("no CUDA device here; --smoke runs a tiny model on the CPU", file=sys.stderr)
         return 2
+    if arguments.contender is not None:
+        return _run_one(arguments)
     return _run(arguments)
 
 
-def _run(arguments: Namespace) -> int:
+def _run_one(arguments: Namespace) -> int:
     smoke = arguments.smoke
     ends_at = time.perf_counter() + arguments.limit
     card = Card(torch.device("cpu" if smoke else "cuda"), smoke, ends_at)
     name = "CPU" if smoke else torch.cuda.get_device_name()
     where = f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}"
+    shapes = SMOKE_SHAPES if smoke else SHAPES
+    for cell in run_contender(card, arguments.contender, shapes, arguments.only):
+        print(json.dumps({**asdict(cell), "where": where}), flush=True)
+    return 0
+
+
+def _run(arguments: Namespace) -> int:
+    """Every contender in its own process."""
+    ends_at = time.perf_counter() + arguments.limit
     cells: list[Cell] = []
-    for cell in run_all(card, SMOKE_SHAPES if smoke else SHAPES, arguments.only):
-        cells.append(cell)
-        line = json.dumps({**asdict(cell), "where": where})
-        print(line, flush=True)
-        if arguments.lines is not None:
-            with arguments.lines.open("a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
+    for contender in CONTENDERS:
+        command = [sys.executable, __file__, "--contender", contender, "--only", arguments.only]
+        command += ["--limit", f"{ends_at - time.perf_counter():.0f}"]
+        command += ["--smoke"] if arguments.smoke else []
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if not line.startswith("{"):
+                    continue
+                cells.append(_cell(line))
+                if arguments.lines is not None:
+                    with arguments.lines.open("a", encoding="utf-8") as stream:
+                        stream.write(line)
+        if process.returncode != 0:
+            print(f"{contender} ended with code {process.returncode}", file=sys.stderr)
     print("\n" + report(cells), flush=True)
     if arguments.json:
         print_json({cell.key: round(cell.tokens_per_s, 1) for cell in cells})
     return int(any(cell.problem for cell in cells))
 
 
+def _cell(line: str) -> Cell:
+    values = json.loads(line)
+    values.pop("where")
+    return Cell(**values)
+
+
 def _report_file(path: Path) -> int:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    where = str(rows[0]["where"])
-    latest = {(r["contender"], r["shape"], r["workload"]): r for r in rows}  # a later run replaces
-    cells = [Cell(**{k: v for k, v in r.items() if k != "where"}) for r in latest.values()]
-    print(report(cells))
-    text = (__doc__ or "").split("\n\n", 2)[2].split("\n\nEach cell")[0]
-    publish(
-        "One training step on a GPU",
-        "python benchmarks/gpu.py",
-        f"{text}\n\n{report(cells)}",
-        where,
-    )
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    where = str(json.loads(lines[0])["where"])
+    found = {cell.key: cell for cell in map(_cell, lines)}  # a later run replaces an earlier one
+    body = report(list(found.values()))
+    print(body)
+    text = (__doc__ or "").split("\n\n", 2)[2].split("\n\nEach contender")[0]
+    publish("One training step on a GPU", "python benchmarks/gpu.py", f"{text}\n\n{body}", where)
     return 0
 
 

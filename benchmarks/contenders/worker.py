@@ -37,12 +37,14 @@ class Work:
     Attributes:
         count: how many batches the workload has; the same numbers give the same batches.
         steps: which of them to take.
+        folder: of another model, to train afresh instead of the one that is built; "" for none.
     """
 
     workload: str
     vocabulary: int
     count: int
     steps: tuple[int, ...]
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def main() -> int:
     task = json.loads(sys.argv[1])
     keep_freed_memory()
     started = time.perf_counter()
-    trainer = CONTENDERS[task["contender"]](Path(task["folder"]))
+    build = CONTENDERS[task["contender"]]
+    trainer = build(Path(task["folder"]))
     for parameter in trainer.model.parameters():  # weights mapped from the file count as held
         parameter.detach().view(-1)[:: 4096 // parameter.element_size()].max()
     built_s = time.perf_counter() - started
@@ -131,7 +134,8 @@ def main() -> int:
     for line in sys.stdin:
         values = json.loads(line)
         work = Work(**{**values, "steps": tuple(values["steps"])})
-        _answer(answers, asdict(run(trainer, work, held)))
+        chosen = build(Path(work.folder)) if work.folder else trainer
+        _answer(answers, asdict(run(chosen, work, held)))
     return 0
 
 
