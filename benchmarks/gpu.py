@@ -421,6 +421,9 @@ def main() -> int:
 
 
 def _run_one(arguments: Namespace) -> int:
+    from fedtune.train.allocator import keep_freed_memory
+
+    keep_freed_memory()  # as a device of fedtune does; here everyone gets it
     smoke = arguments.smoke
     ends_at = time.perf_counter() + arguments.limit
     card = Card(torch.device("cpu" if smoke else "cuda"), smoke, ends_at)

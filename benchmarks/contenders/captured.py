@@ -28,7 +28,7 @@ class CapturedTrainer(DeviceTrainer):
 
     def restart(self) -> None:
         super().restart()
-        trained = self._mounted.trained()
+        trained = list(self._mounted.trained().values())
         on_gpu = trained[0].is_cuda
         self._adam = torch.optim.AdamW(
             trained, lr=LEARNING_RATE, weight_decay=0.0, capturable=on_gpu
@@ -49,7 +49,7 @@ class CapturedTrainer(DeviceTrainer):
         """The step as something to call; factors and optimiser are as before afterwards."""
         if self.model.device.type != "cuda":
             return self._run
-        trained = self._mounted.trained()
+        trained = list(self._mounted.trained().values())
         before = [t.detach().clone() for t in trained]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())

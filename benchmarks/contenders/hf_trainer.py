@@ -18,8 +18,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from contenders.rivals import from_folder
-from contenders.worker import keep_freed_memory
 from contenders.workloads import LEARNING_RATE, dense, pad
+from fedtune.train.allocator import keep_freed_memory
 
 STEPS = 10
 

@@ -14,9 +14,11 @@ from fedtune.lora.linear import AdaptedLinear
 from fedtune.model.backbone import Backbone, BackboneShelf
 from fedtune.model.shapes import read_shapes
 from fedtune.quant.storage import store
-from fedtune.records import Dispatch, FormatName, LoraFactors, MatrixForm
+from fedtune.records import ComputeName, Dispatch, FormatName, LoraFactors, MatrixForm
+from fedtune.train.compute import compute_dtype
 from fedtune.train.optimizer import RoundOptimizer
-from fedtune.train.round import _accumulate, _set_checkpointing, mount, unmount
+from fedtune.train.round import _set_checkpointing, mount, unmount
+from fedtune.train.step import accumulate
 from fedtune.wire.messages import OptimizerSpec
 
 SPEC = OptimizerSpec("adamw", LEARNING_RATE, LEARNING_RATE, max_gradient_norm=0.0)
@@ -46,12 +48,12 @@ class DeviceTrainer:
 
     def step(self, batch: Sequence[Sample]) -> float:
         """Train on a batch and give its loss before the step."""
-        loss = _accumulate(self.backbone, batch, len(batch), "causal-lm", 0)
+        loss = accumulate(self.backbone, batch, len(batch), "causal-lm", 0)
         self.optimizer.step()
         return loss
 
 
-def from_folder(folder: Path, weights: FormatName, compute: str) -> DeviceTrainer:
+def from_folder(folder: Path, weights: FormatName, compute: ComputeName) -> DeviceTrainer:
     """A trainer over a model folder, loaded as a device loads it.
 
     Args:
@@ -59,7 +61,8 @@ def from_folder(folder: Path, weights: FormatName, compute: str) -> DeviceTraine
         compute: `fp32` or `bf16`, of products and activations.
     """
     names = [matrix.name for matrix in read_shapes(folder, ("all-linear",)).matrices]
-    shelf = BackboneShelf(folder, torch.device("cpu"), keep_base=False)
+    dtype = compute_dtype(compute, torch.device("cpu"))
+    shelf = BackboneShelf(folder, torch.device("cpu"), keep_base=False, compute=dtype)
     return DeviceTrainer(shelf.get("causal-lm", (), dict.fromkeys(names, MatrixForm(weights))))
 
 

@@ -38,6 +38,7 @@ class Work:
         count: how many batches the workload has; the same numbers give the same batches.
         steps: which of them to take.
         folder: of another model, to train afresh instead of the one that is built; "" for none.
+        contender: as which to train that one; "" for the process's own.
     """
 
     workload: str
@@ -45,6 +46,7 @@ class Work:
     count: int
     steps: tuple[int, ...]
     folder: str = ""
+    contender: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,18 +92,6 @@ CONTENDERS: dict[str, Callable[[Path], Trainer]] = {
 }
 
 
-def keep_freed_memory() -> None:
-    """Stop glibc from returning every large block to the system and faulting it in anew.
-
-    As `fedtune` does in its own processes; everyone here gets it. M_TRIM_THRESHOLD is -1 and
-    M_MMAP_THRESHOLD -3 (malloc.h).
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL("libc.so.6")
-        for parameter in (-3, -1):
-            libc.mallopt(parameter, ctypes.c_int(2**31 - 1))
-
-
 def held_bytes(field: str) -> int:
     """A size of this process: `VmRSS` now, `VmHWM` at its most."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -120,11 +110,13 @@ def forget_peak() -> None:
 def main() -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not stand between the answers
+    from fedtune.train.allocator import keep_freed_memory
+
+    keep_freed_memory()  # as a device of fedtune does; here everyone gets it
     task = json.loads(sys.argv[1])
-    keep_freed_memory()
     started = time.perf_counter()
-    build = CONTENDERS[task["contender"]]
-    trainer = build(Path(task["folder"]))
+    own = task["contender"]
+    trainer = CONTENDERS[own](Path(task["folder"]))
     for parameter in trainer.model.parameters():  # weights mapped from the file count as held
         parameter.detach().view(-1)[:: 4096 // parameter.element_size()].max()
     built_s = time.perf_counter() - started
@@ -134,6 +126,7 @@ def main() -> int:
     for line in sys.stdin:
         values = json.loads(line)
         work = Work(**{**values, "steps": tuple(values["steps"])})
+        build = CONTENDERS[work.contender or own]
         chosen = build(Path(work.folder)) if work.folder else trainer
         _answer(answers, asdict(run(chosen, work, held)))
     return 0
