@@ -201,10 +201,9 @@ def _each_run(  # type: ignore[no-untyped-def]
     softcap: float | None,
 ) -> Tensor:
     sizes = [count * length for _, count, length in where.runs()]
-    # `split` and `cat` are each other's gradients: no gradient of the whole row per run.
-    pieces = zip(
-        where.runs(), query.split(sizes), key.split(sizes), value.split(sizes), strict=True
-    )
+    # Splitting and `cat` are each other's gradients: no gradient of the whole row per run.
+    parts_of = (torch.ops.aten.split_with_sizes(x, sizes) for x in (query, key, value))
+    pieces = zip(where.runs(), *parts_of, strict=True)
     found = []
     for (_, count, length), *parts in pieces:
         q, k, v = (_run(x, 0, count, length) for x in parts)

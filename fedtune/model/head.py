@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fedtune.model.plain_kernels import softmax_cross_entropy_
+from fedtune.kernels.dispatch import softmax_cross_entropy_
 
 _CHUNK_BYTES: Final = {"cpu": 32 << 20, "cuda": 128 << 20}
 _FEWEST_ROWS: Final = 128

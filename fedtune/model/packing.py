@@ -42,7 +42,7 @@ _verdicts: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDic
 
 
 @dataclass(slots=True)
-class _Seen:
+class Seen:
     """What reached the attention function during a check."""
 
     windows: list[int | None] = field(default_factory=list)
@@ -119,10 +119,10 @@ def _why_not(model: PreTrainedModel) -> str | None:
     if unknown := kinds - {"full_attention", "sliding_attention"}:
         return f"it has layers of {', '.join(sorted(unknown))}"
     before = model.config._attn_implementation
-    if before not in ("sdpa", "eager"):
+    if before not in ("sdpa", "eager", ATTENTION_NAME):  # ours: a copy of a model that packs
         return f"its attention is {before}"
     _register()
-    seen = _Seen()
+    seen = Seen()
     try:
         with torch.no_grad(), _evaluation(model):
             apart, tokens = _apart(model)
@@ -153,7 +153,7 @@ def _apart(model: PreTrainedModel) -> tuple[Tensor, list[Tensor]]:
     return torch.cat(hidden), tokens
 
 
-def _together(model: PreTrainedModel, tokens: list[Tensor], seen: _Seen) -> Tensor:
+def _together(model: PreTrainedModel, tokens: list[Tensor], seen: Seen) -> Tensor:
     positions = restarting(_CHECK_LENGTHS).to(model.device)
     where = segments(_CHECK_LENGTHS, model.device)
     output = run_packed(model.base_model, torch.cat(tokens, dim=1), positions, where, seen=seen)
@@ -165,7 +165,7 @@ def _difference(
     model: PreTrainedModel,
     apart: Float[Tensor, "tokens hidden"],
     together: Float[Tensor, "tokens hidden"],
-    seen: _Seen,
+    seen: Seen,
 ) -> str | None:
     config = model.config
     layers = config.num_hidden_layers
@@ -225,7 +225,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     segments: Segments | None = None,
-    seen: _Seen | None = None,
+    seen: Seen | None = None,
     **other: Any,
 ) -> tuple[Float[Tensor, "batch tokens heads dim"], None]:
     """Attention in the form that transformers' models call."""
