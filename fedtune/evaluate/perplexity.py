@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedtune.errors import DataError
 from fedtune.model.load import quiet_transformers
@@ -92,6 +91,9 @@ def evaluate_folder(
     Raises:
         DataError: no sample carries loss.
     """
+    # Imported here: a device measures its own backbone and needs a second less to start without.
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
     auto = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
     with quiet_transformers():
         model = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
