@@ -12,13 +12,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from fedtune.records import DeviceProfile, FormatName, MatrixShape, ModelShapes, TaskName
+from fedtune.records import DeviceProfile, MatrixForm, MatrixShape, ModelShapes, TaskName
 
 FLOAT_BYTES = 4
 NF4_BLOCK = 64
 """Weights that share one 8-bit scale (QLoRA, https://arxiv.org/abs/2305.14314, section 3)."""
 NF4_SUPERBLOCK = 256
 """Scales that share one float32 scale of their own (the same section)."""
+CORRECTION_ITEMSIZE = 2
+"""Bytes of one number of a frozen pair, which is held in float16."""
+CORRECTION_BYTES = CORRECTION_ITEMSIZE + FLOAT_BYTES
+"""The same with the copy in float32 that stands beside the layer's other factors."""
 TRAINED_COPIES = 4
 """Value, gradient and the two moments of AdamW."""
 
@@ -36,6 +40,7 @@ class Load:
         trained_ranks: sum of ranks.
         tail_elements: as `trained_elements`, of the frozen tail.
         tail_ranks: as `trained_ranks`, of the frozen tail.
+        correction_elements: as `trained_elements`, of the pairs that repair the forms' errors.
         dense_parameters: parameters that are trained whole.
     """
 
@@ -47,6 +52,7 @@ class Load:
     trained_ranks: int = 0
     tail_elements: int = 0
     tail_ranks: int = 0
+    correction_elements: int = 0
     dense_parameters: int = 0
     task: TaskName = "causal-lm"
     eager_attention: bool = False
@@ -63,6 +69,7 @@ class PeakBytes:
 
     Attributes:
         backbone: packed matrices.
+        correction: frozen pairs that repair what the packed matrices lost.
         other: embeddings, norms and biases.
         adapter: trained factors with gradients and optimiser state, and the frozen tail.
         activations: what the forward pass keeps for the backward pass.
@@ -71,6 +78,7 @@ class PeakBytes:
     """
 
     backbone: int
+    correction: int
     other: int
     adapter: int
     activations: int
@@ -91,29 +99,45 @@ class PeakBytes:
 # ---------------------------------------------------------------- memory
 
 
-def matrix_bytes(matrix: MatrixShape, format_name: FormatName) -> int:
-    """Bytes that one packed matrix keeps.
+def matrix_bytes(matrix: MatrixShape, form: MatrixForm) -> int:
+    """Bytes that one packed matrix keeps, without its correction.
 
     int8 has a float32 scale per row. nf4 has 4 bits per weight, an 8-bit scale per 64 weights and
     a float32 scale per 256 of those: 4 + 8/64 + 32/(64*256) = 4.127 bits per weight.
     """
     parameters = matrix.parameters
-    match format_name:
+    match form.format:
         case "fp32":
             return FLOAT_BYTES * parameters
-        case "bf16":
+        case "bf16" | "fp16":
             return 2 * parameters
-        case "int8":
+        case "int8" | "bnb-int8":
             return parameters + FLOAT_BYTES * matrix.out_features
-        case "nf4":
-            blocks = _ceil_div(parameters, NF4_BLOCK)
+        case _:
+            bits = {"q8": 8, "q3": 3, "q2": 2}.get(form.format, 4)
+            blocks = _ceil_div(parameters, form.block_size or NF4_BLOCK)
             superblocks = _ceil_div(blocks, NF4_SUPERBLOCK)
-            return _ceil_div(parameters, 2) + blocks + FLOAT_BYTES * superblocks
+            return _ceil_div(parameters * bits, 8) + blocks + FLOAT_BYTES * superblocks
 
 
-def backbone_bytes(shapes: ModelShapes, formats: Mapping[str, FormatName]) -> int:
-    """Bytes of all packed matrices; `formats` has one format per matrix name."""
-    return sum(matrix_bytes(matrix, formats[matrix.name]) for matrix in shapes.matrices)
+def backbone_bytes(shapes: ModelShapes, forms: Mapping[str, MatrixForm]) -> int:
+    """Bytes of all packed matrices; `forms` has one form per matrix name."""
+    return sum(matrix_bytes(matrix, forms[matrix.name]) for matrix in shapes.matrices)
+
+
+def correction_rank(matrix: MatrixShape, form: MatrixForm) -> int:
+    """Rank of the pair that repairs a matrix; no more than the matrix can have."""
+    return min(form.correction_rank, matrix.out_features, matrix.in_features)
+
+
+def correction_elements(matrix: MatrixShape, form: MatrixForm) -> int:
+    """Numbers in the pair that repairs a matrix."""
+    return correction_rank(matrix, form) * (matrix.out_features + matrix.in_features)
+
+
+def pair_bytes(matrix: MatrixShape, form: MatrixForm) -> int:
+    """Bytes of the pair that repairs a matrix."""
+    return CORRECTION_BYTES * correction_elements(matrix, form)
 
 
 def other_bytes(shapes: ModelShapes) -> int:
@@ -192,21 +216,22 @@ def block_gradient_bytes(shapes: ModelShapes, load: Load) -> int:
     return FLOAT_BYTES * load.tokens * per_token
 
 
-def workspace_bytes(shapes: ModelShapes, formats: Mapping[str, FormatName]) -> int:
+def workspace_bytes(shapes: ModelShapes, forms: Mapping[str, MatrixForm]) -> int:
     """Bytes of the largest packed matrix as float32: a product unpacks the whole matrix."""
-    packed = (m.parameters for m in shapes.matrices if formats[m.name] != "fp32")
+    packed = (m.parameters for m in shapes.matrices if forms[m.name].format != "fp32")
     return FLOAT_BYTES * max(packed, default=0)
 
 
-def peak_bytes(shapes: ModelShapes, formats: Mapping[str, FormatName], load: Load) -> PeakBytes:
+def peak_bytes(shapes: ModelShapes, forms: Mapping[str, MatrixForm], load: Load) -> PeakBytes:
     """The peak of a training process beyond what it uses when idle, part by part."""
     return PeakBytes(
-        backbone=backbone_bytes(shapes, formats),
+        backbone=backbone_bytes(shapes, forms),
+        correction=CORRECTION_BYTES * load.correction_elements,
         other=other_bytes(shapes),
         adapter=adapter_bytes(load),
         activations=activation_bytes(shapes, load),
         transient=transient_bytes(shapes, load),
-        workspace=workspace_bytes(shapes, formats),
+        workspace=workspace_bytes(shapes, forms),
     )
 
 
@@ -230,13 +255,14 @@ def step_flops(shapes: ModelShapes, load: Load, batch_size: int) -> float:
     head = 0.0
     if load.task == "causal-lm":
         head = 2.0 * tokens * shapes.hidden_size * shapes.vocabulary
-    adapters = tokens * (6.0 * load.trained_elements + 4.0 * load.tail_elements)
+    frozen = load.tail_elements + load.correction_elements
+    adapters = tokens * (6.0 * load.trained_elements + 4.0 * frozen)
     recomputed = through if load.checkpointing else 0.0
     return forward + through + attention + recomputed + 2 * head + adapters
 
 
 def moved_bytes(
-    shapes: ModelShapes, formats: Mapping[str, FormatName], load: Load, batch_size: int
+    shapes: ModelShapes, forms: Mapping[str, MatrixForm], load: Load, batch_size: int
 ) -> float:
     """Bytes of weights that one optimiser step moves through memory.
 
@@ -247,9 +273,9 @@ def moved_bytes(
     passes = 3 if load.checkpointing else 2
     total = 0.0
     for matrix in shapes.matrices:
-        format_name = formats[matrix.name]
-        unpacked = 0 if format_name == "fp32" else 2 * FLOAT_BYTES * matrix.parameters
-        once = matrix_bytes(matrix, format_name) + unpacked
+        form = forms[matrix.name]
+        unpacked = 0 if form.format == "fp32" else 2 * FLOAT_BYTES * matrix.parameters
+        once = matrix_bytes(matrix, form) + unpacked
         total += once * (passes if matrix.layer >= load.first_trained_layer else 1)
     return total * (batch_size / load.micro_batch)
 
@@ -257,7 +283,7 @@ def moved_bytes(
 def step_seconds(
     profile: DeviceProfile,
     shapes: ModelShapes,
-    formats: Mapping[str, FormatName],
+    forms: Mapping[str, MatrixForm],
     load: Load,
     batch_size: int,
 ) -> float:
@@ -272,7 +298,7 @@ def step_seconds(
     if flops_per_s > 0:
         seconds += step_flops(shapes, load, batch_size) / flops_per_s
     if profile.memory_bandwidth_bytes_per_s > 0:
-        moved = moved_bytes(shapes, formats, load, batch_size)
+        moved = moved_bytes(shapes, forms, load, batch_size)
         seconds += moved / profile.memory_bandwidth_bytes_per_s
     return seconds
 

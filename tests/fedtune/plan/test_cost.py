@@ -10,10 +10,12 @@ from fedtune.plan.cost import (
     adapter_bytes,
     backbone_bytes,
     block_activation_bytes,
+    correction_elements,
     download_bytes,
     logits_bytes,
     matrix_bytes,
     moved_bytes,
+    pair_bytes,
     peak_bytes,
     step_flops,
     step_seconds,
@@ -26,6 +28,7 @@ from fedtune.records import (
     BACKBONE_FORMATS,
     DeviceProfile,
     FormatName,
+    MatrixForm,
     MatrixShape,
     ModelShapes,
 )
@@ -42,8 +45,8 @@ LOAD = Load(
 )
 
 
-def all_in(format_name: FormatName) -> dict[str, FormatName]:
-    return {matrix.name: format_name for matrix in MATRICES}
+def all_in(format_name: FormatName) -> dict[str, MatrixForm]:
+    return {matrix.name: MatrixForm(format_name) for matrix in MATRICES}
 
 
 def profile(**changes: object) -> DeviceProfile:
@@ -62,18 +65,18 @@ def profile(**changes: object) -> DeviceProfile:
 def test_packed_bytes_by_format() -> None:
     matrix = MatrixShape("w", 4096, 4096, 0)
     parameters = 4096 * 4096
-    assert matrix_bytes(matrix, "fp32") == 4 * parameters
-    assert matrix_bytes(matrix, "bf16") == 2 * parameters
-    assert matrix_bytes(matrix, "int8") == parameters + 4 * 4096
-    assert matrix_bytes(matrix, "nf4") * 8 / parameters == 4 + 8 / 64 + 32 / (64 * 256)
+    assert matrix_bytes(matrix, MatrixForm("fp32")) == 4 * parameters
+    assert matrix_bytes(matrix, MatrixForm("bf16")) == 2 * parameters
+    assert matrix_bytes(matrix, MatrixForm("int8")) == parameters + 4 * 4096
+    assert matrix_bytes(matrix, MatrixForm("nf4")) * 8 / parameters == 4 + 8 / 64 + 32 / (64 * 256)
 
 
 def test_a_small_nf4_matrix_rounds_its_blocks_up() -> None:
-    assert matrix_bytes(MatrixShape("w", 3, 33, 0), "nf4") == 50 + 2 + 4
+    assert matrix_bytes(MatrixShape("w", 3, 33, 0), MatrixForm("nf4")) == 50 + 2 + 4
 
 
 def test_formats_may_differ_between_matrices() -> None:
-    mixed: dict[str, FormatName] = {"a": "fp32", "b": "bf16"}
+    mixed = {"a": MatrixForm("fp32"), "b": MatrixForm("bf16")}
     assert backbone_bytes(SHAPES, mixed) == 4 * 64 * 128 + 2 * 256 * 64
 
 
@@ -125,7 +128,9 @@ def test_logits_and_a_blocks_gradients_take_turns() -> None:
 
 def test_the_workspace_is_the_largest_packed_matrix_in_float32() -> None:
     assert workspace_bytes(SHAPES, all_in("nf4")) == 4 * 256 * 64
-    assert workspace_bytes(SHAPES, {"a": "int8", "b": "fp32"}) == 4 * 64 * 128
+    assert (
+        workspace_bytes(SHAPES, {"a": MatrixForm("int8"), "b": MatrixForm("fp32")}) == 4 * 64 * 128
+    )
     assert workspace_bytes(SHAPES, all_in("fp32")) == 0
 
 
@@ -133,6 +138,7 @@ def test_the_peak_is_the_sum_of_its_parts_and_names_the_largest() -> None:
     peak = peak_bytes(SHAPES, all_in("nf4"), LOAD)
     parts = (
         backbone_bytes(SHAPES, all_in("nf4")),
+        0,
         4 * 6400,
         adapter_bytes(LOAD),
         activation_bytes(SHAPES, LOAD),
@@ -143,9 +149,20 @@ def test_the_peak_is_the_sum_of_its_parts_and_names_the_largest() -> None:
     assert peak.largest() == ("activations", max(parts))
 
 
-def test_formats_are_ordered_by_bytes() -> None:
-    peaks = [backbone_bytes(SHAPES, all_in(name)) for name in BACKBONE_FORMATS]
+def test_our_formats_are_ordered_by_bytes() -> None:
+    ours = [name for name in BACKBONE_FORMATS if name not in ("int8", "bnb-int8", "bnb-nf4")]
+    peaks = [backbone_bytes(SHAPES, all_in(name)) for name in ours]
     assert peaks == sorted(peaks, reverse=True)
+
+
+def test_a_correction_is_its_pair_and_a_copy_in_float32() -> None:
+    pair = MatrixForm("q2", 64, 4)
+    assert correction_elements(MATRICES[0], pair) == 4 * (64 + 128)
+    assert pair_bytes(MATRICES[0], pair) == 6 * 4 * (64 + 128)
+    assert correction_elements(MATRICES[0], MatrixForm("q2", 64, 100)) == 64 * (64 + 128)
+    more = peak_bytes(SHAPES, all_in("q2"), replace(LOAD, correction_elements=10))
+    assert more.correction == 60
+    assert more.total == peak_bytes(SHAPES, all_in("q2"), LOAD).total + 60
 
 
 def test_step_flops_by_hand() -> None:
