@@ -34,10 +34,12 @@ PAIR_DTYPE = torch.float16
 
 _EXACT_SIDE = 512
 """Up to this shorter side the singular values are computed exactly (30 ms on one core)."""
-_OVERSAMPLING = 8
+_OVERSAMPLING = 16
 _POWER_STEPS = 4
-"""Of the randomised decomposition. The spectrum of a quantisation error falls slowly, so that it
-needs more of both than usual (Halko et al., https://arxiv.org/abs/0909.4061, section 4.5)."""
+"""Of the randomised decomposition (Halko et al., https://arxiv.org/abs/0909.4061, section 4.5). The
+spectrum of a quantisation error falls slowly, so that it needs more of both than usual."""
+_LEAST_ROOT = 1e-3
+"""Of a row's or column's weight, beside that of the largest; keeps the pair within float16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +118,12 @@ def squared_error(
     left = weight.detach().float() - stored.values(torch.float32)
     if pair is not None:
         left -= pair.product()
-    left *= _Scales.of(left, row_weights, column_weights).product
-    return float(torch.linalg.vector_norm(left, dtype=torch.float64)) ** 2
+    squares = left.square_()
+    if row_weights is not None:
+        squares *= row_weights.to(left.device, torch.float32)[:, None]
+    if column_weights is not None:
+        squares *= column_weights.to(left.device, torch.float32)[None, :]
+    return float(squares.sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +146,14 @@ class _Scales:
             _root(column_weights, in_features, weight)[None, :],
         )
 
-    @property
-    def product(self) -> Float[Tensor, "out in"]:
-        return self.rows * self.columns
-
 
 def _root(weights: Tensor | None, length: int, like: Tensor) -> Tensor:
-    if weights is None:
+    """Roots relative to the largest; the pair is divided by them, so that none may be near 0."""
+    largest = 0.0 if weights is None else float(weights.max())
+    if weights is None or largest <= 0:
         return torch.ones(length, dtype=torch.float32, device=like.device)
-    roots = weights.detach().to(like.device, torch.float32).sqrt()
-    # The pair is divided by the roots, so that none may be 0, nor so small that float16 overflows.
-    return roots.clamp_min(max(1e-3 * float(roots.max()), 1e-30))
+    roots: Tensor = (weights.to(like.device, torch.float32) / largest).sqrt()
+    return roots.clamp_min(_LEAST_ROOT)
 
 
 def _fits(
