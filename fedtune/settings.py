@@ -219,7 +219,7 @@ class DeviceClassSection(Section):
     memory_bandwidth: Bytes = Field(10**10, gt=0, description="bytes per second")
     link: Bytes = Field(10**7, gt=0, description="bytes per second to and from the coordinator")
     formats: Annotated[tuple[FormatName, ...], BeforeValidator(_split_text)] = Field(
-        ("fp32", "bf16", "int8", "nf4"),
+        ("fp32", "bf16", "int8", "q4", "nf4"),
         min_length=1,
         description="backbone formats that the device may use",
     )

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from fedtune.errors import ModelError
-from fedtune.lora.linear import AdaptedLinear
+from fedtune.lora.linear import AdaptedLinear, Correction
 from fedtune.model.load import load_base, module_path
-from fedtune.quant.storage import store
+from fedtune.quant.correction import Pair, store_corrected
 from fedtune.records import MatrixForm, TaskName
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Backbone:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of all matrices in their formats."""
+        """Bytes of all matrices in their forms, without correction pairs."""
         return sum(layer.matrix.bytes for layer in self.layers.values())
 
 
@@ -117,7 +117,9 @@ def _build(
                 f"matrix {name} is a {type(linear).__name__}, and only linear layers can be "
                 "adapted; leave it out of lora.targets"
             )
-        adapted = AdaptedLinear(store(linear.weight, form.format), linear.bias).eval()
+        stored, pair = store_corrected(linear.weight, form)
+        adapted = AdaptedLinear(stored, linear.bias).eval()
+        adapted.correction = None if pair is None else _on(torch_device, pair)
         model.set_submodule(path, adapted)
         layers[name] = adapted
     if torch_device.type != "cpu":
@@ -125,3 +127,8 @@ def _build(
             layer.matrix = layer.matrix.to(torch_device)
         model.to(torch_device)
     return Backbone(model, layers, threading.Lock())
+
+
+def _on(torch_device: torch.device, pair: Pair) -> Correction:
+    """The pair as the layer takes it, where the layer computes."""
+    return Correction(pair.a.to(torch_device), pair.b.to(torch_device))

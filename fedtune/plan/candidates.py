@@ -150,6 +150,7 @@ def load_of(
         dense_parameters=task.settings.dense_parameters,
         task=task.settings.task,
         eager_attention=task.settings.eager_attention,
+        whole_matrices=task.profile.accelerator != "cpu",
     )
 
 

@@ -12,13 +12,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from fedtune.records import DeviceProfile, MatrixForm, MatrixShape, ModelShapes, TaskName
+from fedtune.records import (
+    BLOCK_BITS,
+    DEFAULT_BLOCK,
+    DeviceProfile,
+    FormatName,
+    MatrixForm,
+    MatrixShape,
+    ModelShapes,
+    TaskName,
+)
 
 FLOAT_BYTES = 4
-NF4_BLOCK = 64
-"""Weights that share one 8-bit scale (QLoRA, https://arxiv.org/abs/2305.14314, section 3)."""
-NF4_SUPERBLOCK = 256
-"""Scales that share one float32 scale of their own (the same section)."""
+GROUP = 256
+"""Weights to which a block-quantised matrix is padded; so `fedtune.kernels.packed` lays it out."""
+SUPERBLOCK = 256
+"""Scales that share one float32 step (the same layout)."""
+PANEL_ROWS = 256
+"""Rows that a product unpacks at a time on a CPU (`fedtune.quant.panels`)."""
+UNPACK_CHUNK = 1 << 19
+"""Weights whose indices are held at once while they are unpacked (`fedtune.kernels.unpack`)."""
 CORRECTION_ITEMSIZE = 2
 """Bytes of one number of a frozen pair, which is held in float16."""
 CORRECTION_BYTES = CORRECTION_ITEMSIZE + FLOAT_BYTES
@@ -42,6 +55,7 @@ class Load:
         tail_ranks: as `trained_ranks`, of the frozen tail.
         correction_elements: as `trained_elements`, of the pairs that repair the forms' errors.
         dense_parameters: parameters that are trained whole.
+        whole_matrices: a product unpacks a whole matrix, as on an accelerator, not a panel of it.
     """
 
     micro_batch: int
@@ -56,6 +70,7 @@ class Load:
     dense_parameters: int = 0
     task: TaskName = "causal-lm"
     eager_attention: bool = False
+    whole_matrices: bool = False
 
     @property
     def tokens(self) -> int:
@@ -74,7 +89,7 @@ class PeakBytes:
         adapter: trained factors with gradients and optimiser state, and the frozen tail.
         activations: what the forward pass keeps for the backward pass.
         transient: the larger of the logits and of one block's backward pass, which take turns.
-        workspace: one matrix while it is unpacked.
+        workspace: what is unpacked of a matrix at a time.
     """
 
     backbone: int
@@ -99,30 +114,43 @@ class PeakBytes:
 # ---------------------------------------------------------------- memory
 
 
-def matrix_bytes(matrix: MatrixShape, form: MatrixForm) -> int:
-    """Bytes that one packed matrix keeps, without its correction.
+def matrix_bytes(matrix: MatrixShape, format_name: FormatName, block_size: int = 0) -> int:
+    """Bytes that one packed matrix keeps.
 
-    int8 has a float32 scale per row. nf4 has 4 bits per weight, an 8-bit scale per 64 weights and
-    a float32 scale per 256 of those: 4 + 8/64 + 32/(64*256) = 4.127 bits per weight.
+    int8 has a float32 scale per row. A block format has its bits per weight, an 8-bit scale per
+    block, a float32 step per 256 of those and one offset: nf4 at block 64 takes
+    4 + 8/64 + 32/(64*256) = 4.127 bits per weight.
+
+    Args:
+        block_size: of a block format; 0: 64.
     """
     parameters = matrix.parameters
-    match form.format:
+    match format_name:
         case "fp32":
             return FLOAT_BYTES * parameters
         case "bf16" | "fp16":
             return 2 * parameters
         case "int8" | "bnb-int8":
             return parameters + FLOAT_BYTES * matrix.out_features
+        case "bnb-nf4":
+            blocks = _ceil_div(parameters, DEFAULT_BLOCK)
+            scales = blocks + FLOAT_BYTES * _ceil_div(blocks, SUPERBLOCK)
+            return _ceil_div(parameters, 2) + scales
         case _:
-            bits = {"q8": 8, "q3": 3, "q2": 2}.get(form.format, 4)
-            blocks = _ceil_div(parameters, form.block_size or NF4_BLOCK)
-            superblocks = _ceil_div(blocks, NF4_SUPERBLOCK)
-            return _ceil_div(parameters * bits, 8) + blocks + FLOAT_BYTES * superblocks
+            row = _ceil_div(parameters, GROUP) * GROUP
+            blocks = row // (block_size or DEFAULT_BLOCK)
+            scales = blocks + FLOAT_BYTES * (_ceil_div(blocks, SUPERBLOCK) + 1)
+            return row * BLOCK_BITS[format_name] // 8 + scales
 
 
 def backbone_bytes(shapes: ModelShapes, forms: Mapping[str, MatrixForm]) -> int:
     """Bytes of all packed matrices; `forms` has one form per matrix name."""
-    return sum(matrix_bytes(matrix, forms[matrix.name]) for matrix in shapes.matrices)
+    return sum(form_bytes(matrix, forms[matrix.name]) for matrix in shapes.matrices)
+
+
+def form_bytes(matrix: MatrixShape, form: MatrixForm) -> int:
+    """Bytes of one packed matrix, without the pair that repairs it."""
+    return matrix_bytes(matrix, form.format, form.block_size)
 
 
 def correction_rank(matrix: MatrixShape, form: MatrixForm) -> int:
@@ -216,10 +244,27 @@ def block_gradient_bytes(shapes: ModelShapes, load: Load) -> int:
     return FLOAT_BYTES * load.tokens * per_token
 
 
-def workspace_bytes(shapes: ModelShapes, forms: Mapping[str, MatrixForm]) -> int:
-    """Bytes of the largest packed matrix as float32: a product unpacks the whole matrix."""
-    packed = (m.parameters for m in shapes.matrices if forms[m.name].format != "fp32")
-    return FLOAT_BYTES * max(packed, default=0)
+def workspace_bytes(
+    shapes: ModelShapes, forms: Mapping[str, MatrixForm], whole_matrices: bool = False
+) -> int:
+    """Bytes of the largest panel that a product unpacks, as float32, with its indices.
+
+    Args:
+        whole_matrices: whether a panel is the whole matrix, as on an accelerator.
+    """
+    largest = 0
+    for matrix in shapes.matrices:
+        format_name = forms[matrix.name].format
+        if format_name == "fp32":
+            continue
+        rows = matrix.out_features
+        if not whole_matrices and not format_name.startswith("bnb-"):
+            rows = min(rows, PANEL_ROWS)
+        panel = rows * matrix.in_features
+        # Four bytes per index; the weights per index happen to be 8 / bits at every width.
+        indices = min(panel, UNPACK_CHUNK) * BLOCK_BITS.get(format_name, 0) // 2
+        largest = max(largest, FLOAT_BYTES * panel + indices)
+    return largest
 
 
 def peak_bytes(shapes: ModelShapes, forms: Mapping[str, MatrixForm], load: Load) -> PeakBytes:
@@ -231,7 +276,7 @@ def peak_bytes(shapes: ModelShapes, forms: Mapping[str, MatrixForm], load: Load)
         adapter=adapter_bytes(load),
         activations=activation_bytes(shapes, load),
         transient=transient_bytes(shapes, load),
-        workspace=workspace_bytes(shapes, forms),
+        workspace=workspace_bytes(shapes, forms, load.whole_matrices),
     )
 
 
@@ -275,7 +320,7 @@ def moved_bytes(
     for matrix in shapes.matrices:
         form = forms[matrix.name]
         unpacked = 0 if form.format == "fp32" else 2 * FLOAT_BYTES * matrix.parameters
-        once = matrix_bytes(matrix, form) + unpacked
+        once = form_bytes(matrix, form) + unpacked
         total += once * (passes if matrix.layer >= load.first_trained_layer else 1)
     return total * (batch_size / load.micro_batch)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from fedtune.plan.cost import CORRECTION_ITEMSIZE, correction_elements, matrix_bytes
+from fedtune.plan.cost import CORRECTION_ITEMSIZE, correction_elements, form_bytes
 from fedtune.records import (
     BACKBONE_FORMATS,
     DevicePlan,
@@ -47,7 +47,7 @@ def mean_bits(plan: DevicePlan, shapes: ModelShapes) -> float:
     by_name = shapes.by_name()
     held = [(by_name[matrix.name], matrix.form) for matrix in plan.matrices]
     pair = CORRECTION_ITEMSIZE
-    total = sum(matrix_bytes(*each) + pair * correction_elements(*each) for each in held)
+    total = sum(form_bytes(*each) + pair * correction_elements(*each) for each in held)
     return 8 * total / sum(matrix.parameters for matrix, _ in held)
 
 

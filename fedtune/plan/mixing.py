@@ -22,7 +22,7 @@ from fedtune.plan.candidates import (
     refusal,
 )
 from fedtune.plan.cost import (
-    matrix_bytes,
+    form_bytes,
     pair_bytes,
     peak_bytes,
 )
@@ -59,7 +59,9 @@ def candidate_forms(formats: Iterable[FormatName], rank: int) -> tuple[MatrixFor
 
 def may_mix(plan: FleetPlan) -> bool:
     """Whether a distortion table could change a plan that was made without one."""
-    return any(matrix.format in BLOCK_BITS for device in plan.devices for matrix in device.matrices)
+    return any(
+        matrix.format in LOSSY_FORMATS for device in plan.devices for matrix in device.matrices
+    )
 
 
 def check_table(table: DistortionTable, shapes: ModelShapes) -> None:
@@ -90,22 +92,23 @@ def mixed_forms(task: Task, choice: Choice) -> dict[str, MatrixForm]:
     if choice.option.format not in LOSSY_FORMATS or choice.option.form not in forms:
         return uniform
     errors, sizes = _errors(task, forms), _sizes(task, forms)
-    chosen = choose_forms(
-        errors, sizes, task.profile.budget_bytes - _fixed_bytes(task, choice, forms)
-    )
-    if chosen is None:
-        return uniform
-    rows = np.arange(len(chosen))
-    if not errors[rows, chosen].sum() < errors[:, forms.index(choice.option.form)].sum():
-        return uniform
-    mixed = {
-        matrix.name: forms[column]
-        for matrix, column in zip(task.shapes.matrices, chosen.tolist(), strict=True)
-    }
-    # Wider matrices take longer to read, which a round's seconds may not allow.
-    if refusal(task, choice.option, choice.length, choice.tail, mixed):
-        return uniform
-    return mixed
+    least, best = float(errors[:, forms.index(choice.option.form)].sum()), uniform
+    fixed = _fixed_bytes(task, choice, forms)
+    # Some forms need more workspace; only where one of them is used is there less for the rest.
+    for most in np.unique(fixed).tolist():
+        usable = np.where(fixed <= most, errors, np.inf)
+        chosen = choose_forms(usable, sizes, task.profile.budget_bytes - most)
+        if chosen is None:
+            continue
+        found = {
+            matrix.name: forms[column]
+            for matrix, column in zip(task.shapes.matrices, chosen.tolist(), strict=True)
+        }
+        left = float(errors[np.arange(len(chosen)), chosen].sum())
+        # Wider matrices take longer to read, which a round's seconds may not allow.
+        if left < least and not refusal(task, choice.option, choice.length, choice.tail, found):
+            least, best = left, found
+    return best
 
 
 def _allowed(task: Task) -> list[MatrixForm]:
@@ -137,19 +140,19 @@ def _sizes(task: Task, forms: list[MatrixForm]) -> Int[np.ndarray, "matrices for
     """Bytes of each matrix with its correction, in each form."""
     return np.array(
         [
-            [matrix_bytes(matrix, form) + pair_bytes(matrix, form) for form in forms]
+            [form_bytes(matrix, form) + pair_bytes(matrix, form) for form in forms]
             for matrix in task.shapes.matrices
         ],
         dtype=np.int64,
     )
 
 
-def _fixed_bytes(task: Task, choice: Choice, forms: list[MatrixForm]) -> int:
-    """The peak but for the matrices and their corrections, whatever forms they take.
+def _fixed_bytes(task: Task, choice: Choice, forms: list[MatrixForm]) -> Int[np.ndarray, " forms"]:
+    """The peak but for the matrices and their corrections, if all matrices have that form.
 
-    A matrix is unpacked by itself, so a mix needs no more workspace than the worst of its forms.
+    A matrix is unpacked by itself, so a mix needs no more than the worst of its forms.
     """
     load = load_of(task, choice.option, choice.length, choice.tail)
     names = [matrix.name for matrix in task.shapes.matrices]
     peaks = [peak_bytes(task.shapes, dict.fromkeys(names, form), load) for form in forms]
-    return max(peak.total - peak.backbone - peak.correction for peak in peaks)
+    return np.array([peak.total - peak.backbone - peak.correction for peak in peaks])

@@ -2,7 +2,7 @@
 
 Order of preference, per device:
 
-1. the best format (fp32, bf16, int8, nf4) in which the granted ranks reach `ENOUGH_GAIN` of what
+1. the best format (`BACKBONE_FORMATS`) in which the granted ranks reach `ENOUGH_GAIN` of what
    the device's rank limit allows; if none does, the format that reaches most, the better on ties;
 2. in that format, the most rank;
 3. among equal ranks, no checkpointing, then the largest micro-batch: both change speed only;
@@ -93,6 +93,7 @@ def _key(profile: DeviceProfile) -> tuple[object, ...]:
     """All of a profile that a plan depends on."""
     return (
         profile.device_class,
+        profile.accelerator,
         profile.budget_bytes,
         tuple(sorted(profile.matmul_flops_per_s.items())),
         profile.memory_bandwidth_bytes_per_s,
