@@ -138,9 +138,10 @@ def test_a_mix_keeps_the_budget_and_never_loses_more_than_the_uniform_format(
 
 
 def test_more_memory_at_the_same_speed_never_loses_more() -> None:
-    pins, run = Pins(micro_batch=1, format="q2"), replace(RUN, checkpointing=False)
-    found = [plan(size / 10 * MB, table(), run, pins) for size in range(36, 56, 2)]
-    kept = [error(p, table()) for p in found if {m.rank for m in p.matrices} == {4}]
+    pins = Pins(rank=1, micro_batch=1, format="q2")
+    run = replace(RUN, checkpointing=False)
+    found = [plan(size / 10 * MB, table(), run, pins) for size in range(45, 54)]
+    kept = [error(p, table()) for p in found]
     assert len(set(kept)) > 4
     assert all(more <= less for less, more in pairwise(kept))
 
