@@ -38,7 +38,8 @@ def logits(backbone: Backbone) -> Tensor:
 def readings(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Grows by one each time that a base is read from disk."""
     seen: list[object] = []
-    monkeypatch.setattr(backbone_module, "load_base", lambda *a: (seen.append(a), load_base(*a))[1])
+    stream = backbone_module.stream_base
+    monkeypatch.setattr(backbone_module, "stream_base", lambda *a: (seen.append(a), stream(*a))[1])
     return seen
 
 
@@ -57,7 +58,7 @@ def test_a_device_of_its_own_keeps_no_second_copy(tiny_llama: Path, readings: li
     for name in ("fp32", "bf16"):
         backbones.get("causal-lm", (), formats(tiny_llama, name))
     assert len(readings) == 2
-    assert backbones._base == {}
+    assert backbones._skeletons == {}
 
 
 def test_backbones_share_all_that_is_not_in_a_format(tiny_llama: Path) -> None:

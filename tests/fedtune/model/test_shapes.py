@@ -147,10 +147,31 @@ def test_other_architectures_name_their_sizes_otherwise(tmp_path: Path) -> None:
         read_shapes(tmp_path, ALL)
 
 
-def test_transposed_and_quantised_models_are_refused(tmp_path: Path) -> None:
+def test_the_shape_of_a_conv1d_is_that_of_what_it_computes(tmp_path: Path) -> None:
+    tensors: dict[str, tuple[int, ...]] = {"h.0.mlp.c_fc.weight": (4, 16)}
+    found = read_shapes(write_model(tmp_path, tensors, model_type="gpt2"), ALL).matrices[0]
+    assert (found.out_features, found.in_features) == (16, 4)
+    found = read_shapes(write_model(tmp_path, tensors, model_type="gptj"), ALL).matrices[0]
+    assert (found.out_features, found.in_features) == (4, 16)
+
+
+def test_experts_are_refused_and_what_is_left_is_named(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.self_attn.q_proj.weight": (4, 4),
+        "model.layers.0.mlp.gate.weight": (2, 4),
+        "model.layers.0.mlp.experts.0.up_proj.weight": (6, 4),
+        "model.layers.0.mlp.experts.1.up_proj.weight": (6, 4),
+    }
+    folder = write_model(tmp_path, tensors)
+    words = r"layers\.0\.mlp\.experts\.0\.up_proj and 1 others .* name the others instead: q_proj$"
+    for targets in (ALL, ("up_proj",)):
+        with pytest.raises(ModelError, match=words):
+            read_shapes(folder, targets)
+    assert names(read_shapes(folder, ("q_proj",))) == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_quantised_models_are_refused(tmp_path: Path) -> None:
     tensors: dict[str, tuple[int, ...]] = {"h.0.fc.weight": (3, 4)}
-    with pytest.raises(ModelError, match=r"model_type gpt2 of .* is not supported: .*transposed"):
-        read_shapes(write_model(tmp_path, tensors, model_type="gpt2"), ALL)
     with pytest.raises(ModelError, match="already quantised; take the full-precision model"):
         read_shapes(write_model(tmp_path, tensors, quantization_config={"bits": 4}), ALL)
 

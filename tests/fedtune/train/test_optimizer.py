@@ -22,7 +22,7 @@ def weights(*values: float) -> Tensor:
 def moved(spec: OptimizerSpec, gradient: Tensor, steps: int = 1) -> Tensor:
     """How far weights of zero go under one gradient, again and again."""
     parameter = torch.zeros_like(gradient, requires_grad=True)
-    optimizer = RoundOptimizer([parameter], spec, steps)
+    optimizer = RoundOptimizer({"w": parameter}, spec, steps)
     for _ in range(steps):
         parameter.grad = gradient.clone()
         optimizer.step()
@@ -36,7 +36,7 @@ def test_the_learning_rate_is_a_line_from_the_first_step_to_the_last(
     steps: int, rates: list[float]
 ) -> None:
     parameter = weights(0.0)
-    optimizer = RoundOptimizer([parameter], replace(SGD, learning_rate=1.0), steps)
+    optimizer = RoundOptimizer({"w": parameter}, replace(SGD, learning_rate=1.0), steps)
     taken, before = [], 0.0
     for _ in range(steps):
         parameter.grad = torch.tensor([-1.0])
@@ -49,13 +49,13 @@ def test_the_learning_rate_is_a_line_from_the_first_step_to_the_last(
 def test_a_step_clears_the_gradients() -> None:
     parameter = weights(1.0)
     parameter.grad = torch.ones(1)
-    RoundOptimizer([parameter], SGD, 1).step()
+    RoundOptimizer({"w": parameter}, SGD, 1).step()
     assert parameter.grad is None
 
 
 def test_gradients_are_clipped_over_all_parameters_together() -> None:
     one, two = weights(0.0), weights(0.0)
-    optimizer = RoundOptimizer([one, two], replace(SGD, max_gradient_norm=1.0), 1)
+    optimizer = RoundOptimizer({"one": one, "two": two}, replace(SGD, max_gradient_norm=1.0), 1)
     one.grad, two.grad = torch.tensor([30.0]), torch.tensor([40.0])
     optimizer.step()
     assert (one.item(), two.item()) == pytest.approx((-0.5 * 0.6, -0.5 * 0.8), rel=1e-4)
@@ -80,7 +80,7 @@ def test_the_first_step_of_adamw_is_the_learning_rate_whatever_the_gradient() ->
 @pytest.mark.parametrize("spec", [ADAMW, SGD, replace(SGD, beta1=0.9)])
 def test_weight_decay_shrinks_weights_alike_in_every_step(spec: OptimizerSpec) -> None:
     parameter = weights(2.0)
-    optimizer = RoundOptimizer([parameter], replace(spec, weight_decay=0.1), 3)
+    optimizer = RoundOptimizer({"w": parameter}, replace(spec, weight_decay=0.1), 3)
     for _ in range(3):
         parameter.grad = torch.zeros(1)
         optimizer.step()
@@ -88,5 +88,5 @@ def test_weight_decay_shrinks_weights_alike_in_every_step(spec: OptimizerSpec) -
 
 
 def test_betas_reach_adamw() -> None:
-    optimizer = RoundOptimizer([weights(0.0)], replace(ADAMW, beta1=0.5, beta2=0.7), 1)
+    optimizer = RoundOptimizer({"w": weights(0.0)}, replace(ADAMW, beta1=0.5, beta2=0.7), 1)
     assert optimizer.inner.param_groups[0]["betas"] == (0.5, 0.7)

@@ -233,7 +233,7 @@ def test_the_tail_is_computed_with_and_not_trained(llama: World) -> None:
     assert not torch.allclose(trained_only, bare, atol=1e-3)
     tails = [t for f in mounted.factors.values() for t in (f.tail_a, f.tail_b)]
     assert not any(tail.requires_grad for tail in tails)
-    assert not {id(t) for t in tails} & {id(t) for t in mounted.trained()}
+    assert not {id(t) for t in tails} & {id(t) for t in mounted.trained().values()}
     assert len(mounted.trained()) == 2 * len(dispatch.trained)
     unmount(backbone, mounted)
 
@@ -332,7 +332,7 @@ def test_a_round_that_breaks_off_between_micro_batches_leaves_no_gradients(
             raise MemoryError("no memory left")
         return loss_sum(*arguments)
 
-    monkeypatch.setattr("fedtune.train.round.loss_sum", fail_at_the_second)
+    monkeypatch.setattr("fedtune.train.step.loss_sum", fail_at_the_second)
     backbone = world.backbone()
     with pytest.raises(MemoryError):
         world.train(backbone, world.dispatch(), batches(), plan(2, checkpointing=True))
