@@ -73,6 +73,7 @@ def simulate_config(
         finish=lambda run_folder, emit: _finish(config, run_folder, emit),
         overwrite=overwrite,
         warnings=sites.warnings,
+        together=_app("side_by_side")(config),
     )
     return folder
 

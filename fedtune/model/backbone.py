@@ -174,9 +174,7 @@ class BackboneShelf:
         self, forms: Mapping[str, MatrixForm], weight: Callable[[str], Tensor]
     ) -> dict[str, StoredMatrix]:
         """Every matrix in its form, made one by one."""
-        return {
-            name: store(weight(name), form).to(self._device) for name, form in forms.items()
-        }
+        return {name: store(weight(name), form).to(self._device) for name, form in forms.items()}
 
 
 def _sharing_copy(skeleton: Skeleton) -> Skeleton:
