@@ -18,9 +18,17 @@ from itertools import accumulate as running_sums
 import torch
 from torch import Tensor
 
+from fedtune.errors import ModelError
 from fedtune.lora.linear import Factors, FactorsSideBySide, Rows, attach, detach
 from fedtune.model.backbone import Backbone
-from fedtune.model.loss import Batch, TokenisedSample, loss_sums, loss_units, prepare
+from fedtune.model.loss import (
+    Batch,
+    TokenisedSample,
+    loss_sums,
+    loss_units,
+    prepare,
+    sums_together,
+)
 from fedtune.records import DevicePlan, Dispatch, TaskName
 from fedtune.train.batches import micro_batches
 from fedtune.train.memory import OptimizerMemory
@@ -62,14 +70,20 @@ def train_side_by_side(
     """Train several devices for one round; the results are in the order of the shares.
 
     Args:
-        backbone: its model must `sums_together`.
+        backbone: the same for all.
         plan: of any of the devices; micro-batch, checkpointing and steps are those of all.
 
     Raises:
+        ModelError: the backbone's model does not take packed samples.
         ProtocolError: a dispatch does not fit the backbone.
     """
     started = time.perf_counter()
     with backbone.lock:
+        if not sums_together(backbone.model):
+            raise ModelError(
+                f"{type(backbone.model).__name__} does not take packed samples, so devices cannot "
+                "train side by side; train them one by one"
+            )
         devices = [device_factors(backbone, s.dispatch, trainable=True) for s in shares]
         rows = Rows()
         attach(backbone.layers, _beside(devices, rows))
