@@ -26,7 +26,7 @@ from fedtune.kernels.dispatch import (
     swiglu,
     swiglu_backward_,
 )
-from fedtune.lora.linear import AdaptedLinear, _Products
+from fedtune.lora.linear import AdaptedLinear, _Products, factor_tensors
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -95,7 +95,7 @@ def normed_products(
     rotation: Rotation | None = None,
 ) -> tuple[Tensor, ...]:
     """Several layers over the norm of one input; keeps the input, not its norm."""
-    outputs = _NormedProducts.apply(x, norm, tuple(layers), rotation, *_pairs(layers))  # type: ignore[no-untyped-call]
+    outputs = _NormedProducts.apply(x, norm, tuple(layers), rotation, *factor_tensors(layers))  # type: ignore[no-untyped-call]
     return tuple(outputs)
 
 
@@ -109,17 +109,9 @@ def gated_product(
 
     Its backward pass writes over gate and up: nothing else may use them.
     """
-    y = _GatedProduct.apply(gate, up, activation, layer, *_pairs((layer,)))  # type: ignore[no-untyped-call]
+    y = _GatedProduct.apply(gate, up, activation, layer, *factor_tensors((layer,)))  # type: ignore[no-untyped-call]
     assert isinstance(y, Tensor)
     return y
-
-
-def _pairs(layers: Sequence[AdaptedLinear]) -> list[Tensor | None]:
-    pairs: list[Tensor | None] = []
-    for layer in layers:
-        f = layer.factors
-        pairs += [None, None] if f is None else [f.a, f.b]
-    return pairs
 
 
 class _Normed(torch.autograd.Function):
