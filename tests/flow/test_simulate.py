@@ -58,6 +58,27 @@ def test_three_classes_of_devices_train_unequally_in_one_round(tree: Tree, play:
     assert uploads[board] == min(uploads.values())
 
 
+def test_a_device_of_few_bits_spends_what_it_has_left_on_single_matrices(
+    tree: Tree, play: Play, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
+    tree["fleet"]["board"] |= {"formats": ["q2", "q3"], "format": "q2", "memory": "1 MB"}
+    pinned = play(copy.deepcopy(tree) | {"outputs": {"folder": str(tmp_path / "a"), "exports": []}})
+    del tree["fleet"]["board"]["format"]
+    mixed = play(tree)
+    rows = [
+        next(r for r in played.one("planned")["devices"] if r["device_class"] == "board")
+        for played in (pinned, mixed)
+    ]
+    assert all("+" in form for form in rows[0]["forms"].values())  # repaired, not widened
+    assert all(row["peak_bytes"] <= row["budget_bytes"] for row in rows)
+    assert mixed.one("distortion_found")["matrices"] == 14
+    assert (mixed.folder / "distortion.json").exists()
+    assert mixed.all("device_refused") == []
+    losses = mixed.one("run_finished")
+    assert losses["held_out_loss_after"] < losses["held_out_loss_before"]
+
+
 def test_the_loss_falls(tree: Tree, play: Play) -> None:
     tree["run"]["rounds"] = 4
     tree["train"] |= {"local_steps": 5, "learning_rate": 3e-2}
@@ -145,9 +166,9 @@ def test_two_hundred_devices_share_three_backbones(
 
     built: list[object] = []
     loaded: list[object] = []
-    build, load = backbone._build, backbone.load_base
-    monkeypatch.setattr(backbone, "_build", lambda *a: (built.append(a), build(*a))[1])
-    monkeypatch.setattr(backbone, "load_base", lambda *a: (loaded.append(a), load(*a))[1])
+    build, load = backbone.Backbone, backbone.stream_base
+    monkeypatch.setattr(backbone, "Backbone", lambda *a: (built.append(a), build(*a))[1])
+    monkeypatch.setattr(backbone, "stream_base", lambda *a: (loaded.append(a), load(*a))[1])
     tree["run"] = {"name": "many", "rounds": 1, "seed": 77}
     tree["data"] |= {"partition": {"by": "iid"}, "held_out_fraction": 0.0}
     rows = Path(tree["data"]["train"]).read_text(encoding="utf-8")
