@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedtune.kernels import dispatch
 from fedtune.kernels.driver import RECORD, Launcher
+from fedtune.kernels.low_rank import groups_of
 from fedtune.kernels.packed import SUPERBLOCK, Bits, PackedWeights, padded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,10 +49,14 @@ def launch_all() -> None:
             _dequantise(bits, dtype)
         _cross_entropy(dtype)
         _swiglu(dtype)
+        if dtype != torch.float32:
+            for bits in (2, 3, 4, 8):
+                _packed_product(bits, dtype)
     for dtype, other in product(DTYPES, DTYPES):
         if other in (dtype, torch.float32):
             _rms_norm(dtype, other)
             _rotate(dtype, other)
+            _low_rank(dtype, other)
 
 
 def _numbers(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -105,6 +110,33 @@ def _rotate(dtype: torch.dtype, angle_dtype: torch.dtype) -> None:
         angles = torch.rand(11, head_dim, device=GPU).to(angle_dtype)
         dispatch.rotate_(torch.rand(11, heads, head_dim, device=GPU).to(dtype), angles, angles)
         dispatch.rotate_(_numbers(11, heads, head_dim, dtype=dtype), angles, angles, inverse=True)
+
+
+def _packed_product(bits: Bits, dtype: torch.dtype) -> None:
+    rows, columns = 37, 1280
+    total = rows * columns
+    packed = PackedWeights(
+        codes=torch.randint(256, (total * bits // 8,), dtype=torch.uint8, device=GPU),
+        scale_codes=torch.randint(256, (total // 32,), dtype=torch.uint8, device=GPU),
+        scale_steps=torch.rand(-(-total // 32 // SUPERBLOCK), device=GPU),
+        scale_offset=torch.tensor(0.1, device=GPU),
+        codebook=torch.rand(1 << bits, device=GPU),
+        bits=bits,
+        block=32,
+        shape=(rows, columns),
+    )
+    for tokens in (1, 19, 32):
+        dispatch.packed_product(_numbers(tokens, columns, dtype=dtype), packed)
+
+
+def _low_rank(dtype: torch.dtype, factor_dtype: torch.dtype) -> None:
+    groups = groups_of((0, 5, 1, 60, 3), (3, 128, 0, 17, 8), (1.0,) * 5, GPU)
+    for columns, out in ((1, 1), (37, 65), (600, 1100)):
+        x, y = _numbers(69, columns, dtype=dtype), torch.zeros(69, out, dtype=dtype, device=GPU)
+        a = _numbers(groups.rank, columns, dtype=factor_dtype)
+        b = torch.zeros(groups.rank, out, dtype=factor_dtype, device=GPU)
+        low = dispatch.grouped_low_rank_(y, x, a, b, groups)
+        dispatch.grouped_low_rank_gradient(low, x, groups)
 
 
 @contextmanager
