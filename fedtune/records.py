@@ -17,11 +17,45 @@ from numpy.typing import NDArray
 
 FloatArray: TypeAlias = NDArray[np.floating]
 TaskName: TypeAlias = Literal["causal-lm", "sequence-classification"]
-FormatName: TypeAlias = Literal["fp32", "bf16", "int8", "nf4"]
-"""How a frozen matrix is held: `nf4` is 4-bit NormalFloat with double-quantised scales (QLoRA)."""
+FormatName: TypeAlias = Literal[
+    "fp32",
+    "bf16",
+    "fp16",
+    "q8",
+    "int8",
+    "q4",
+    "nf4",
+    "q3",
+    "q2",
+    "bnb-int8",
+    "bnb-nf4",
+]
+"""How a frozen matrix is held: in floats, in blocks of 2 to 8 bits per weight with
+double-quantised scales (`nf4`: QLoRA's levels; `q2` to `q8`: the better of two codebooks), in
+8-bit integers with a scale per row, or as bitsandbytes holds it."""
 
-BACKBONE_FORMATS: tuple[FormatName, ...] = ("fp32", "bf16", "int8", "nf4")
-"""All formats, best first."""
+ComputeName: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
+"""In which dtype a device multiplies; `auto` is measured there."""
+
+BACKBONE_FORMATS: tuple[FormatName, ...] = (
+    "fp32",
+    "bf16",
+    "fp16",
+    "q8",
+    "int8",
+    "q4",
+    "nf4",
+    "q3",
+    "q2",
+    "bnb-int8",
+    "bnb-nf4",
+)
+"""All formats in the order in which they are tried: our own, best first, then bitsandbytes'."""
+
+BLOCK_BITS: Mapping[FormatName, int] = {"q8": 8, "q4": 4, "nf4": 4, "q3": 3, "q2": 2}
+"""Bits per weight of the formats whose weights share a scale by blocks."""
+DEFAULT_BLOCK = 64
+"""Weights that share a scale where a form names no block (QLoRA, arXiv 2305.14314, section 3)."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -172,7 +206,7 @@ class MatrixPlan:
     Attributes:
         rank: trained LoRA rank; 0 means that the matrix stays frozen.
         tail_rank: how many further directions of the global adapter the device gets frozen.
-        block_size: weights that share one quantisation scale; 0 for formats without blocks.
+        block_size: weights that share one quantisation scale; 0: 64 for formats with blocks.
         correction_rank: rank of the frozen pair that repairs the format's own error on this
             device; 0: none. It never travels.
     """

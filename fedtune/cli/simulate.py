@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedtune.cli.display import JsonLines, LiveDisplay
-from fedtune.config import load_run_config
+from fedtune.config import cache_folder, load_run_config
 from fedtune.data.sites import open_sites, read_test_rows
 from fedtune.devices.simulated import simulated_profiles
 from fedtune.errors import MissingExtraError, RunError
@@ -63,7 +63,7 @@ def simulate_config(
     sites = open_sites(config.data, devices=config.devices, seed=config.run.seed)
     simulated_profiles(config.fleet, sites.declared, config.run.seed)  # refuses before a run starts
     model = resolve_model(config.model.path, config.model.revision)
-    shapes = read_shapes(model, config.lora.targets)
+    shapes = read_shapes(model, config.lora.targets, cache_folder() / "digests")
     folder: Path = _app("simulation")(
         config,
         _client_app(config),

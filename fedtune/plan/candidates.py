@@ -110,6 +110,7 @@ def load_of(task: Task, option: Option, length: int, tail: int = 0) -> Load:
         dense_parameters=task.settings.dense_parameters,
         task=task.settings.task,
         eager_attention=task.settings.eager_attention,
+        whole_matrices=task.profile.accelerator != "cpu",
     )
 
 

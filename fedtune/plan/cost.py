@@ -12,13 +12,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from fedtune.records import DeviceProfile, FormatName, MatrixShape, ModelShapes, TaskName
+from fedtune.records import (
+    BLOCK_BITS,
+    DEFAULT_BLOCK,
+    DeviceProfile,
+    FormatName,
+    MatrixShape,
+    ModelShapes,
+    TaskName,
+)
 
 FLOAT_BYTES = 4
-NF4_BLOCK = 64
-"""Weights that share one 8-bit scale (QLoRA, https://arxiv.org/abs/2305.14314, section 3)."""
-NF4_SUPERBLOCK = 256
-"""Scales that share one float32 scale of their own (the same section)."""
+GROUP = 256
+"""Weights to which a block-quantised matrix is padded; so `fedtune.kernels.packed` lays it out."""
+SUPERBLOCK = 256
+"""Scales that share one float32 step (the same layout)."""
+PANEL_ROWS = 256
+"""Rows that a product unpacks at a time on a CPU (`fedtune.quant.panels`)."""
+UNPACK_CHUNK = 1 << 19
+"""Weights whose indices are held at once while they are unpacked (`fedtune.kernels.unpack`)."""
 TRAINED_COPIES = 4
 """Value, gradient and the two moments of AdamW."""
 
@@ -37,6 +49,7 @@ class Load:
         tail_elements: as `trained_elements`, of the frozen tail.
         tail_ranks: as `trained_ranks`, of the frozen tail.
         dense_parameters: parameters that are trained whole.
+        whole_matrices: a product unpacks a whole matrix, as on an accelerator, not a panel of it.
     """
 
     micro_batch: int
@@ -50,6 +63,7 @@ class Load:
     dense_parameters: int = 0
     task: TaskName = "causal-lm"
     eager_attention: bool = False
+    whole_matrices: bool = False
 
     @property
     def tokens(self) -> int:
@@ -67,7 +81,7 @@ class PeakBytes:
         adapter: trained factors with gradients and optimiser state, and the frozen tail.
         activations: what the forward pass keeps for the backward pass.
         transient: the larger of the logits and of one block's backward pass, which take turns.
-        workspace: one matrix while it is unpacked.
+        workspace: what is unpacked of a matrix at a time.
     """
 
     backbone: int
@@ -91,24 +105,33 @@ class PeakBytes:
 # ---------------------------------------------------------------- memory
 
 
-def matrix_bytes(matrix: MatrixShape, format_name: FormatName) -> int:
+def matrix_bytes(matrix: MatrixShape, format_name: FormatName, block_size: int = 0) -> int:
     """Bytes that one packed matrix keeps.
 
-    int8 has a float32 scale per row. nf4 has 4 bits per weight, an 8-bit scale per 64 weights and
-    a float32 scale per 256 of those: 4 + 8/64 + 32/(64*256) = 4.127 bits per weight.
+    int8 has a float32 scale per row. A block format has its bits per weight, an 8-bit scale per
+    block, a float32 step per 256 of those and one offset: nf4 at block 64 takes
+    4 + 8/64 + 32/(64*256) = 4.127 bits per weight.
+
+    Args:
+        block_size: of a block format; 0: 64.
     """
     parameters = matrix.parameters
     match format_name:
         case "fp32":
             return FLOAT_BYTES * parameters
-        case "bf16":
+        case "bf16" | "fp16":
             return 2 * parameters
-        case "int8":
+        case "int8" | "bnb-int8":
             return parameters + FLOAT_BYTES * matrix.out_features
-        case "nf4":
-            blocks = _ceil_div(parameters, NF4_BLOCK)
-            superblocks = _ceil_div(blocks, NF4_SUPERBLOCK)
-            return _ceil_div(parameters, 2) + blocks + FLOAT_BYTES * superblocks
+        case "bnb-nf4":
+            blocks = _ceil_div(parameters, DEFAULT_BLOCK)
+            scales = blocks + FLOAT_BYTES * _ceil_div(blocks, SUPERBLOCK)
+            return _ceil_div(parameters, 2) + scales
+        case _:
+            row = _ceil_div(parameters, GROUP) * GROUP
+            blocks = row // (block_size or DEFAULT_BLOCK)
+            scales = blocks + FLOAT_BYTES * (_ceil_div(blocks, SUPERBLOCK) + 1)
+            return row * BLOCK_BITS[format_name] // 8 + scales
 
 
 def backbone_bytes(shapes: ModelShapes, formats: Mapping[str, FormatName]) -> int:
@@ -192,10 +215,27 @@ def block_gradient_bytes(shapes: ModelShapes, load: Load) -> int:
     return FLOAT_BYTES * load.tokens * per_token
 
 
-def workspace_bytes(shapes: ModelShapes, formats: Mapping[str, FormatName]) -> int:
-    """Bytes of the largest packed matrix as float32: a product unpacks the whole matrix."""
-    packed = (m.parameters for m in shapes.matrices if formats[m.name] != "fp32")
-    return FLOAT_BYTES * max(packed, default=0)
+def workspace_bytes(
+    shapes: ModelShapes, formats: Mapping[str, FormatName], whole_matrices: bool = False
+) -> int:
+    """Bytes of the largest panel that a product unpacks, as float32, with its indices.
+
+    Args:
+        whole_matrices: whether a panel is the whole matrix, as on an accelerator.
+    """
+    largest = 0
+    for matrix in shapes.matrices:
+        format_name = formats[matrix.name]
+        if format_name == "fp32":
+            continue
+        rows = matrix.out_features
+        if not whole_matrices and not format_name.startswith("bnb-"):
+            rows = min(rows, PANEL_ROWS)
+        panel = rows * matrix.in_features
+        # Four bytes per index, which stands for 8 / bits weights, and for two at 8 bits.
+        indices = min(panel, UNPACK_CHUNK) * min(BLOCK_BITS.get(format_name, 0), 4) // 2
+        largest = max(largest, FLOAT_BYTES * panel + indices)
+    return largest
 
 
 def peak_bytes(shapes: ModelShapes, formats: Mapping[str, FormatName], load: Load) -> PeakBytes:
@@ -206,7 +246,7 @@ def peak_bytes(shapes: ModelShapes, formats: Mapping[str, FormatName], load: Loa
         adapter=adapter_bytes(load),
         activations=activation_bytes(shapes, load),
         transient=transient_bytes(shapes, load),
-        workspace=workspace_bytes(shapes, formats),
+        workspace=workspace_bytes(shapes, formats, load.whole_matrices),
     )
 
 

@@ -20,6 +20,7 @@ from fedtune.plan.cost import (
     transfer_seconds,
     upload_bytes,
 )
+from fedtune.records import BLOCK_BITS
 
 _PARTS = {
     "backbone": ("backbone takes", "a smaller base model"),
@@ -129,6 +130,6 @@ def _ways(task: Task, remedy: str) -> list[str]:
     ]
     if not task.settings.checkpointing:
         ways.append("allow plan.checkpointing")
-    if "nf4" not in task.profile.formats:
-        ways.append(f"add nf4 to {section}.formats")
+    if all(BLOCK_BITS.get(name, 8) > 4 for name in task.profile.formats):
+        ways.append(f"add q4 to {section}.formats")
     return [*ways, f"choose {remedy}"]

@@ -2,7 +2,7 @@
 
 Order of preference, per device:
 
-1. the best format (fp32, bf16, int8, nf4) in which the granted ranks reach `ENOUGH_GAIN` of what
+1. the best format (`BACKBONE_FORMATS`) in which the granted ranks reach `ENOUGH_GAIN` of what
    the device's rank limit allows; if none does, the format that reaches most, the better on ties;
 2. in that format, the most rank;
 3. among equal ranks, no checkpointing, then the largest micro-batch: both change speed only;
@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from fedtune.errors import PlanError
 from fedtune.plan.candidates import Choice, Task, best_choice, load_of, tail_ranks
 from fedtune.plan.cost import (
-    NF4_BLOCK,
     download_bytes,
     peak_bytes,
     step_seconds,
@@ -29,6 +28,8 @@ from fedtune.plan.settings import Pins, PlanSettings
 from fedtune.plan.shortfall import shortfall
 from fedtune.records import (
     BACKBONE_FORMATS,
+    BLOCK_BITS,
+    DEFAULT_BLOCK,
     DevicePlan,
     DeviceProfile,
     FleetPlan,
@@ -84,6 +85,7 @@ def _key(profile: DeviceProfile) -> tuple[object, ...]:
     """All of a profile that a plan depends on."""
     return (
         profile.device_class,
+        profile.accelerator,
         profile.budget_bytes,
         tuple(sorted(profile.matmul_flops_per_s.items())),
         profile.memory_bandwidth_bytes_per_s,
@@ -165,7 +167,7 @@ def _matrix_plans(task: Task, choice: Choice) -> tuple[MatrixPlan, ...]:
             rank=ranks.get(matrix.name, 0),
             format=format_name,
             tail_rank=tails.get(matrix.name, 0),
-            block_size=NF4_BLOCK if format_name == "nf4" else 0,
+            block_size=DEFAULT_BLOCK if format_name in BLOCK_BITS else 0,
         )
         for matrix in task.shapes.matrices
     )

@@ -64,12 +64,25 @@ def test_packed_bytes_by_format() -> None:
     parameters = 4096 * 4096
     assert matrix_bytes(matrix, "fp32") == 4 * parameters
     assert matrix_bytes(matrix, "bf16") == 2 * parameters
+    assert matrix_bytes(matrix, "fp16") == 2 * parameters
     assert matrix_bytes(matrix, "int8") == parameters + 4 * 4096
-    assert matrix_bytes(matrix, "nf4") * 8 / parameters == 4 + 8 / 64 + 32 / (64 * 256)
+    assert matrix_bytes(matrix, "bnb-nf4") * 8 / parameters == 4 + 8 / 64 + 32 / (64 * 256)
+    for name, bits in (("q8", 8), ("q4", 4), ("nf4", 4), ("q3", 3), ("q2", 2)):
+        # Beside what bitsandbytes keeps there is the float32 offset of the scales.
+        without_offset = matrix_bytes(matrix, name) - 4
+        assert without_offset * 8 / parameters == bits + 8 / 64 + 32 / (64 * 256)
 
 
-def test_a_small_nf4_matrix_rounds_its_blocks_up() -> None:
-    assert matrix_bytes(MatrixShape("w", 3, 33, 0), "nf4") == 50 + 2 + 4
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_smaller_blocks_cost_a_scale_each(block: int) -> None:
+    matrix = MatrixShape("w", 4096, 4096, 0)
+    bits = (matrix_bytes(matrix, "q3", block) - 4) * 8 / matrix.parameters
+    assert bits == 3 + 8 / block + 32 / (block * 256)
+
+
+def test_a_small_block_matrix_is_padded_to_256_weights() -> None:
+    assert matrix_bytes(MatrixShape("w", 3, 33, 0), "nf4") == 128 + 4 + 4 + 4
+    assert matrix_bytes(MatrixShape("w", 3, 33, 0), "bnb-nf4") == 50 + 2 + 4
 
 
 def test_formats_may_differ_between_matrices() -> None:
@@ -123,10 +136,19 @@ def test_logits_and_a_blocks_gradients_take_turns() -> None:
     assert many == 3 * 4 * 32 * 10_000
 
 
-def test_the_workspace_is_the_largest_packed_matrix_in_float32() -> None:
-    assert workspace_bytes(SHAPES, all_in("nf4")) == 4 * 256 * 64
+def test_the_workspace_is_the_largest_unpacked_panel_in_float32_with_its_indices() -> None:
     assert workspace_bytes(SHAPES, {"a": "int8", "b": "fp32"}) == 4 * 64 * 128
+    assert workspace_bytes(SHAPES, all_in("bf16")) == 4 * 256 * 64
     assert workspace_bytes(SHAPES, all_in("fp32")) == 0
+    for name, index_bits in (("q8", 16), ("q4", 16), ("nf4", 16), ("q3", 12), ("q2", 8)):
+        assert workspace_bytes(SHAPES, all_in(name)) == (4 + index_bits / 8) * 256 * 64
+
+
+def test_a_panel_has_at_most_256_rows_except_on_an_accelerator_and_in_bitsandbytes() -> None:
+    tall = replace(SHAPES, matrices=(MatrixShape("a", 1000, 64, 0),))
+    assert workspace_bytes(tall, {"a": "int8"}) == 4 * 256 * 64
+    assert workspace_bytes(tall, {"a": "bnb-int8"}) == 4 * 1000 * 64
+    assert workspace_bytes(tall, {"a": "int8"}, whole_matrices=True) == 4 * 1000 * 64
 
 
 def test_the_peak_is_the_sum_of_its_parts_and_names_the_largest() -> None:
@@ -143,9 +165,12 @@ def test_the_peak_is_the_sum_of_its_parts_and_names_the_largest() -> None:
     assert peak.largest() == ("activations", max(parts))
 
 
-def test_formats_are_ordered_by_bytes() -> None:
-    peaks = [backbone_bytes(SHAPES, all_in(name)) for name in BACKBONE_FORMATS]
-    assert peaks == sorted(peaks, reverse=True)
+def test_our_own_formats_are_ordered_by_bytes() -> None:
+    matrix = MatrixShape("w", 4096, 4096, 0)
+    own = [name for name in BACKBONE_FORMATS if not name.startswith("bnb-")]
+    sizes = [matrix_bytes(matrix, name) for name in own]
+    assert sizes == sorted(sizes, reverse=True)
+    assert BACKBONE_FORMATS[len(own) :] == ("bnb-int8", "bnb-nf4")
 
 
 def test_step_flops_by_hand() -> None:

@@ -45,12 +45,14 @@ TINY = llama(64, 172, 5, 512, 32)
 SEVEN_B = llama(4096, 11008, 32, 32000, 4096)
 SETTINGS = PlanSettings(rank_max=16, rank_cap=32, batch_size=16, local_steps=5, sequence_length=64)
 MB, GB = 10**6, 10**9
+FORMATS: tuple[FormatName, ...] = ("fp32", "bf16", "int8", "nf4")
+"""Four that differ much in bytes."""
 
 
 def device(
     name: str,
     memory: float,
-    formats: tuple[FormatName, ...] = BACKBONE_FORMATS,
+    formats: tuple[FormatName, ...] = FORMATS,
     link: float = 1e6,
     flops: float = 1e11,
 ) -> DeviceProfile:
@@ -103,7 +105,14 @@ def test_unequal_budgets_give_unequal_plans() -> None:
 
 
 def test_a_seven_billion_model_spans_cards_from_8_to_140_gb() -> None:
-    fleet = [device(f"d{index}", size * GB) for index, size in enumerate((8, 12, 24, 140))]
+    fleet = [
+        replace(
+            device(f"d{index}", size * GB),
+            accelerator="cuda",
+            accelerator_memory_bytes=size * GB,
+        )
+        for index, size in enumerate((8, 12, 24, 140))
+    ]
     run = replace(SETTINGS, sequence_length=512)
     plans = plan_fleet(fleet, SEVEN_B, run).devices
     assert [format_of(p) for p in plans] == ["nf4", "int8", "bf16", "fp32"]
@@ -326,12 +335,42 @@ def test_a_pinned_rank_stops_at_the_matrix() -> None:
     assert {m.rank for m in plan.matrices} == {32, 40}
 
 
-def test_nf4_plans_name_their_block() -> None:
+def test_plans_of_block_formats_name_their_block() -> None:
+    everything = device("d", GB, formats=BACKBONE_FORMATS)
     blocks = {
-        name: plan_one(device("d", GB), pins=Pins(format=name)).matrices[0].block_size
+        name: plan_one(everything, pins=Pins(format=name)).matrices[0].block_size
         for name in BACKBONE_FORMATS
     }
-    assert blocks == {"fp32": 0, "bf16": 0, "int8": 0, "nf4": 64}
+    with_blocks = {"q8", "q4", "nf4", "q3", "q2"}
+    assert blocks == {name: 64 if name in with_blocks else 0 for name in BACKBONE_FORMATS}
+
+
+def test_formats_are_tried_in_their_order_whatever_order_the_device_names() -> None:
+    def chosen(*formats: FormatName) -> FormatName:
+        return format_of(plan_one(device("d", 64 * MB, formats=formats)))
+
+    assert chosen("q2", "q3", "q4") == "q4"
+    assert chosen("nf4", "q4", "bnb-nf4") == "q4"
+    assert chosen("bnb-int8", "q2") == "q2"
+
+
+def test_three_bits_fit_where_four_do_not() -> None:
+    run = replace(SETTINGS, sequence_length=512)
+    plans = [
+        plan_one(device("d", memory, formats=("q4", "q3")), run, shapes=SEVEN_B)
+        for memory in (5.5 * GB, 4 * GB)
+    ]
+    assert [format_of(plan) for plan in plans] == ["q4", "q3"]
+    with pytest.raises(PlanError, match=r"smallest plan needs 4\.\d GB \(q4 backbone"):
+        plan_one(device("d", 4 * GB, formats=("q4",)), run, shapes=SEVEN_B)
+
+
+def test_a_card_unpacks_whole_matrices_and_a_processor_panels() -> None:
+    run = replace(SETTINGS, sequence_length=512)
+    host = device("d", 100 * GB, formats=("nf4",))
+    card = replace(host, accelerator="cuda", accelerator_memory_bytes=100 * GB)
+    plans = plan_fleet([host, replace(card, name="e")], SEVEN_B, run).devices
+    assert plans[1].peak_bytes - plans[0].peak_bytes == 4 * 11008 * (4096 - 256)
 
 
 @pytest.mark.parametrize(
@@ -341,9 +380,9 @@ def test_nf4_plans_name_their_block() -> None:
             device("lab", 0.5 * MB),
             SETTINGS,
             Pins(),
-            r"device lab has a memory budget of 500 kB, and the smallest plan needs 80\d\.\d kB "
+            r"device lab has a memory budget of 500 kB, and the smallest plan needs 82\d\.\d kB "
             r"\(nf4 backbone, micro-batch 1, checkpointing, rank 1 of one matrix\); its logits and "
-            r"block gradients take .* at least 80\d\.\d kB in fleet\.class-lab, or choose a lower "
+            r"block gradients take .* at least 82\d\.\d kB in fleet\.class-lab, or choose a lower "
             r"data\.max_tokens",
         ),
         (
@@ -351,7 +390,7 @@ def test_nf4_plans_name_their_block() -> None:
             replace(SETTINGS, checkpointing=False),
             Pins(micro_batch=4),
             r"fp32 backbone, micro-batch 4, rank 1.*its logits and .*or unpin "
-            r"fleet\.class-lab\.micro_batch, or allow plan\.checkpointing, or add nf4",
+            r"fleet\.class-lab\.micro_batch, or allow plan\.checkpointing, or add q4",
         ),
         (
             device("lab", 2 * MB),
