@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.lora.linear import AdaptedLinear
+from fedtune.model.blocks import fuse
 from fedtune.model.load import dense_shapes, load_base, module_path, tensor_names
 from fedtune.model.precision import compute_in
 from fedtune.model.replace import coverage, linear_at, oriented
@@ -112,6 +113,7 @@ class BackboneShelf:
                 if self._compute != torch.float32:
                     heads = dense_shapes(self._folder, task, tensor_names(self._folder))
                     compute_in(backbone.model, self._compute, trained_whole=heads)
+                fuse(backbone.model)
                 self._backbones[key] = backbone
             return self._backbones[key]
 
