@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from fedtune.devices.simulated import simulated_profiles
 from fedtune.errors import MissingExtraError, RunError
 from fedtune.model.shapes import read_shapes
 from fedtune.model.source import resolve_model
-from fedtune.records import Event
+from fedtune.records import DistortionTable, Event, MatrixForm, ModelShapes
 from fedtune.settings import RunConfig
 
 
@@ -73,8 +74,21 @@ def simulate_config(
         finish=lambda run_folder, emit: _finish(config, run_folder, emit),
         overwrite=overwrite,
         warnings=sites.warnings,
+        measure=partial(_measure, model, shapes),
     )
     return folder
+
+
+def _measure(
+    model: Path, shapes: ModelShapes, forms: Sequence[MatrixForm], emit: Callable[[Event], None]
+) -> DistortionTable:
+    """What each matrix of the base loses in each form; tells of its progress by events."""
+    from fedtune.importance.distortion import base_distortion
+
+    def progress(done: int, of: int) -> None:
+        emit(Event("distortion_progress", {"matrices": done, "of": of}))
+
+    return base_distortion(model, shapes, forms, cache_folder() / "distortion", progress)
 
 
 def _finish(config: RunConfig, folder: Path, emit: Callable[[Event], None]) -> None:

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.lora.linear import AdaptedLinear
+from fedtune.lora.linear import AdaptedLinear, Correction
 from fedtune.model.load import dense_shapes, load_base, module_path, tensor_names
-from fedtune.model.packed_cache import PackedCache
+from fedtune.model.packed_cache import HeldMatrix, PackedCache
 from fedtune.model.precision import compute_in
 from fedtune.model.replace import coverage, linear_at, oriented
 from fedtune.model.source import base_digest
 from fedtune.model.stream import BaseTensors, Skeleton, put, stream_base
+from fedtune.quant.correction import Pair, store_corrected
 from fedtune.quant.dense import DTYPES
-from fedtune.quant.storage import StoredMatrix, store
 from fedtune.records import MatrixForm, TaskName
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Backbone:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of all matrices in their formats."""
+        """Bytes of all matrices in their forms, without correction pairs."""
         return sum(layer.matrix.bytes for layer in self.layers.values())
 
 
@@ -168,7 +168,9 @@ class BackboneShelf:
         held = self._held(forms, weight)
         for name, path in paths.items():
             bias = dict(modules[name].named_parameters()).get("bias")
-            adapted = AdaptedLinear(held.pop(name), bias).eval()
+            matrix, pair = held.pop(name)
+            adapted = AdaptedLinear(matrix.to(self._device), bias).eval()
+            adapted.correction = None if pair is None else _on(self._device, pair)
             model.set_submodule(path, adapted)
             layers[name] = adapted
         for name in skeleton.places.keys() - forms.keys():
@@ -181,25 +183,30 @@ class BackboneShelf:
 
     def _held(
         self, forms: Mapping[str, MatrixForm], weight: Callable[[str], Tensor]
-    ) -> dict[str, StoredMatrix]:
+    ) -> dict[str, HeldMatrix]:
         """Every matrix in its form: as an earlier process left it, or made one by one.
 
         They are made on the device where they stay: a GPU quantises many times faster.
         """
+
+        def made(chosen: Mapping[str, MatrixForm]) -> dict[str, HeldMatrix]:
+            return {n: HeldMatrix(*store_corrected(weight(n), form)) for n, form in chosen.items()}
+
         # Floats are as near in the base's own files.
         packed = {name: form for name, form in forms.items() if form.format not in DTYPES}
-        found: dict[str, StoredMatrix] | None = None
-        if self._packed is not None and packed:
-            digest = base_digest(self._folder)
-            found = self._packed.read(digest, packed)
-            if found is None:
-                found = {name: store(weight(name), form) for name, form in packed.items()}
-                self._packed.write(digest, packed, found)
-        found = found or {}
-        for name, form in forms.items():
-            matrix = found[name] if name in found else store(weight(name), form)
-            found[name] = matrix.to(self._device)
-        return found
+        if self._packed is None or not packed:
+            return made(forms)
+        digest = base_digest(self._folder)
+        found = self._packed.read(digest, packed)
+        if found is None:
+            found = made(packed)
+            self._packed.write(digest, packed, found)
+        return found | made({n: form for n, form in forms.items() if n not in packed})
+
+
+def _on(torch_device: torch.device, pair: Pair) -> Correction:
+    """The pair as the layer takes it, where the layer computes."""
+    return Correction(pair.a.to(torch_device), pair.b.to(torch_device))
 
 
 def _sharing_copy(skeleton: Skeleton) -> Skeleton:

@@ -24,12 +24,13 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedtune.quant.correction import Pair
 from fedtune.quant.storage import StoredMatrix, restore
 from fedtune.records import MatrixForm
 
@@ -46,6 +47,9 @@ _PIECE_BYTES: Final = 16 << 20
 _READ_BYTES: Final = 1 << 20
 _ALIGNMENT: Final = 64
 
+_PAIR_A: Final = "correction.a"
+_PAIR_B: Final = "correction.b"
+
 _DTYPES: Final = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -56,6 +60,13 @@ _DTYPES: Final = {
 }
 
 _log = logging.getLogger(__name__)
+
+
+class HeldMatrix(NamedTuple):
+    """A matrix in its form, and the pair that repairs what the form loses, if there is one."""
+
+    matrix: StoredMatrix
+    pair: Pair | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +81,7 @@ class PackedCache:
     folder: Path
     minimum_bytes: int = MINIMUM_BYTES
 
-    def read(self, base: str, forms: Mapping[str, MatrixForm]) -> dict[str, StoredMatrix] | None:
+    def read(self, base: str, forms: Mapping[str, MatrixForm]) -> dict[str, HeldMatrix] | None:
         """Every matrix in its form, mapped from disk; None when that is not at hand.
 
         A file whose content is not what its name says is deleted.
@@ -91,10 +102,10 @@ class PackedCache:
         return None
 
     def write(
-        self, base: str, forms: Mapping[str, MatrixForm], matrices: Mapping[str, StoredMatrix]
+        self, base: str, forms: Mapping[str, MatrixForm], matrices: Mapping[str, HeldMatrix]
     ) -> None:
         """Keep matrices; a disk that takes no more is no error."""
-        size = sum(matrix.bytes for matrix in matrices.values())
+        size = sum(held.matrix.bytes for held in matrices.values())
         if size < self.minimum_bytes:
             return
         temporary: Path | None = None
@@ -151,18 +162,20 @@ def _key(base: str, forms: Mapping[str, MatrixForm]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def _serialise(matrices: Mapping[str, StoredMatrix]) -> Iterator[bytes | memoryview]:
+def _serialise(matrices: Mapping[str, HeldMatrix]) -> Iterator[bytes | memoryview]:
     """A safetensors file, piece by piece: the library's own writer copies all tensors first.
 
     Source: https://github.com/huggingface/safetensors#format
     """
     tensors: dict[str, Tensor] = {}
     described: dict[str, str] = {}
-    for name, matrix in matrices.items():
+    for name, (matrix, pair) in matrices.items():
         described[name] = json.dumps(
             {"format": matrix.format, "shape": matrix.shape, "metadata": matrix.metadata()}
         )
         tensors |= {f"{name}/{part}": tensor for part, tensor in matrix.tensors().items()}
+        if pair is not None:
+            tensors |= {f"{name}/{_PAIR_A}": pair.a, f"{name}/{_PAIR_B}": pair.b}
     # Wide numbers first: each tensor then starts at a multiple of its own width.
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     header: dict[str, object] = {"__metadata__": described}
@@ -185,18 +198,21 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _load(path: Path, forms: Mapping[str, MatrixForm]) -> dict[str, StoredMatrix]:
+def _load(path: Path, forms: Mapping[str, MatrixForm]) -> dict[str, HeldMatrix]:
     with safe_open(path, framework="pt") as opened:
         described = opened.metadata()
         tensors: dict[str, dict[str, Tensor]] = {name: {} for name in forms}
         for key in opened.keys():  # noqa: SIM118  an opened file is not a mapping
             name, _, part = key.rpartition("/")
             tensors[name][part] = opened.get_tensor(key)
-    found: dict[str, StoredMatrix] = {}
-    for name in forms:
+    found: dict[str, HeldMatrix] = {}
+    for name, form in forms.items():
         about = json.loads(described[name])
         rows, columns = about["shape"]
-        found[name] = restore(about["format"], (rows, columns), tensors[name], about["metadata"])
+        parts = tensors[name]
+        pair = Pair(parts.pop(_PAIR_A), parts.pop(_PAIR_B)) if form.correction_rank else None
+        matrix = restore(about["format"], (rows, columns), parts, about["metadata"])
+        found[name] = HeldMatrix(matrix, pair)
     return found
 
 

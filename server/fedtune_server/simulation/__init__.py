@@ -20,6 +20,7 @@ from fedtune.records import Event, ModelShapes
 from fedtune.settings import RunConfig
 from fedtune_server.app import make_server_app
 from fedtune_server.coordinator import Coordinator
+from fedtune_server.distortion import Measure
 from fedtune_server.ledger import Ledger
 from fedtune_server.metrics import MetricsWriter
 from fedtune_server.run_folder import RunFolder
@@ -39,6 +40,7 @@ def simulate(
     finish: Callable[[Path, Watcher], None],
     overwrite: bool = False,
     warnings: Sequence[str] = (),
+    measure: Measure | None = None,
 ) -> Path:
     """Play a run and return its folder.
 
@@ -50,6 +52,7 @@ def simulate(
             are the run's.
         overwrite: replace a run that the folder already holds.
         warnings: to record at the start of the run.
+        measure: measures the base's distortion table, if the plan can use one.
 
     Raises:
         FedtuneError: as the coordinator or `finish` raised it; the folder says so, as it does
@@ -71,7 +74,7 @@ def simulate(
             metrics(event)
             watch(event)
 
-        coordinator = Coordinator(config, shapes, folder, emit, _patience(config, devices))
+        coordinator = Coordinator(config, shapes, folder, emit, _patience(config, devices), measure)
         try:
             for warning in warnings:
                 emit(Event("warning", {"text": warning}))

@@ -15,9 +15,9 @@ from torch import Tensor
 from fedtune.model import backbone as backbone_module
 from fedtune.model import packed_cache as packed_cache_module
 from fedtune.model.backbone import BackboneShelf
-from fedtune.model.packed_cache import PackedCache, content_digest
+from fedtune.model.packed_cache import HeldMatrix, PackedCache, content_digest
 from fedtune.model.shapes import read_shapes
-from fedtune.quant.storage import StoredMatrix, store
+from fedtune.quant.correction import store_corrected
 from fedtune.records import BACKBONE_FORMATS, FormatName, MatrixForm
 
 BASE = "ab" * 32
@@ -33,13 +33,16 @@ def cache(tmp_path: Path) -> PackedCache:
 
 def forms_and_matrices(
     name: FormatName = "q4",
-) -> tuple[dict[str, MatrixForm], dict[str, StoredMatrix]]:
+) -> tuple[dict[str, MatrixForm], dict[str, HeldMatrix]]:
     """Two matrices, one of them of a shape that fills no block."""
     generator = torch.Generator().manual_seed(0)
-    forms = {"layers.0.up": MatrixForm(name), "layers.0.down": MatrixForm(name)}
+    forms = {
+        "layers.0.up": MatrixForm(name),
+        "layers.0.down": MatrixForm(name, correction_rank=2),
+    }
     shapes = {"layers.0.up": (24, 16), "layers.0.down": (5, 7)}
     return forms, {
-        key: store(torch.randn(shapes[key], generator=generator), form)
+        key: HeldMatrix(*store_corrected(torch.randn(shapes[key], generator=generator), form))
         for key, form in forms.items()
     }
 
@@ -55,10 +58,15 @@ def test_what_was_written_is_read_to_the_bit(cache: PackedCache, name: FormatNam
     found = cache.read(BASE, forms)
     assert found is not None
     assert found.keys() == matrices.keys()
-    for key, matrix in found.items():
-        assert (matrix.format, matrix.shape) == (name, matrices[key].shape)
-        assert torch.equal(matrix.values(torch.float32), matrices[key].values(torch.float32))
-        assert matrix.bytes == matrices[key].bytes
+    for key, (matrix, pair) in found.items():
+        expected, expected_pair = matrices[key]
+        assert (matrix.format, matrix.shape) == (name, expected.shape)
+        assert torch.equal(matrix.values(torch.float32), expected.values(torch.float32))
+        assert matrix.bytes == expected.bytes
+        assert (pair is None) == (expected_pair is None) == (key == "layers.0.up")
+        if pair is not None and expected_pair is not None:
+            assert torch.equal(pair.a, expected_pair.a)
+            assert torch.equal(pair.b, expected_pair.b)
 
 
 def test_another_base_form_or_matrix_is_another_file(cache: PackedCache) -> None:
@@ -85,7 +93,7 @@ def test_tensors_are_mapped_and_writing_to_one_leaves_the_file_alone(cache: Pack
     found = cache.read(BASE, forms)
     assert found is not None
     before = content_digest(files(cache)[0])
-    for matrix in found.values():
+    for matrix, _ in found.values():
         matrix.tensors()["codes"].zero_()
     assert content_digest(files(cache)[0]) == before
     if os.path.exists("/proc/self/maps"):
@@ -99,7 +107,7 @@ def test_the_file_is_safetensors_with_every_tensor_at_a_multiple_of_its_width(
     cache.write(BASE, forms, matrices)
     with safe_open(files(cache)[0], framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    assert len(tensors) == sum(len(matrix.tensors()) for matrix in matrices.values())
+    assert len(tensors) == sum(len(held.matrix.tensors()) for held in matrices.values()) + 2
     assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in tensors.values())
 
 
@@ -168,7 +176,7 @@ def test_a_full_disk_is_left_alone(
     cache: PackedCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forms, matrices = forms_and_matrices()
-    size = sum(matrix.bytes for matrix in matrices.values())
+    size = sum(held.matrix.bytes for held in matrices.values())
     usage = SimpleNamespace(free=2 * size - 1)
     monkeypatch.setattr(packed_cache_module.shutil, "disk_usage", lambda folder: usage)
     cache.write(BASE, forms, matrices)
@@ -231,7 +239,7 @@ def test_a_second_start_reads_no_matrix_of_the_base(
     def refuse(*arguments: object) -> None:
         raise AssertionError("a matrix was quantised again")
 
-    monkeypatch.setattr(backbone_module, "store", refuse)
+    monkeypatch.setattr(backbone_module, "store_corrected", refuse)
     assert torch.equal(logits(tiny_llama, cache, "q4"), expected)
 
 
