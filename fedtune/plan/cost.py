@@ -261,8 +261,8 @@ def workspace_bytes(
         if not whole_matrices and not format_name.startswith("bnb-"):
             rows = min(rows, PANEL_ROWS)
         panel = rows * matrix.in_features
-        # Four bytes per index; the weights per index happen to be 8 / bits at every width.
-        indices = min(panel, UNPACK_CHUNK) * BLOCK_BITS.get(format_name, 0) // 2
+        # Four bytes per index, which stands for 8 / bits weights, and for two at 8 bits.
+        indices = min(panel, UNPACK_CHUNK) * min(BLOCK_BITS.get(format_name, 0), 4) // 2
         largest = max(largest, FLOAT_BYTES * panel + indices)
     return largest
 

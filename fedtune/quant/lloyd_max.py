@@ -75,7 +75,8 @@ def _density(block: int, cells: int, nodes: int) -> tuple[Vector, float]:
 def _companded(centres: Vector, density: Vector, levels: int) -> Vector:
     """Where many levels would lie: as dense as the cube root of the density."""
     cumulated = np.cumsum(np.cbrt(density))
-    return np.interp((np.arange(levels) + 0.5) / levels * cumulated[-1], cumulated, centres)
+    places = (np.arange(levels) + 0.5) / levels * cumulated[-1]
+    return np.asarray(np.interp(places, cumulated, centres), dtype=np.float64)
 
 
 def _phi(x: Vector) -> Vector:

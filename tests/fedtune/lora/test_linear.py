@@ -18,7 +18,7 @@ from fedtune.lora.linear import (
     detach,
 )
 from fedtune.quant.storage import store
-from fedtune.records import BACKBONE_FORMATS, FormatName
+from fedtune.records import BACKBONE_FORMATS, FormatName, MatrixForm
 
 OUT, IN, RANK, TAIL, SCALE = 12, 20, 3, 4, 0.5
 
@@ -50,7 +50,7 @@ def test_forward_and_gradients_equal_plain_autograd(
     format_name: FormatName, tail: int, with_bias: bool
 ) -> None:
     bias = _random(OUT, seed=5) if with_bias else None
-    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), format_name), bias)
+    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), MatrixForm(format_name)), bias)
     weight = layer.matrix.values(torch.float32)
     ours, plain = _factors(tail=tail), _factors(tail=tail)
     layer.factors = ours
@@ -68,7 +68,7 @@ def test_forward_and_gradients_equal_plain_autograd(
 
 
 def test_the_tail_gets_no_gradient() -> None:
-    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), "fp32"), None)
+    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), MatrixForm("fp32")), None)
     layer.factors = _factors()
     layer(_random(3, IN, seed=6)).sum().backward()
     assert layer.factors.tail_a.grad is None
@@ -77,7 +77,7 @@ def test_the_tail_gets_no_gradient() -> None:
 
 def test_without_factors_the_layer_is_the_frozen_matrix() -> None:
     weight = _random(OUT, IN, seed=0)
-    layer = AdaptedLinear(store(weight, "fp32"), None)
+    layer = AdaptedLinear(store(weight, MatrixForm("fp32")), None)
     x = _random(3, IN, seed=6).requires_grad_(True)
     y = layer(x)
     torch.testing.assert_close(y, x @ weight.t())
@@ -86,7 +86,7 @@ def test_without_factors_the_layer_is_the_frozen_matrix() -> None:
 
 
 def test_nothing_is_recorded_below_the_first_trained_layer() -> None:
-    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), "nf4"), None)
+    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), MatrixForm("nf4")), None)
     assert not layer(_random(3, IN, seed=6)).requires_grad
     layer.factors = _factors(trains=False)
     assert not layer(_random(3, IN, seed=6)).requires_grad
@@ -94,7 +94,8 @@ def test_nothing_is_recorded_below_the_first_trained_layer() -> None:
 
 def test_attach_takes_the_factors_of_the_last_device_away() -> None:
     layers = {
-        name: AdaptedLinear(store(_random(OUT, IN, seed=0), "fp32"), None) for name in ("p", "q")
+        name: AdaptedLinear(store(_random(OUT, IN, seed=0), MatrixForm("fp32")), None)
+        for name in ("p", "q")
     }
     attach(layers, {"p": _factors(), "q": _factors()})
     attach(layers, {"q": _factors()})
@@ -105,7 +106,7 @@ def test_attach_takes_the_factors_of_the_last_device_away() -> None:
 
 
 def test_attach_refuses_a_matrix_that_is_not_there() -> None:
-    layers = {"p": AdaptedLinear(store(_random(OUT, IN, seed=0), "fp32"), None)}
+    layers = {"p": AdaptedLinear(store(_random(OUT, IN, seed=0), MatrixForm("fp32")), None)}
     with pytest.raises(KeyError, match="no adapted matrix named ghost"):
         attach(layers, {"ghost": _factors()})
 

@@ -13,7 +13,8 @@ from fedtune.model import backbone as backbone_module
 from fedtune.model.backbone import Backbone, BackboneShelf
 from fedtune.model.load import load_base
 from fedtune.model.shapes import read_shapes
-from fedtune.records import BACKBONE_FORMATS, FormatName, MatrixForm
+from fedtune.quant.block import BlockMatrix
+from fedtune.records import FormatName, MatrixForm
 
 TOKENS = torch.arange(3, 40)[None]
 Formats = dict[str, MatrixForm]
@@ -87,20 +88,30 @@ def test_an_unquantised_backbone_computes_what_the_base_does(tiny_llama: Path) -
 
 
 def test_fewer_bits_are_further_from_the_base_and_smaller(tiny_llama: Path) -> None:
+    names: tuple[FormatName, ...] = ("fp32", "bf16", "int8", "q4", "q3", "q2")
     backbones = shelf(tiny_llama)
-    found = {
-        name: backbones.get("causal-lm", (), formats(tiny_llama, name)) for name in BACKBONE_FORMATS
-    }
+    found = {name: backbones.get("causal-lm", (), formats(tiny_llama, name)) for name in names}
     exact = logits(found["fp32"])
-    errors = [float((logits(found[name]) - exact).norm()) for name in BACKBONE_FORMATS]
-    sizes = [found[name].packed_bytes for name in BACKBONE_FORMATS]
+    errors = [float((logits(found[name]) - exact).norm()) for name in names]
+    sizes = [found[name].packed_bytes for name in names]
     assert errors == sorted(errors)
     assert errors[1] > 0
     assert sizes == sorted(sizes, reverse=True)
     parameters = sum(m.parameters for m in read_shapes(tiny_llama, ("all-linear",)).matrices)
     assert sizes[:2] == [4 * parameters, 2 * parameters]
     assert parameters < sizes[2] < 1.5 * parameters
-    assert parameters / 2 < sizes[3] < parameters
+    for bits, size in zip((4, 3, 2), sizes[3:], strict=True):
+        assert parameters * bits / 8 < size < parameters * (bits + 0.25) / 8
+
+
+def test_each_matrix_is_held_in_its_own_form(tiny_llama: Path) -> None:
+    chosen = formats(tiny_llama, "q4")
+    first, second, *_ = chosen
+    chosen |= {first: MatrixForm("q2", 32), second: MatrixForm("bf16")}
+    layers = shelf(tiny_llama).get("causal-lm", (), chosen).layers
+    assert isinstance(layers[first].matrix, BlockMatrix)
+    assert layers[first].matrix.metadata()["block"] == "32"
+    assert [layers[name].matrix.format for name in (first, second)] == ["q2", "bf16"]
 
 
 def test_a_backbone_is_frozen_and_in_evaluation_mode(tiny_bert: Path) -> None:

@@ -145,8 +145,8 @@ def test_the_workspace_is_the_largest_unpacked_panel_in_float32_with_its_indices
     )
     assert workspace_bytes(SHAPES, all_in("bf16")) == 4 * 256 * 64
     assert workspace_bytes(SHAPES, all_in("fp32")) == 0
-    for name, bits in (("q8", 8), ("q4", 4), ("nf4", 4), ("q3", 3), ("q2", 2)):
-        assert workspace_bytes(SHAPES, all_in(name)) == (4 + bits / 2) * 256 * 64
+    for name, index_bits in (("q8", 16), ("q4", 16), ("nf4", 16), ("q3", 12), ("q2", 8)):
+        assert workspace_bytes(SHAPES, all_in(name)) == (4 + index_bits / 8) * 256 * 64
 
 
 def test_a_panel_has_at_most_256_rows_except_on_an_accelerator_and_in_bitsandbytes() -> None:

@@ -42,6 +42,7 @@ def measured_peak(run: Callable[[], object]) -> int:
         ("fp32", 1, False, 4, 0),
         ("nf4", 4, False, 16, 0),
         ("int8", 4, False, 4, 3),
+        ("q3", 1, False, 4, 0),
         ("fp32", 2, True, 16, 0),
     ],
 )

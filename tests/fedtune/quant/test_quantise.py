@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from fedtune.errors import ModelError
 from fedtune.kernels.packed import SUPERBLOCK, Bits, PackedWeights, padded
@@ -204,6 +206,18 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
 def test_an_unknown_block_is_refused() -> None:
     with pytest.raises(ModelError, match=r"one of \(32, 64, 128\) weights, got 16"):
         quantise(gaussian(4, 64), 4, 16)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_matrix_is_never_held_in_float32(bits: Bits) -> None:
+    """Beyond the result for each codebook there are scales and the temporaries of a chunk."""
+    weight = gaussian(2048, 2752).bfloat16()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        packed = quantise(weight, bits)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    kept = packed.codes.numel() * len(codebooks(bits, 64))
+    assert packed.bytes <= held.max() <= kept + 10 * 2**20 < 4 * weight.numel()
 
 
 def test_eleven_million_weights_take_seconds_at_most() -> None:

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import ProtocolError
-from fedtune.records import DevicePlan, DeviceProfile, MatrixPlan, SiteReport
+from fedtune.records import (
+    BACKBONE_FORMATS,
+    DevicePlan,
+    DeviceProfile,
+    FormatName,
+    MatrixPlan,
+    SiteReport,
+)
 from fedtune.v1 import fedtune_pb2 as pb
 from fedtune.wire import fields
 from fedtune.wire import messages as m
@@ -268,3 +275,12 @@ def test_too_many_matrices_are_refused() -> None:
     matrices = tuple(MatrixPlan(f"m{i}", 1, "fp32") for i in range(fields.MAX_ENTRIES + 1))
     with pytest.raises(ProtocolError, match=r"plan\.matrices: expected at most 20000 entries"):
         m.decode_train_instruction(_train_with_plan(replace(PLAN, matrices=matrices)))
+
+
+@pytest.mark.parametrize("name", BACKBONE_FORMATS)
+def test_every_backbone_format_travels(name: FormatName) -> None:
+    plan = replace(PLAN, matrices=(MatrixPlan("w", 1, name, block_size=32, correction_rank=2),))
+    sent = replace(TRAIN, plan=plan)
+    assert m.decode_train_instruction(m.encode_train_instruction(sent)).plan == plan
+    report = replace(REPORT, profile=replace(REPORT.profile, formats=(name,)))
+    assert m.decode_site_report(m.encode_site_report(report)) == report
