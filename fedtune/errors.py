@@ -5,6 +5,7 @@
     ├── DataError              a data file, site or sample cannot be used
     ├── ModelError             a base model cannot be found, read or adapted
     ├── PlanError              no plan fits a device
+    ├── KernelError            a GPU kernel cannot be loaded, launched or given these tensors
     ├── MissingExtraError      an optional package is needed; names the extra to install
     ├── ProtocolError          bytes of a message are not what they must be
     │   └── RefusedUpdateError a device's update is refused; the round goes on without it
@@ -35,6 +36,10 @@ class ModelError(FedtuneError):
 
 class PlanError(FedtuneError):
     """No plan fits a device within its limits."""
+
+
+class KernelError(FedtuneError):
+    """A GPU kernel cannot be loaded, launched, or given these tensors."""
 
 
 class MissingExtraError(FedtuneError):

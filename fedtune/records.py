@@ -34,6 +34,9 @@ FormatName: TypeAlias = Literal[
 double-quantised scales (`nf4`: QLoRA's levels; `q2` to `q8`: the better of two codebooks), in
 8-bit integers with a scale per row, or as bitsandbytes holds it."""
 
+ComputeName: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
+"""In which dtype a device multiplies; `auto` is measured there."""
+
 BACKBONE_FORMATS: tuple[FormatName, ...] = (
     "fp32",
     "bf16",

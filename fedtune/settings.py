@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from fedtune.records import FormatName, TaskName
+from fedtune.records import ComputeName, FormatName, TaskName
 
 _UNITS = {
     "B": 1,
@@ -181,7 +181,22 @@ class TrainSection(Section):
 
     local_steps: int = Field(5, ge=1, description="optimiser steps per device and round")
     batch_size: int = Field(16, ge=1, description="samples per optimiser step, on every device")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="rule of a local step")
+    optimizer: Literal["adamw", "adamw-8bit", "sgd"] = Field(
+        "adamw", description="rule of a local step; `adamw-8bit` needs bitsandbytes"
+    )
+    keep_optimizer: bool = Field(
+        False,
+        description="start each round from what the device's last one left of AdamW's squares; "
+        "for `adamw` and the `inprocess` backend",
+    )
+    compute: ComputeName = Field(
+        "auto",
+        description="dtype of activations and products; `auto` is measured on the device, and "
+        "`fp32` in a simulation, so that a seed gives one result on every machine",
+    )
+    tune_allocator: bool = Field(
+        True, description="keep freed memory in a training process for its next step (glibc)"
+    )
     learning_rate: float = Field(
         1e-3,
         gt=0,
@@ -335,6 +350,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         self._check_rule()
+        self._check_optimizer()
         classifying = self.model.task == "sequence-classification"
         if classifying != (self.data.format == "text-label"):
             raise ValueError(
@@ -369,6 +385,21 @@ class RunConfig(Section):
             raise ValueError(
                 f"aggregate.rule 'zero-pad' needs lora.rank_max = {self.lora.rank_max} to be at "
                 f"most lora.rank_cap = {self.lora.rank_cap}"
+            )
+
+    def _check_optimizer(self) -> None:
+        """Refuse to keep a state that there is not, or that would be left behind."""
+        if not self.train.keep_optimizer:
+            return
+        if self.train.optimizer != "adamw":
+            raise ValueError(
+                "train.keep_optimizer goes with train.optimizer = 'adamw', found "
+                f"{self.train.optimizer!r}"
+            )
+        if self.simulation.backend == "ray":
+            raise ValueError(
+                "train.keep_optimizer goes with simulation.backend = 'inprocess': 'ray' moves "
+                "devices between processes, and the optimiser's state would stay behind"
             )
 
     @property

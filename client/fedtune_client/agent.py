@@ -20,11 +20,14 @@ from fedtune.errors import ModelError, ProtocolError
 from fedtune.evaluate.perplexity import held_out_loss
 from fedtune.model.backbone import Backbone, BackboneShelf
 from fedtune.model.load import dense_shapes, tensor_names
-from fedtune.model.shapes import read_shapes
+from fedtune.model.packed_cache import PackedCache
+from fedtune.model.shapes import linear_matrices
 from fedtune.model.source import base_digest, resolve_model
 from fedtune.model.tokenizer import load_tokenizer, pad_id
 from fedtune.records import DevicePlan, Dispatch, MatrixShape, SiteReport, TaskName
 from fedtune.train.batches import stream
+from fedtune.train.compute import LossScale, compute_dtype
+from fedtune.train.memory import OptimizerMemory
 from fedtune.train.round import RoundResult, mount, train_round, unmount
 from fedtune.wire.messages import (
     EvaluateInstruction,
@@ -74,6 +77,8 @@ class Agent:
         self._tokenizer = load_tokenizer(self._folder)
         self._pad_id = pad_id(self._tokenizer)
         self._samples: dict[tuple[str, ...], tuple[SampleSet, SampleSet]] = {}
+        self._memories: dict[str, OptimizerMemory] = {}
+        self._loss_scale = LossScale()
 
     @property
     def name(self) -> str:
@@ -93,7 +98,7 @@ class Agent:
         limit = self._site.data.max_tokens
         return SiteReport(
             profile=self._site.profile,
-            base_digest=base_digest(self._folder),
+            base_digest=self._base_digest(),
             train_samples=len(train.samples),
             held_out_samples=len(held_out.samples),
             train_tokens=train.tokens,
@@ -131,6 +136,8 @@ class Agent:
             order.optimizer,
             task=self._task,
             pad_id=self._pad_id,
+            memory=self._memory(order) if order.optimizer.keep else None,
+            loss_scale=self._loss_scale if self._compute == torch.float16 else None,
         )
         metrics |= _train_metrics(result) | self._peak()
         tensors = pack_tensors(update_tensors(result.factors, result.dense), order.wire_dtype)
@@ -162,6 +169,20 @@ class Agent:
         classifying = self._site.data.format == "text-label"
         return "sequence-classification" if classifying else "causal-lm"
 
+    @property
+    def _torch_device(self) -> torch.device:
+        return torch.device(self._site.profile.accelerator)
+
+    @property
+    def _compute(self) -> torch.dtype:
+        return compute_dtype(self._site.compute, self._torch_device)
+
+    def _memory(self, order: TrainInstruction) -> OptimizerMemory:
+        """What this run's earlier rounds left of the optimiser; of other runs nothing is kept."""
+        if order.run not in self._memories:
+            self._memories = {order.run: OptimizerMemory()}
+        return self._memories[order.run]
+
     def _tokenised(self, labels: tuple[str, ...]) -> tuple[SampleSet, SampleSet]:
         """Training and held-out samples; done once, and once more if the labels change."""
         if labels not in self._samples:
@@ -178,13 +199,17 @@ class Agent:
             # Counts for the calling thread only, and an engine may call from another each time.
             torch.set_num_threads(self._site.threads)
         plan, profile = order.plan, self._site.profile
-        if order.base_digest != base_digest(self._folder):
+        if order.base_digest != self._base_digest():
             raise ProtocolError(
                 f"{self.name}: the instruction is for another base model "
                 f"({order.base_digest[:12]}); copy the coordinator's model to this site"
             )
         if plan.device != self.name:
             raise ProtocolError(f"{self.name}: the instruction is for device {plan.device!r}")
+        if profile.accelerator != "cpu" and not torch.cuda.is_available():
+            raise ModelError(
+                f"this site's profile says {profile.accelerator}, and torch finds no such device"
+            )
         if plan.peak_bytes > profile.budget_bytes:
             raise ProtocolError(
                 f"{self.name}: the plan needs {plan.peak_bytes} bytes and this site allows "
@@ -204,6 +229,10 @@ class Agent:
         dispatch = unpack_dispatch(packed, plan, _matrix_shapes(self._folder), dense, order.scale)
         return dispatch, backbone
 
+    def _base_digest(self) -> str:
+        cache = self._site.cache_folder
+        return base_digest(self._folder, cache / "digests" if cache else None)
+
     def _backbone(self, plan: DevicePlan, labels: tuple[str, ...]) -> Backbone:
         allowed = self._site.profile.formats
         for matrix in plan.matrices:
@@ -212,7 +241,13 @@ class Agent:
                     f"{self.name}: the plan wants {matrix.name} as {matrix.format}, and this site "
                     f"supports {', '.join(allowed)}"
                 )
-        shelf = _shelf(self._folder, self._site.profile.accelerator, self._site.shares_backbone)
+        shelf = _shelf(
+            self._folder,
+            self._torch_device,
+            self._site.shares_backbone,
+            self._compute,
+            self._site.cache_folder,
+        )
         return shelf.get(self._task, labels, {m.name: m.form for m in plan.matrices})
 
     def _peak(self) -> dict[str, float]:
@@ -254,17 +289,21 @@ def _train_metrics(result: RoundResult) -> dict[str, float]:
 
 
 @lru_cache(maxsize=8)
-def _shelf(folder: Path, accelerator: str, shared: bool) -> BackboneShelf:
-    """One shelf per process, base and accelerator."""
-    if accelerator != "cpu" and not torch.cuda.is_available():
-        raise ModelError(f"this site's profile says {accelerator}, and torch finds no such device")
-    device = torch.device("cpu" if accelerator == "cpu" else accelerator)
-    return BackboneShelf(folder, device, keep_base=shared)
+def _shelf(
+    folder: Path,
+    torch_device: torch.device,
+    shared: bool,
+    compute: torch.dtype,
+    cache_folder: Path | None,
+) -> BackboneShelf:
+    """One shelf per process, base, accelerator and dtype."""
+    packed = PackedCache(cache_folder / "packed") if cache_folder else None
+    return BackboneShelf(folder, torch_device, keep_base=shared, compute=compute, packed=packed)
 
 
 @lru_cache(maxsize=8)
 def _matrix_shapes(folder: Path) -> Mapping[str, MatrixShape]:
-    return read_shapes(folder, ("all-linear",)).by_name()
+    return linear_matrices(folder)
 
 
 @lru_cache(maxsize=8)

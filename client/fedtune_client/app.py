@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune.errors import ProtocolError
 from fedtune.settings import RunConfig
+from fedtune.train.allocator import keep_freed_memory
 from fedtune.wire.flower import EVALUATE, PROFILE, TRAIN, from_record, to_record
 from fedtune.wire.messages import (
     decode_evaluate_instruction,
@@ -77,4 +78,7 @@ def _agent(sites: SiteSource, context: Context) -> Agent:
 
 @lru_cache(maxsize=4096)
 def _kept_agent(sites: SiteSource, node_config: tuple[tuple[str, object], ...]) -> Agent:
-    return Agent(sites(dict(node_config)))
+    site = sites(dict(node_config))
+    if site.tune_allocator:
+        keep_freed_memory()
+    return Agent(site)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
+from fedtune.config import cache_folder
 from fedtune.data.sites import Sites, open_sites
 from fedtune.devices.simulated import simulated_profiles
-from fedtune.records import DeviceProfile
+from fedtune.records import ComputeName, DeviceProfile
 from fedtune.settings import DataSection, RunConfig
 
 
@@ -22,6 +24,9 @@ class SiteSettings:
         sites: where the site's rows are, under the profile's name.
         threads: torch threads to compute with; 0 leaves torch's choice.
         shares_backbone: other sites live in this process and use the same base.
+        compute: dtype of activations and products; `auto` is measured in this process.
+        tune_allocator: whether this process, which is the site's own, may keep freed memory.
+        cache_folder: where what was made of the base is kept between processes; None: nowhere.
     """
 
     profile: DeviceProfile
@@ -32,6 +37,9 @@ class SiteSettings:
     seed: int
     threads: int = 0
     shares_backbone: bool = False
+    compute: ComputeName = "auto"
+    tune_allocator: bool = True
+    cache_folder: Path | None = None
 
 
 class SiteSource(Protocol):
@@ -71,6 +79,10 @@ class SimulatedFleet:
             seed=config.run.seed,
             threads=config.simulation.threads,
             shares_backbone=True,
+            # Measured, one seed would give other results on other machines.
+            compute="fp32" if config.train.compute == "auto" else config.train.compute,
+            tune_allocator=config.train.tune_allocator,
+            cache_folder=cache_folder(),
         )
 
 

@@ -64,7 +64,7 @@ def simulate_config(
     sites = open_sites(config.data, devices=config.devices, seed=config.run.seed)
     simulated_profiles(config.fleet, sites.declared, config.run.seed)  # refuses before a run starts
     model = resolve_model(config.model.path, config.model.revision)
-    shapes = read_shapes(model, config.lora.targets)
+    shapes = read_shapes(model, config.lora.targets, cache_folder() / "digests")
     folder: Path = _app("simulation")(
         config,
         _client_app(config),

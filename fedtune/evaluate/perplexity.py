@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedtune.errors import DataError
 from fedtune.model.load import quiet_transformers
-from fedtune.model.loss import TokenisedSample, collate, loss_sum, loss_units
+from fedtune.model.loss import TokenisedSample, loss_sum, loss_units, prepare
 from fedtune.records import TaskName
 
 if TYPE_CHECKING:
@@ -64,12 +63,12 @@ def held_out_loss(
     if units == 0:
         raise DataError(f"none of the {len(samples)} held-out samples carries loss")
     ordered = sorted(samples, key=lambda sample: len(sample.tokens), reverse=True)
-    device, was_training = model.device, model.training
+    was_training = model.training
     total, correct = 0.0, 0
     model.eval()
     try:
         for start in range(0, len(ordered), batch_size):
-            batch = collate(ordered[start : start + batch_size], pad_id, device)
+            batch = prepare(model, ordered[start : start + batch_size], pad_id, task)
             with torch.no_grad():
                 found = loss_sum(model, batch, task)
             total += found.total.item()
@@ -92,6 +91,9 @@ def evaluate_folder(
     Raises:
         DataError: no sample carries loss.
     """
+    # Imported here: a device measures its own backbone and needs a second less to start without.
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
     auto = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
     with quiet_transformers():
         model = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True)

@@ -26,6 +26,7 @@ from fedtune.model.load import (
     quiet_transformers,
     tensor_names,
 )
+from fedtune.model.replace import linear_at, oriented
 from fedtune.model.source import weight_files
 from fedtune.records import GlobalAdapter, LowRank, TaskName
 
@@ -117,39 +118,36 @@ def base_dtype(base: Path) -> torch.dtype:
     )
 
 
-def linear_module(name: str, model: PreTrainedModel) -> nn.Linear:
+def linear_module(name: str, model: PreTrainedModel) -> nn.Module:
     """The linear layer that holds matrix `name` of the base's safetensors header.
 
     Raises:
         ModelError: there is no such module, or it is not a linear layer.
     """
-    module = model.get_submodule(module_path(name, model))
-    if not isinstance(module, nn.Linear):
-        raise ModelError(
-            f"matrix {name} is a {type(module).__name__} in {type(model).__name__}; only linear "
-            "layers can carry an adapter"
-        )
-    return module
+    return linear_at(model, module_path(name, model), name)
 
 
 @torch.no_grad()
-def add_update(module: nn.Linear, update: LowRank, name: str) -> None:
+def add_update(module: nn.Module, update: LowRank, name: str) -> None:
     """Add `u @ diag(sigma) @ v.T` to a weight, summed in float64, rounded once.
+
+    The weight keeps the orientation in which its module stores it.
 
     Raises:
         ModelError: the update's shape is not the weight's.
     """
     shape = (update.u.shape[0], update.v.shape[0])
-    if shape != tuple(module.weight.shape):
+    weight = oriented(module.get_parameter("weight"), module)
+    if shape != tuple(weight.shape):
         raise ModelError(
             f"the adapter of {name} is {shape[0]}x{shape[1]}, the base's weight is "
-            f"{'x'.join(map(str, module.weight.shape))}; use the base that the run was trained on"
+            f"{'x'.join(map(str, weight.shape))}; use the base that the run was trained on"
         )
     if update.rank == 0:
         return
     left = torch.from_numpy(update.u.astype("float64") * update.sigma)  # (out, rank)
     right = torch.from_numpy(update.v.astype("float64"))  # (in, rank)
-    module.weight.copy_(module.weight.double() + left @ right.T)
+    weight.copy_(weight.double() + left @ right.T)
 
 
 @torch.no_grad()

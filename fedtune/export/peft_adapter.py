@@ -27,6 +27,7 @@ from transformers import (
 from fedtune.errors import RunError
 from fedtune.export.merge import linear_module
 from fedtune.model.load import module_path
+from fedtune.model.replace import is_transposed
 from fedtune.records import GlobalAdapter, LowRank, TaskName
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def write_peft(
     factors = {name: pair for name, pair in factors.items() if pair[0].shape[0] > 0}
     if not factors:
         raise RunError("the adapter changes no matrix yet; export after the first round")
-    paths = {name: _checked_path(name, skeleton) for name in factors}
+    modules = {name: linear_module(name, skeleton) for name in factors}
+    paths = {name: module_path(name, skeleton) for name in factors}
     tensors: dict[str, NDArray[np.float32]] = {}
     for name, (a, b) in factors.items():
         tensors[f"{_PREFIX}{paths[name]}.lora_A.weight"] = a
@@ -71,7 +73,8 @@ def write_peft(
         tensors[f"{_PREFIX}{name}"] = np.ascontiguousarray(value, dtype=np.float32)
     ranks = {paths[name]: int(a.shape[0]) for name, (a, _) in factors.items()}
     heads = sorted({_saved_module(name, skeleton) for name in adapter.dense})
-    config = _config(ranks, heads, task, base_name or str(base), revision)
+    transposed = any(is_transposed(module) for module in modules.values())
+    config = _config(ranks, heads, task, base_name or str(base), revision, transposed)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)
@@ -91,11 +94,6 @@ def balanced_factors(update: LowRank) -> tuple[NDArray[np.float32], NDArray[np.f
     a = (update.v[:, kept] * root).T
     b = update.u[:, kept] * root
     return np.ascontiguousarray(a, dtype=np.float32), np.ascontiguousarray(b, dtype=np.float32)
-
-
-def _checked_path(name: str, skeleton: PreTrainedModel) -> str:
-    linear_module(name, skeleton)
-    return module_path(name, skeleton)
 
 
 def _saved_module(parameter: str, skeleton: PreTrainedModel) -> str:
@@ -119,7 +117,12 @@ def _skeleton(base: Path, task: TaskName, labels: int) -> PreTrainedModel:
 
 
 def _config(
-    ranks: Mapping[str, int], heads: Sequence[str], task: TaskName, base_name: str, revision: str
+    ranks: Mapping[str, int],
+    heads: Sequence[str],
+    task: TaskName,
+    base_name: str,
+    revision: str,
+    transposed: bool,
 ) -> dict[str, object]:
     largest = max(ranks.values())
     others = {path: rank for path, rank in ranks.items() if rank != largest}
@@ -137,7 +140,7 @@ def _config(
         "modules_to_save": list(heads) or None,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,  # the base's layers store (in, out)
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,

@@ -42,6 +42,14 @@ class FrozenMatrix(Protocol):
         """The dense values for the duration of one product; not to be written to."""
         ...
 
+    def panels(self, dtype: torch.dtype, rows: int = 256) -> Iterator[tuple[int, Tensor]]:
+        """Consecutive (first row, dense rows); each valid until the next is asked for.
+
+        Args:
+            rows: about how many in a panel; a storage may give more, up to the whole matrix.
+        """
+        ...
+
     def to(self, device: torch.device) -> FrozenMatrix:
         """The same matrix on another device."""
         ...
@@ -326,9 +334,9 @@ def _panels(
     matrix: FrozenMatrix, dtype: torch.dtype, dense: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
     """(first row, dense rows) of a matrix; each is valid until the next is asked for."""
-    if dense is not None or not hasattr(matrix, "panels"):
-        return iter([(0, matrix.values(dtype) if dense is None else dense)])
-    return matrix.panels(dtype, max(64, PANEL_WEIGHTS // matrix.shape[1]))  # type: ignore[no-any-return]
+    if dense is not None:
+        return iter([(0, dense)])
+    return matrix.panels(dtype, max(64, PANEL_WEIGHTS // matrix.shape[1]))
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:

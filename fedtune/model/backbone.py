@@ -1,30 +1,42 @@
 """The frozen base with its matrices held in chosen formats, read once and shared by devices.
 
-A worker process may simulate hundreds of devices. Those whose plans name the same formats use one
-`Backbone`; embeddings, norms and biases are shared even between formats. A device then costs its
+A worker process may simulate hundreds of devices. Those whose plans name the same forms use one
+`Backbone`; embeddings, norms and biases are shared even between forms. A device then costs its
 adapter and its optimiser state.
+
+The matrices are read and quantised one after the other, so that building takes no more memory
+than the result and one matrix.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.lora.linear import AdaptedLinear, Correction
-from fedtune.model.load import load_base, module_path
-from fedtune.quant.correction import Pair, store_corrected
+from fedtune.model.load import dense_shapes, load_base, module_path, tensor_names
+from fedtune.model.packed_cache import PackedCache
+from fedtune.model.precision import compute_in
+from fedtune.model.replace import coverage, linear_at, oriented
+from fedtune.model.source import base_digest
+from fedtune.model.stream import BaseTensors, Skeleton, put, stream_base
+from fedtune.quant.dense import DTYPES
+from fedtune.quant.repaired import HeldMatrix, RepairedMatrix, hold
 from fedtune.records import MatrixForm, TaskName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +74,24 @@ class BackboneShelf:
     Args:
         folder: local folder of the base.
         torch_device: where the matrices live.
-        keep_base: keep the base as it was read, so that another format needs no second reading;
-            a device of its own, which uses one format, does not want that copy.
+        keep_base: keep what backbones share (embeddings, norms, biases), so that another set of
+            forms brings only its matrices; a device of its own, which uses one, does not need it.
+        compute: dtype of activations and products.
+        packed: where finished matrices are kept between processes; None: nowhere.
     """
 
-    def __init__(self, folder: Path, torch_device: torch.device, keep_base: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        torch_device: torch.device,
+        keep_base: bool,
+        compute: torch.dtype = torch.float32,
+        packed: PackedCache | None = None,
+    ) -> None:
         self._folder, self._device, self._keep_base = folder, torch_device, keep_base
-        self._base: dict[tuple[object, ...], PreTrainedModel] = {}
+        self._compute, self._packed = compute, packed
+        self._tensors: BaseTensors | None = None
+        self._skeletons: dict[tuple[object, ...], Skeleton] = {}
         self._backbones: dict[tuple[object, ...], Backbone] = {}
         self._lock = threading.Lock()
 
@@ -84,51 +107,112 @@ class BackboneShelf:
         """The backbone with each named matrix held in its form; built on first use.
 
         Raises:
-            ModelError: a matrix is not a linear module of the model.
+            ModelError: the folder cannot be loaded, or a matrix is not a linear layer.
         """
-        task_key = (task, tuple(labels))
-        key = (*task_key, tuple(sorted(forms.items())))
+        key = (task, tuple(labels), tuple(sorted(forms.items())))
         with self._lock:
             if key not in self._backbones:
-                base = self._base.get(task_key) or load_base(self._folder, task, labels)
-                if self._keep_base:
-                    self._base[task_key] = base
-                    base = _sharing_copy(base)
-                self._backbones[key] = _build(base, forms, self._device)
+                skeleton = self._skeleton(task, tuple(labels), forms)
+                backbone = self._build(skeleton, forms)
+                if self._compute != torch.float32:
+                    heads = dense_shapes(self._folder, task, tensor_names(self._folder))
+                    for name in heads:
+                        head = backbone.parameter(name)
+                        head.data = head.data.float()
+                    compute_in(backbone.model, self._compute, trained_whole=heads)
+                self._backbones[key] = backbone
             return self._backbones[key]
 
+    def _skeleton(
+        self, task: TaskName, labels: tuple[str, ...], forms: Mapping[str, MatrixForm]
+    ) -> Skeleton:
+        """The base without the matrices in `forms`, for the caller to change."""
+        key = (task, labels)
+        skeleton = self._skeletons.get(key)
+        if skeleton is None or not forms.keys() <= skeleton.places.keys():
+            self._tensors = self._tensors or BaseTensors(self._folder)
+            skeleton = stream_base(self._folder, self._tensors, task, labels, forms, self._compute)
+            if skeleton.lost:
+                return self._whole(skeleton, task, labels)
+            if self._keep_base:
+                self._skeletons[key] = skeleton
+        return _sharing_copy(skeleton) if self._keep_base else skeleton
 
-def _sharing_copy(base: PreTrainedModel) -> PreTrainedModel:
+    def _whole(self, streamed: Skeleton, task: TaskName, labels: tuple[str, ...]) -> Skeleton:
+        """The base as transformers loads it, where that is not what is in the file."""
+        for name in streamed.lost:
+            linear_at(streamed.model, module_path(name, streamed.model), name)
+        _log.info(
+            "%s computes with %s while it loads; the base is read as a whole, unquantised",
+            type(streamed.model).__name__,
+            streamed.lost[0],
+        )
+        # Never kept: a backbone may cast its parameters, and the next needs them as they were.
+        return Skeleton(load_base(self._folder, task, labels), {}, ())
+
+    def _build(self, skeleton: Skeleton, forms: Mapping[str, MatrixForm]) -> Backbone:
+        """Put `AdaptedLinear` over the packed matrix in place of each matrix in `forms`."""
+        model, tensors = skeleton.model, self._tensors
+        assert tensors is not None
+        paths = {name: skeleton.places.get(name) or module_path(name, model) for name in forms}
+        modules = {name: linear_at(model, path, name) for name, path in paths.items()}
+
+        def weight(name: str) -> Tensor:
+            """The matrix (out, in), from the model where it is there and else from the file."""
+            module = modules[name]
+            in_file = name in skeleton.places
+            held = tensors.read(f"{name}.weight") if in_file else module.get_parameter("weight")
+            return oriented(held.to(self._device), module)
+
+        layers: dict[str, AdaptedLinear] = {}
+        held = self._held(forms, weight)
+        for name, path in paths.items():
+            bias = dict(modules[name].named_parameters()).get("bias")
+            adapted = _adapted(held.pop(name), bias)
+            model.set_submodule(path, adapted)
+            layers[name] = adapted
+        for name in skeleton.places.keys() - forms.keys():
+            # Absent for another set of forms, and plain in this one.
+            put(model, skeleton.places[name], tensors.read(f"{name}.weight").to(model.dtype))
+        if self._device.type != "cpu":
+            model.to(self._device)
+        _log.info("%s: %s", type(model).__name__, coverage(model))
+        return Backbone(model, layers, threading.Lock())
+
+    def _held(
+        self, forms: Mapping[str, MatrixForm], weight: Callable[[str], Tensor]
+    ) -> dict[str, HeldMatrix]:
+        """Every matrix in its form: as an earlier process left it, or made one by one.
+
+        They are made on the device where they stay: a GPU quantises many times faster.
+        """
+        # Floats are as near in the base's own files.
+        packed = {name: form for name, form in forms.items() if form.format not in DTYPES}
+        found: dict[str, HeldMatrix] | None = None
+        if self._packed is not None and packed:
+            digest = base_digest(self._folder)
+            found = self._packed.read(digest, packed)
+            if found is None:
+                found = {name: hold(weight(name), form) for name, form in packed.items()}
+                self._packed.write(digest, packed, found)
+        found = found or {}
+        for name, form in forms.items():
+            matrix = found[name] if name in found else hold(weight(name), form)
+            found[name] = matrix.to(self._device)
+        return found
+
+
+def _sharing_copy(skeleton: Skeleton) -> Skeleton:
     """The same modules anew, around the very same parameters and buffers."""
+    base = skeleton.model
     shared = {id(p): p for p in base.parameters()} | {id(b): b for b in base.buffers()}
-    return copy.deepcopy(base, memo=dict(shared))
+    return replace(skeleton, model=copy.deepcopy(base, memo=dict(shared)))
 
 
-def _build(
-    model: PreTrainedModel, forms: Mapping[str, MatrixForm], torch_device: torch.device
-) -> Backbone:
-    """Put `AdaptedLinear` over the packed matrix in place of each matrix named in `forms`."""
-    layers: dict[str, AdaptedLinear] = {}
-    for name, form in forms.items():
-        path = module_path(name, model)
-        linear = model.get_submodule(path)
-        if not isinstance(linear, nn.Linear):
-            raise ModelError(
-                f"matrix {name} is a {type(linear).__name__}, and only linear layers can be "
-                "adapted; leave it out of lora.targets"
-            )
-        stored, pair = store_corrected(linear.weight, form)
-        adapted = AdaptedLinear(stored, linear.bias).eval()
-        adapted.correction = None if pair is None else _on(torch_device, pair)
-        model.set_submodule(path, adapted)
-        layers[name] = adapted
-    if torch_device.type != "cpu":
-        for layer in layers.values():
-            layer.matrix = layer.matrix.to(torch_device)
-        model.to(torch_device)
-    return Backbone(model, layers, threading.Lock())
-
-
-def _on(torch_device: torch.device, pair: Pair) -> Correction:
-    """The pair as the layer takes it, where the layer computes."""
-    return Correction(pair.a.to(torch_device), pair.b.to(torch_device))
+def _adapted(held: HeldMatrix, bias: Tensor | None) -> AdaptedLinear:
+    """The layer over a matrix, with the pair that repairs it."""
+    if not isinstance(held, RepairedMatrix):
+        return AdaptedLinear(held, bias).eval()
+    layer = AdaptedLinear(held.matrix, bias).eval()
+    layer.correction = Correction(held.pair.a, held.pair.b)
+    return layer

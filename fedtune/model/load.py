@@ -7,7 +7,7 @@ the other, and is the only place that knows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +43,8 @@ def load_base(
         ModelError: the folder cannot be loaded as that task's model, or lacks weights that are
             not a task head.
     """
-    config = _task_config(folder, task, labels)
-    auto = _auto_class(task)
+    config = task_config(folder, task, labels)
+    auto = auto_class(task)
     with quiet_transformers():
         try:
             model, info = auto.from_pretrained(
@@ -56,19 +56,32 @@ def load_base(
                 output_loading_info=True,
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise ModelError(
-                f"model folder {folder} cannot be loaded for {task}: {line}"
-            ) from error
-    missing = set(info["missing_keys"])
+            raise not_loadable(folder, task, error) from error
+    check_complete(folder, task, model, info["missing_keys"])
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def not_loadable(folder: Path, task: TaskName, error: Exception) -> ModelError:
+    """The error that says in one line why a folder is not that task's model."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return ModelError(f"model folder {folder} cannot be loaded for {task}: {line}")
+
+
+def check_complete(
+    folder: Path, task: TaskName, model: PreTrainedModel, missing: Collection[str]
+) -> None:
+    """Refuse a folder that lacks weights; a classifier's head is made anew and may be missing.
+
+    Raises:
+        ModelError: a language model's folder lacks weights.
+    """
     if missing and task == "causal-lm":
         raise ModelError(
             f"model folder {folder} lacks weights that {type(model).__name__} needs: "
             f"{', '.join(sorted(missing)[:3])}; is it a causal language model?"
         )
-    model.requires_grad_(False)
-    model.eval()
-    return model
 
 
 def dense_shapes(folder: Path, task: TaskName, held: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -83,9 +96,9 @@ def dense_shapes(folder: Path, task: TaskName, held: Sequence[str]) -> dict[str,
     """
     if task == "causal-lm":
         return {}
-    config = _task_config(folder, task, [str(i) for i in range(_LABEL_SENTINEL)])
+    config = task_config(folder, task, [str(i) for i in range(_LABEL_SENTINEL)])
     with torch.device("meta"), quiet_transformers():
-        model = _auto_class(task).from_config(config)
+        model = auto_class(task).from_config(config)
     present = {_match(name, model) for name in held}
     return {
         name: tuple(0 if axis == _LABEL_SENTINEL else int(axis) for axis in parameter.shape)
@@ -129,7 +142,12 @@ def _match(parameter: str, model: PreTrainedModel) -> str:
     return parameter
 
 
-def _task_config(folder: Path, task: TaskName, labels: Sequence[str]) -> PretrainedConfig:
+def task_config(folder: Path, task: TaskName, labels: Sequence[str]) -> PretrainedConfig:
+    """The folder's config, with the labels of a classification task.
+
+    Raises:
+        ModelError: there is no config that transformers understands.
+    """
     transformers = _transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -145,7 +163,8 @@ def _task_config(folder: Path, task: TaskName, labels: Sequence[str]) -> Pretrai
     return config
 
 
-def _auto_class(task: TaskName) -> Any:  # transformers is untyped
+def auto_class(task: TaskName) -> Any:  # transformers is untyped
+    """The class of transformers that picks a task's model by the config."""
     transformers = _transformers()
     classes = {
         "causal-lm": transformers.AutoModelForCausalLM,

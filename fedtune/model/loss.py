@@ -2,13 +2,16 @@
 
 Sums and counts, not means: micro-batches then add up to exactly the loss of the whole batch, and
 devices add up to exactly the loss of the fleet.
+
+`prepare` makes of samples what the device needs, once, on the host; `loss_sum` then runs without
+asking the device for anything, so that a step of fixed shape can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,13 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from fedtune.model.attention import Segments, segments
+from fedtune.model.head import Head, frozen_head, head_loss
+from fedtune.model.packing import packs, restarting, run_packed
 from fedtune.records import TaskName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _RESHAPED_LOGITS = (
-    "final_logit_softcapping",
     "logits_soft_cap",
     "output_logit_soft_cap",
     "logit_scale",
@@ -31,6 +36,8 @@ _RESHAPED_LOGITS = (
     "lm_head_multiplier",
 )
 """Config keys of models that change the logits after the output matrix; they take the long way."""
+_CAPPED_LOGITS = "final_logit_softcapping"
+"""Config key of models that cap the logits (Gemma 2 and later)."""
 
 
 class TokenisedSample(Protocol):
@@ -46,18 +53,26 @@ class TokenisedSample(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Samples padded on the right to the longest of them.
+    """Samples on the device: behind one another in one row, or padded on the right.
 
     Attributes:
-        loss_mask: which tokens are predicted with loss (the token itself, not its position's
-            output).
-        labels: class index, -1 when there is none.
+        positions: of each token in its sample; None when padded.
+        segments: where the samples of the one row lie; None when padded.
+        present: which tokens are no padding; None when there is none.
+        loss_rows: tokens, counted through all rows, whose successor is predicted with loss.
+        targets: those successors.
+        labels: class index of each sample, -1 when there is none.
+        weights: of each unit of loss (a target, or a sample when classifying); None for one.
     """
 
-    tokens: Int[Tensor, "batch length"]
-    present: Bool[Tensor, "batch length"]
-    loss_mask: Bool[Tensor, "batch length"]
-    labels: Int[Tensor, " batch"]
+    tokens: Int[Tensor, "rows length"]
+    positions: Int[Tensor, "rows length"] | None
+    segments: Segments | None
+    present: Bool[Tensor, "rows length"] | None
+    loss_rows: Int[Tensor, " targets"]
+    targets: Int[Tensor, " targets"]
+    labels: Int[Tensor, " samples"]
+    weights: Float[Tensor, " units"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,29 +81,83 @@ class LossSum:
 
     Attributes:
         units: tokens for causal language modelling, samples for classification.
-        correct: arg-max hits among the units.
+        hits: units whose target has the highest logit, counted on the device.
     """
 
     total: Float[Tensor, ""]
     units: int
-    correct: int
+    hits: Int[Tensor, ""]
+
+    @property
+    def correct(self) -> int:
+        """`hits`, once the device has them; waits for it."""
+        return int(self.hits)
 
 
-def collate(samples: Sequence[TokenisedSample], pad_id: int, device: torch.device) -> Batch:
-    """Pad samples on the right and move them to the device."""
-    length = max(len(sample.tokens) for sample in samples)
-    shape = (len(samples), length)
-    tokens = np.full(shape, pad_id, dtype=np.int64)
-    present = np.zeros(shape, dtype=np.bool_)
-    loss_mask = np.zeros(shape, dtype=np.bool_)
-    for row, sample in enumerate(samples):
+def prepare(
+    model: PreTrainedModel,
+    samples: Sequence[TokenisedSample],
+    pad_id: int,
+    task: TaskName,
+    weights: Sequence[float] | None = None,
+) -> Batch:
+    """Samples in the form that suits the model: packed where that is exact, else padded.
+
+    Args:
+        weights: factor of each sample's losses, such as 1 / units of the device it belongs to;
+            None for one.
+    """
+    packed = task == "causal-lm" and packs(model)
+    return collate(samples, pad_id, model.device, packed=packed, task=task, weights=weights)
+
+
+def collate(
+    samples: Sequence[TokenisedSample],
+    pad_id: int,
+    device: torch.device,
+    *,
+    packed: bool = False,
+    task: TaskName = "causal-lm",
+    weights: Sequence[float] | None = None,
+) -> Batch:
+    """Lay samples into one row, or pad them on the right, and move them to the device.
+
+    Args:
+        packed: only for a model that `packs`.
+    """
+    lengths = tuple(len(sample.tokens) for sample in samples)
+    shape = (1, sum(lengths)) if packed else (len(samples), max(lengths))
+    starts = np.cumsum((0, *lengths[:-1])) if packed else np.arange(len(samples)) * shape[1]
+    tokens = np.full(shape[0] * shape[1], pad_id, dtype=np.int64)
+    present = np.zeros(len(tokens), dtype=np.bool_)
+    rows, targets = [], []
+    for start, sample in zip(starts, samples, strict=True):
         size = len(sample.tokens)
-        tokens[row, :size] = sample.tokens
-        present[row, :size] = True
-        loss_mask[row, :size] = sample.loss_mask
-    labels = np.array([sample.label for sample in samples], dtype=np.int64)
-    tensors = (torch.from_numpy(array).to(device) for array in (tokens, present, loss_mask, labels))
-    return Batch(*tensors)
+        tokens[start : start + size] = sample.tokens
+        present[start : start + size] = True
+        # The output at position t - 1 predicts token t.
+        predicted = np.flatnonzero(sample.loss_mask[1:])
+        rows.append(predicted + start)
+        targets.append(sample.tokens[1:][predicted])
+    factors = None
+    if weights is not None:
+        factors = np.array(weights, dtype=np.float32)
+        if task == "causal-lm":
+            factors = np.repeat(factors, [len(part) for part in rows])
+
+    def moved(array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    return Batch(
+        tokens=moved(tokens.reshape(shape)),
+        positions=restarting(lengths).to(device, non_blocking=True) if packed else None,
+        segments=segments(lengths, device) if packed else None,
+        present=None if packed else moved(present.reshape(shape)),
+        loss_rows=moved(np.concatenate(rows).astype(np.int64)),
+        targets=moved(np.concatenate(targets).astype(np.int64)),
+        labels=moved(np.array([sample.label for sample in samples], dtype=np.int64)),
+        weights=None if factors is None else moved(factors),
+    )
 
 
 def loss_units(samples: Sequence[TokenisedSample], task: TaskName) -> int:
@@ -99,33 +168,64 @@ def loss_units(samples: Sequence[TokenisedSample], task: TaskName) -> int:
 
 
 def loss_sum(model: PreTrainedModel, batch: Batch, task: TaskName) -> LossSum:
-    """Cross-entropy summed over the batch's units.
+    """Cross-entropy summed over the batch's units, each times its weight.
 
-    For language modelling the output at position t-1 predicts token t; the output matrix is
-    applied only at positions whose next token carries loss. Padding stands on the right, where a
-    causal model cannot see it, so no attention mask is needed.
+    For language modelling the output matrix is applied only at positions whose next token carries
+    loss. Padding stands on the right, where a causal model cannot see it, so no attention mask is
+    needed.
     """
     if task == "sequence-classification":
+        assert batch.present is not None
         logits = model(input_ids=batch.tokens, attention_mask=batch.present.long()).logits
-        targets = batch.labels
-    else:
-        rows = batch.loss_mask[:, 1:]
-        logits = _next_token_logits(model, batch.tokens, rows)
-        targets = batch.tokens[:, 1:][rows]
-    total = functional.cross_entropy(logits.float(), targets, reduction="sum")
-    correct = int((logits.detach().argmax(-1) == targets).sum())
-    return LossSum(total, int(targets.numel()), correct)
+        return _plain_loss(logits, batch.labels, batch.weights)
+    head = _head_of(model)
+    if head is None:
+        return _plain_loss(_chosen_logits(model, batch), batch.targets, batch.weights)
+    hidden = _run(model.base_model, batch).last_hidden_state.flatten(0, 1)
+    found = head_loss(hidden, head, batch.loss_rows, batch.targets, batch.weights)
+    return LossSum(found.total, len(batch.targets), found.hits)
 
 
-def _next_token_logits(
-    model: PreTrainedModel, tokens: Int[Tensor, "batch length"], rows: Bool[Tensor, "batch rest"]
-) -> Float[Tensor, "rows vocabulary"]:
+def _head_of(model: PreTrainedModel) -> Head | None:
+    """The frozen output matrix, when nothing stands between it and the loss but a soft cap."""
+    if not _whole_head(model):
+        return None
+    return frozen_head(
+        model.get_output_embeddings(), getattr(model.config, _CAPPED_LOGITS, None) or None
+    )
+
+
+def _whole_head(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     # A matrix further inside is the last part of a head that does more (RoBERTa's, say).
     whole = any(head is child for child in model.children())
-    if not whole or any(getattr(model.config, key, None) for key in _RESHAPED_LOGITS):
-        full: Tensor = model(input_ids=tokens, use_cache=False).logits
-        return full[:, :-1][rows]
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    logits: Tensor = head(hidden[:, :-1][rows])
+    return whole and not any(getattr(model.config, key, None) for key in _RESHAPED_LOGITS)
+
+
+def _chosen_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "targets vocabulary"]:
+    """The logits that carry loss, over autograd, from whatever head the model has."""
+    capped = getattr(model.config, _CAPPED_LOGITS, None)
+    if capped or not _whole_head(model):
+        full: Tensor = _run(model, batch).logits
+        return full.flatten(0, 1).index_select(0, batch.loss_rows)
+    hidden = _run(model.base_model, batch).last_hidden_state.flatten(0, 1)
+    head = model.get_output_embeddings()
+    logits: Tensor = head(hidden.index_select(0, batch.loss_rows))
     return logits
+
+
+def _run(body: PreTrainedModel, batch: Batch) -> Any:  # the models' output classes are untyped
+    if batch.segments is None or batch.positions is None:
+        return body(input_ids=batch.tokens, use_cache=False)
+    return run_packed(body, batch.tokens, batch.positions, batch.segments)
+
+
+def _plain_loss(
+    logits: Float[Tensor, "units classes"],
+    targets: Int[Tensor, " units"],
+    weights: Float[Tensor, " units"] | None,
+) -> LossSum:
+    losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+    total = losses.sum() if weights is None else losses @ weights
+    hits = (logits.detach().argmax(-1) == targets).sum()
+    return LossSum(total, int(targets.numel()), hits)

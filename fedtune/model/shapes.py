@@ -32,6 +32,11 @@ _FLOATING: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _BLOCK: Final = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 _NOT_LINEAR: Final = re.compile(r"norm|(^|\.)ln|embed|(^|\.)w[tp]e\.|relative_attention_bias", re.I)
 
+_INDEX: Final = re.compile(r"(?<=\.)\d+(?=\.)")
+_EXPERT: Final = re.compile(r"\bexperts\.\d+\.")
+_ROUTER: Final = re.compile(r"(^|\.)(gate|router)$")
+"""What chooses between experts; it is no linear layer in transformers."""
+
 _TRANSPOSED_TYPES: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Architectures of transformers' Conv1D, which stores (in, out) where Linear stores (out, in)."""
 
@@ -61,34 +66,38 @@ class TensorEntry:
         return math.prod(self.shape)
 
 
-def read_shapes(folder: Path, targets: tuple[str, ...]) -> ModelShapes:
+def read_shapes(
+    folder: Path, targets: tuple[str, ...], remembered: Path | None = None
+) -> ModelShapes:
     """Which matrices can be adapted, and the sizes that a plan's cost depends on.
 
     Args:
         folder: a base model in Hugging Face form.
         targets: `all-linear` for every weight matrix inside the transformer blocks that is
             neither norm nor embedding; or ends of such matrices' names, such as `q_proj`.
+        remembered: folder for digests of large bases; see `base_digest`.
 
     Raises:
-        ModelError: the folder cannot be read, its architecture is not supported, or a target
-            matches nothing.
+        ModelError: the folder cannot be read, a target matches nothing, or matches matrices that
+            cannot be adapted.
     """
     config = read_json(folder / "config.json")
     _check_supported(folder, config)
     tensors = read_headers(folder)
-    linear = _linear_matrices(tensors)
+    linear = _linear_matrices(tensors, config)
     if not linear:
         raise ModelError(
             f"model folder {folder} has no weight matrices in numbered blocks (layers.N., "
             "layer.N., h.N., blocks.N.), so none can be adapted"
         )
     matrices = _select(linear, targets)
+    _refuse_experts(linear, matrices)
     text = config.get("text_config")
     sizes = {**config, **text} if isinstance(text, dict) else config
     parameters = sum(t.elements for t in tensors.values() if t.dtype in _FLOATING)
     largest = max(max(m.out_features, m.in_features) for m in linear)
     return ModelShapes(
-        digest=base_digest(folder),
+        digest=base_digest(folder, remembered),
         model_type=str(config.get("model_type", "unknown")),
         hidden_size=_number(folder, sizes, _HIDDEN),
         intermediate_size=_number(folder, sizes, _INTERMEDIATE, default=largest),
@@ -98,6 +107,33 @@ def read_shapes(folder: Path, targets: tuple[str, ...]) -> ModelShapes:
         matrices=matrices,
         other_parameters=parameters - sum(m.parameters for m in matrices),
     )
+
+
+def linear_matrices(folder: Path) -> dict[str, MatrixShape]:
+    """Every weight matrix inside the transformer blocks, by name, be it adapted or not.
+
+    Raises:
+        ModelError: the folder cannot be read.
+    """
+    found = _linear_matrices(read_headers(folder), read_json(folder / "config.json"))
+    return {matrix.name: matrix for matrix in found}
+
+
+def left_matrices(folder: Path, adapted: Iterable[MatrixShape]) -> tuple[str, ...]:
+    """Names of the other tensors of two or more dimensions, such as embeddings.
+
+    The number of a block is written N, so that each kind is named once.
+
+    Raises:
+        ModelError: the folder cannot be read.
+    """
+    names = {matrix.name for matrix in adapted}
+    left = {
+        name.removesuffix(".weight")
+        for name, tensor in read_headers(folder).items()
+        if len(tensor.shape) >= 2 and tensor.dtype in _FLOATING
+    }
+    return tuple(sorted({_INDEX.sub("N", name) for name in left - names}))
 
 
 def read_headers(folder: Path) -> dict[str, TensorEntry]:
@@ -164,12 +200,6 @@ def _are_counts(values: object) -> TypeGuard[list[int]]:
 
 
 def _check_supported(folder: Path, config: Mapping[str, object]) -> None:
-    model_type = config.get("model_type")
-    if model_type in _TRANSPOSED_TYPES:
-        raise ModelError(
-            f"model_type {model_type} of {folder} is not supported: it stores its matrices "
-            "transposed (Conv1D); take a model with Linear layers, such as Llama, Qwen or BERT"
-        )
     if "quantization_config" in config:
         raise ModelError(
             f"the weights in {folder} are already quantised; take the full-precision model, "
@@ -177,14 +207,17 @@ def _check_supported(folder: Path, config: Mapping[str, object]) -> None:
         )
 
 
-def _linear_matrices(tensors: Mapping[str, TensorEntry]) -> tuple[MatrixShape, ...]:
+def _linear_matrices(
+    tensors: Mapping[str, TensorEntry], config: Mapping[str, object]
+) -> tuple[MatrixShape, ...]:
+    transposed = config.get("model_type") in _TRANSPOSED_TYPES
     matrices = []
     for name, tensor in tensors.items():
         block = _BLOCK.search(name)
         if block is None or not name.endswith(".weight") or _NOT_LINEAR.search(name):
             continue
         if len(tensor.shape) == 2 and tensor.dtype in _FLOATING:
-            out_features, in_features = tensor.shape
+            out_features, in_features = reversed(tensor.shape) if transposed else tensor.shape
             path = name.removesuffix(".weight")
             matrices.append(MatrixShape(path, out_features, in_features, int(block[1])))
     return tuple(sorted(matrices, key=lambda matrix: (matrix.layer, matrix.name)))
@@ -198,6 +231,23 @@ def _select(linear: tuple[MatrixShape, ...], targets: Iterable[str]) -> tuple[Ma
             raise ModelError(_no_match(linear, target))
         chosen |= matched
     return tuple(matrix for matrix in linear if matrix.name in chosen)
+
+
+def _refuse_experts(linear: tuple[MatrixShape, ...], chosen: tuple[MatrixShape, ...]) -> None:
+    experts = [matrix.name for matrix in chosen if is_expert(matrix.name)]
+    if experts:
+        plain = (m.name for m in linear if not is_expert(m.name) and not _ROUTER.search(m.name))
+        ends = sorted({name.rsplit(".", 1)[-1] for name in plain})
+        raise ModelError(
+            f"lora.targets: {experts[0]} and {len(experts) - 1} others are matrices of experts, "
+            "which are stacked when the model is loaded and cannot be adapted; name the others "
+            f"instead: {', '.join(ends)}"
+        )
+
+
+def is_expert(name: str) -> bool:
+    """Whether a matrix belongs to one of several experts of a block."""
+    return _EXPERT.search(name) is not None
 
 
 def _ends_in(name: str, end: str) -> bool:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from fedtune.errors import ProtocolError
 from fedtune.lora.linear import Factors, attach, detach
 from fedtune.model.backbone import Backbone
-from fedtune.model.loss import TokenisedSample, collate, loss_sum, loss_units
+from fedtune.model.loss import TokenisedSample, loss_units
 from fedtune.records import DevicePlan, Dispatch, FloatArray, LoraFactors, TaskName
-from fedtune.train.batches import micro_batches
+from fedtune.train.compute import LossScale
+from fedtune.train.memory import OptimizerMemory
 from fedtune.train.optimizer import RoundOptimizer
+from fedtune.train.step import accumulate
 from fedtune.wire.messages import OptimizerSpec
 
 
@@ -48,10 +50,13 @@ class Mounted:
     factors: Mapping[str, Factors]
     dense: Mapping[str, nn.Parameter]
 
-    def trained(self) -> list[Tensor]:
-        """Trained tensors in a fixed order."""
-        pairs = [t for name in sorted(self.factors) for t in _pair(self.factors[name])]
-        return [t for t in pairs if t.requires_grad] + [self.dense[n] for n in sorted(self.dense)]
+    def trained(self) -> dict[str, Tensor]:
+        """Name, as on the wire -> trained tensor, in a fixed order."""
+        found: dict[str, Tensor] = {}
+        for name, factors in sorted(self.factors.items()):
+            if factors.trains:
+                found |= {f"{name}.a": factors.a, f"{name}.b": factors.b}
+        return found | {f"dense.{name}": self.dense[name] for name in sorted(self.dense)}
 
 
 def mount(backbone: Backbone, dispatch: Dispatch, *, trainable: bool) -> Mounted:
@@ -114,12 +119,17 @@ def train_round(
     *,
     task: TaskName,
     pad_id: int,
+    memory: OptimizerMemory | None = None,
+    loss_scale: LossScale | None = None,
     after_step: Callable[[int, float], None] | None = None,
 ) -> RoundResult:
     """Train a device's adapter for one round.
 
     Args:
         batches: one optimiser step's samples each; as many as `plan.local_steps`.
+        memory: what the device's earlier rounds left of the optimiser; it takes what this one
+            leaves. None: begin and end without.
+        loss_scale: for a backbone that computes in float16; None: losses are not scaled.
         after_step: called with the step's index and loss; may raise to stop the round.
 
     Raises:
@@ -130,15 +140,19 @@ def train_round(
         mounted = mount(backbone, dispatch, trainable=True)
         try:
             _set_checkpointing(backbone, plan.checkpointing)
-            stepper = RoundOptimizer(mounted.trained(), optimizer, len(batches))
+            stepper = RoundOptimizer(
+                mounted.trained(), optimizer, len(batches), memory=memory, loss_scale=loss_scale
+            )
             losses, units = [], 0
             for index, batch in enumerate(batches):
-                loss = _accumulate(backbone, batch, plan.micro_batch, task, pad_id)
+                factor = 1.0 if loss_scale is None else loss_scale.value
+                loss = accumulate(backbone, batch, plan.micro_batch, task, pad_id, factor)
                 stepper.step()
                 losses.append(loss)
                 units += loss_units(batch, task)
                 if after_step is not None:
                     after_step(index, loss)
+            stepper.keep()
             factors = _read_back(mounted, dispatch)
             dense = {name: _array(p) for name, p in mounted.dense.items()}
         finally:
@@ -147,24 +161,6 @@ def train_round(
     samples = sum(len(batch) for batch in batches)
     seconds = time.perf_counter() - started
     return RoundResult(factors, dense, samples, units, tuple(losses), seconds)
-
-
-def _accumulate(
-    backbone: Backbone,
-    batch: Sequence[TokenisedSample],
-    micro_batch: int,
-    task: TaskName,
-    pad_id: int,
-) -> float:
-    """Backpropagate one optimiser step's mean loss, micro-batch by micro-batch."""
-    device = next(backbone.model.parameters()).device
-    units = loss_units(batch, task)
-    loss = 0.0
-    for part in micro_batches(batch, micro_batch):
-        mean = loss_sum(backbone.model, collate(part, pad_id, device), task).total / units
-        mean.backward()  # type: ignore[no-untyped-call]  # torch's own signature
-        loss += float(mean.detach())
-    return loss
 
 
 def _factors(
@@ -210,13 +206,15 @@ def _array(tensor: Tensor) -> FloatArray:
     return array
 
 
-def _pair(factors: Factors) -> tuple[Tensor, Tensor]:
-    return factors.a, factors.b
-
-
 def _set_checkpointing(backbone: Backbone, on: bool) -> None:
-    """Recompute each block's activations in the backward pass instead of keeping them."""
+    """Recompute each block's activations in the backward pass instead of keeping them.
+
+    On an accelerator a recomputed block keeps its dense matrices for the backward pass, which
+    follows at once: two unpackings of each instead of three, for the bytes of one dense block.
+    """
     model = backbone.model
+    for layer in backbone.layers.values():
+        layer.keeps_values = on and model.device.type != "cpu"
     if on:
         model.activation_checkpointing_enable({"use_reentrant": False})
         # It also makes the embeddings' output require gradients, for reentrant checkpointing

@@ -44,7 +44,7 @@ __all__ = [
     "encode_train_report",
 ]
 
-OptimizerName = Literal["adamw", "sgd"]
+OptimizerName = Literal["adamw", "adamw-8bit", "sgd"]
 MAX_ROUND = 10**9
 _MAX_SEED = 2**64 - 1
 
@@ -72,6 +72,7 @@ class OptimizerSpec:
         learning_rate: at the round's first step.
         final_learning_rate: at its last; linear between.
         max_gradient_norm: 0 means no clipping.
+        keep: start AdamW from what the device's earlier rounds left of it.
     """
 
     name: OptimizerName = "adamw"
@@ -81,6 +82,7 @@ class OptimizerSpec:
     beta1: float = 0.9
     beta2: float = 0.999
     max_gradient_norm: float = 1.0
+    keep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +211,7 @@ def encode_train_instruction(instruction: TrainInstruction) -> bytes:
             beta1=optimizer.beta1,
             beta2=optimizer.beta2,
             max_gradient_norm=optimizer.max_gradient_norm,
+            keep=optimizer.keep,
         ),
         seed=instruction.seed,
         tensors_digest=instruction.tensors_digest,
@@ -259,6 +262,7 @@ def _optimizer_record(message: pb.OptimizerSpec) -> OptimizerSpec:
         max_gradient_norm=fields.real(
             message.max_gradient_norm, "optimizer.max_gradient_norm", 0.0
         ),
+        keep=message.keep,
     )
 
 

@@ -274,6 +274,7 @@ class Coordinator:
             beta1=train.beta1,
             beta2=train.beta2,
             max_gradient_norm=train.max_gradient_norm,
+            keep=train.keep_optimizer,
         )
 
     def _checkpoint(self, adapter: GlobalAdapter, momentum: GlobalAdapter | None) -> None:

@@ -155,6 +155,14 @@ def test_an_effective_config_reads_back_the_same(write: Write, tmp_path: Path) -
         (["data.train="], "expected exactly one of data.train and data.sites, found neither"),
         (["data.prompt_template=hello"], "expected a text that contains {prompt}"),
         (["data.format=text-label"], "'sequence-classification' goes with data.format"),
+        (
+            ["train.keep_optimizer=true", "train.optimizer=sgd"],
+            "train.keep_optimizer goes with train.optimizer = 'adamw', found 'sgd'",
+        ),
+        (
+            ["train.keep_optimizer=true", "simulation.backend=ray"],
+            "train.keep_optimizer goes with simulation.backend = 'inprocess': 'ray' moves devices",
+        ),
         (["run.minimum_devices=3"], "run.minimum_devices = 3: expected at most 2, the devices"),
         (["run.devices_per_round=3"], "run.devices_per_round = 3: expected at most 2"),
         (

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fedtune_client.agent as agent_module
 from fedtune.errors import ModelError, ProtocolError
 from fedtune.records import DeviceProfile
+from fedtune.train.compute import compute_dtype
 from fedtune.train.round import train_round
+from fedtune.wire.messages import OptimizerSpec
 from fedtune.wire.packing import pack_tensors, tensors_digest, unpack_tensors
 from fedtune.wire.tensors import update_shapes
 from fedtune_client.agent import Agent
@@ -31,6 +34,19 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
 
     monkeypatch.setattr(agent_module, "train_round", watch)
     return rounds
+
+
+@pytest.fixture
+def options(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The backbone and the keywords of every round that is trained, in order."""
+    found: list[dict[str, Any]] = []
+
+    def watch(backbone: object, *rest: Any, **named: Any) -> Any:
+        found.append({"backbone": backbone} | named)
+        return train_round(backbone, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(agent_module, "train_round", watch)
+    return found
 
 
 # ---------------------------------------------------------------- describing
@@ -231,6 +247,44 @@ def test_tensors_of_another_plan_are_refused(desk: Desk, refuse: Callable[..., N
     arrays = {n: np.zeros(shape, np.float32) for n, shape in shapes.items()}
     arrays[f"{name}.a"] = np.zeros((1, 32), np.float32)
     refuse(words, plan=plan, packed=pack_tensors(arrays, "float32"))
+
+
+# ---------------------------------------------------------------- dtypes and the optimiser's state
+
+
+def test_a_round_gets_what_the_runs_last_one_left_of_the_optimiser(
+    desk: Desk, options: list[dict[str, Any]]
+) -> None:
+    agent, plan = desk.agent(), desk.plan("east")
+    packed = desk.tensors(plan)
+
+    def train(round: int, **changes: Any) -> None:
+        agent.train(replace(desk.order(plan, packed, round), **changes), packed)
+
+    keep = OptimizerSpec(keep=True)
+    train(1, optimizer=keep)
+    train(2, optimizer=keep)
+    train(3)
+    train(1, optimizer=keep, run="run-2")
+    memories = [option["memory"] for option in options]
+    assert memories[0] is memories[1]
+    assert memories[0].steps[f"{plan.matrices[0].name}.a"] == 2
+    assert memories[2] is None
+    assert memories[3] is not memories[0]
+
+
+@pytest.mark.parametrize(("compute", "scaled"), [("fp32", False), ("bf16", False), ("fp16", True)])
+def test_a_site_computes_in_its_dtype_and_scales_losses_in_float16(
+    desk: Desk, options: list[dict[str, Any]], compute: str, scaled: bool
+) -> None:
+    agent, plan = Agent(replace(desk.site(), compute=compute)), desk.plan("east")
+    packed = desk.tensors(plan)
+    report, _ = agent.train(desk.order(plan, packed), packed)
+    (option,) = options
+    assert (option["loss_scale"] is not None) == scaled
+    weight = option["backbone"].model.get_input_embeddings().weight
+    assert weight.dtype == compute_dtype(compute, torch.device("cpu"))
+    assert report.metrics["train_loss"] > 0
 
 
 def test_an_accelerator_that_is_not_there_is_refused(

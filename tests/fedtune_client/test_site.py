@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from fedtune.config import parse_run_config
 from fedtune_client.site import SimulatedFleet
 
 Desk = Any  # tests/fedtune_client/conftest.py; test folders are not importable packages
@@ -21,6 +24,15 @@ def test_a_site_has_the_limits_of_its_class_and_the_settings_of_the_run(desk: De
     assert site.model_path == desk.config.model.path
     assert site.data == desk.config.data
     assert site.shares_backbone
+
+
+@pytest.mark.parametrize(("asked", "used"), [("auto", "fp32"), ("bf16", "bf16")])
+def test_a_simulated_site_measures_no_dtype(desk: Desk, asked: str, used: str) -> None:
+    tree = desk.config.model_dump()
+    tree["train"] |= {"compute": asked, "tune_allocator": False}
+    config = parse_run_config(tree, "test")
+    site = SimulatedFleet(config.model_dump_json())({"partition-id": 0})
+    assert (site.compute, site.tune_allocator) == (used, False)
 
 
 def test_all_sites_of_a_process_share_one_reading_of_the_data(desk: Desk) -> None:

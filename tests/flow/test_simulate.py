@@ -166,9 +166,9 @@ def test_two_hundred_devices_share_three_backbones(
 
     built: list[object] = []
     loaded: list[object] = []
-    build, load = backbone._build, backbone.load_base
-    monkeypatch.setattr(backbone, "_build", lambda *a: (built.append(a), build(*a))[1])
-    monkeypatch.setattr(backbone, "load_base", lambda *a: (loaded.append(a), load(*a))[1])
+    build, load = backbone.Backbone, backbone.stream_base
+    monkeypatch.setattr(backbone, "Backbone", lambda *a: (built.append(a), build(*a))[1])
+    monkeypatch.setattr(backbone, "stream_base", lambda *a: (loaded.append(a), load(*a))[1])
     tree["run"] = {"name": "many", "rounds": 1, "seed": 77}
     tree["data"] |= {"partition": {"by": "iid"}, "held_out_fraction": 0.0}
     rows = Path(tree["data"]["train"]).read_text(encoding="utf-8")

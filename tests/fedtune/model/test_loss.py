@@ -71,7 +71,9 @@ def test_samples_are_padded_on_the_right() -> None:
     assert batch.tokens.shape == (2, 5)
     assert batch.tokens[0, 2:].tolist() == [9, 9, 9]
     assert batch.present.tolist() == [[True] * 2 + [False] * 3, [True] * 5]
-    assert batch.loss_mask.tolist() == [[True] * 2 + [False] * 3, [False] + [True] * 4]
+    # The first output of the first sample, and the outputs before tokens 1 to 4 of the second.
+    assert batch.loss_rows.tolist() == [0, 5, 6, 7, 8]
+    assert batch.targets.tolist() == [int(batch.tokens[0, 1]), *batch.tokens[1, 1:].tolist()]
     assert batch.labels.tolist() == [0, 1]
 
 
@@ -110,8 +112,10 @@ def test_correct_counts_the_units_whose_best_class_is_right(llama: PreTrainedMod
     with torch.no_grad():
         best = llama(input_ids=batch.tokens).logits[:, :-1].argmax(-1)
     # A random model is never right by itself: half of the text is made what it would say.
-    batch.tokens[:, -1] = best[:, -1]
-    hits = (best == batch.tokens[:, 1:]) & batch.loss_mask[:, 1:]
+    for sample, row in zip(chosen, best, strict=True):
+        sample.tokens[-1] = int(row[-1])
+    batch = collate(chosen, 2, CPU)
+    hits = torch.nn.functional.pad(best, (0, 1)).flatten()[batch.loss_rows] == batch.targets
     assert loss_sum(llama, batch, "causal-lm").correct == int(hits.sum()) >= 2
 
 

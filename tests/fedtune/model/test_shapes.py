@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import ModelError
-from fedtune.model.shapes import read_header, read_headers, read_shapes
+from fedtune.model.shapes import (
+    left_matrices,
+    linear_matrices,
+    read_header,
+    read_headers,
+    read_shapes,
+)
 from fedtune.records import ModelShapes
 
 CONFIG = {
@@ -91,6 +97,17 @@ def test_an_end_that_matches_nothing_lists_what_there_is(stories260k: Path) -> N
     assert "\n" not in text
 
 
+def test_what_is_left_is_named_once_for_all_blocks(stories260k: Path) -> None:
+    shapes = read_shapes(stories260k, ALL)
+    assert left_matrices(stories260k, shapes.matrices) == ("model.embed_tokens",)
+    some = read_shapes(stories260k, ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj"))
+    assert left_matrices(stories260k, some.matrices) == (
+        "model.embed_tokens",
+        "model.layers.N.mlp.down_proj",
+        "model.layers.N.mlp.gate_proj",
+    )
+
+
 def test_an_end_is_a_whole_part_of_a_name(stories260k: Path) -> None:
     with pytest.raises(ModelError, match="ends in 'proj'"):
         read_shapes(stories260k, ("proj",))
@@ -147,10 +164,32 @@ def test_other_architectures_name_their_sizes_otherwise(tmp_path: Path) -> None:
         read_shapes(tmp_path, ALL)
 
 
-def test_transposed_and_quantised_models_are_refused(tmp_path: Path) -> None:
+def test_the_shape_of_a_conv1d_is_that_of_what_it_computes(tmp_path: Path) -> None:
+    tensors: dict[str, tuple[int, ...]] = {"h.0.mlp.c_fc.weight": (4, 16)}
+    found = read_shapes(write_model(tmp_path, tensors, model_type="gpt2"), ALL).matrices[0]
+    assert (found.out_features, found.in_features) == (16, 4)
+    found = read_shapes(write_model(tmp_path, tensors, model_type="gptj"), ALL).matrices[0]
+    assert (found.out_features, found.in_features) == (4, 16)
+
+
+def test_experts_are_refused_and_what_is_left_is_named(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.self_attn.q_proj.weight": (4, 4),
+        "model.layers.0.mlp.gate.weight": (2, 4),
+        "model.layers.0.mlp.experts.0.up_proj.weight": (6, 4),
+        "model.layers.0.mlp.experts.1.up_proj.weight": (6, 4),
+    }
+    folder = write_model(tmp_path, tensors)
+    words = r"layers\.0\.mlp\.experts\.0\.up_proj and 1 others .* name the others instead: q_proj$"
+    for targets in (ALL, ("up_proj",)):
+        with pytest.raises(ModelError, match=words):
+            read_shapes(folder, targets)
+    assert names(read_shapes(folder, ("q_proj",))) == ["model.layers.0.self_attn.q_proj"]
+    assert len(linear_matrices(folder)) == 4
+
+
+def test_quantised_models_are_refused(tmp_path: Path) -> None:
     tensors: dict[str, tuple[int, ...]] = {"h.0.fc.weight": (3, 4)}
-    with pytest.raises(ModelError, match=r"model_type gpt2 of .* is not supported: .*transposed"):
-        read_shapes(write_model(tmp_path, tensors, model_type="gpt2"), ALL)
     with pytest.raises(ModelError, match="already quantised; take the full-precision model"):
         read_shapes(write_model(tmp_path, tensors, quantization_config={"bits": 4}), ALL)
 

@@ -29,6 +29,8 @@ from fedtune.records import (
     MatrixShape,
     TaskName,
 )
+from fedtune.train.compute import LossScale
+from fedtune.train.memory import OptimizerMemory
 from fedtune.train.round import RoundResult, mount, train_round, unmount
 from fedtune.wire.messages import OptimizerSpec
 
@@ -72,9 +74,11 @@ class World:
         self.heads = dense_shapes(folder, task, tensor_names(folder))
         self._folder = folder
 
-    def backbone(self, format_name: FormatName = "fp32") -> Backbone:
+    def backbone(
+        self, format_name: FormatName = "fp32", compute: torch.dtype = torch.float32
+    ) -> Backbone:
         """A new one, which no other test has used."""
-        shelf = BackboneShelf(self._folder, CPU, keep_base=False)
+        shelf = BackboneShelf(self._folder, CPU, keep_base=False, compute=compute)
         return shelf.get(
             self.task, self.labels, dict.fromkeys(self.shapes, MatrixForm(format_name))
         )
@@ -106,8 +110,11 @@ class World:
         steps: Sequence[Sequence[Sample]],
         plan: DevicePlan = plan(),  # noqa: B008  frozen
         spec: OptimizerSpec = SPEC,
+        **options: Any,
     ) -> RoundResult:
-        return train_round(backbone, steps, dispatch, plan, spec, task=self.task, pad_id=PAD)
+        return train_round(
+            backbone, steps, dispatch, plan, spec, task=self.task, pad_id=PAD, **options
+        )
 
     def logits(self, backbone: Backbone) -> Tensor:
         with torch.no_grad():
@@ -128,6 +135,11 @@ def world(request: pytest.FixtureRequest, tiny_llama: Path, tiny_bert: Path) -> 
 def arrays(result: RoundResult) -> dict[str, NDArray[np.floating]]:
     found = {f"{n}.{side}": getattr(p, side) for n, p in result.factors.items() for side in "ab"}
     return found | dict(result.dense)
+
+
+def sent_arrays(dispatch: Dispatch) -> dict[str, NDArray[np.floating]]:
+    found = {f"{n}.{side}": getattr(p, side) for n, p in dispatch.trained.items() for side in "ab"}
+    return found | dict(dispatch.dense)
 
 
 def assert_same(one: RoundResult, other: RoundResult, atol: float = 0.0) -> None:
@@ -233,7 +245,7 @@ def test_the_tail_is_computed_with_and_not_trained(llama: World) -> None:
     assert not torch.allclose(trained_only, bare, atol=1e-3)
     tails = [t for f in mounted.factors.values() for t in (f.tail_a, f.tail_b)]
     assert not any(tail.requires_grad for tail in tails)
-    assert not {id(t) for t in tails} & {id(t) for t in mounted.trained()}
+    assert not {id(t) for t in tails} & {id(t) for t in mounted.trained().values()}
     assert len(mounted.trained()) == 2 * len(dispatch.trained)
     unmount(backbone, mounted)
 
@@ -271,6 +283,95 @@ def test_gradients_stop_below_the_first_trained_block(
         result = llama.train(backbone, dispatch, batches(1), plan(4, checkpointing))
         assert result.factors.keys() == upper.keys()
         assert recorded == [False] * len(lower)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_first_trained_block_gets_an_input_without_a_graph(
+    llama: World, checkpointing: bool
+) -> None:
+    whole, backbone = llama.dispatch(), llama.backbone()
+    upper = {n: pair for n, pair in whole.trained.items() if llama.shapes[n].layer == 1}
+    inputs: dict[int, bool] = {}
+    for index, block in enumerate(backbone.model.base_model.layers):
+        block.register_forward_pre_hook(
+            lambda _, x, index=index: inputs.__setitem__(index, x[0].requires_grad)
+        )
+    backbone.model.base_model.norm.register_forward_pre_hook(
+        lambda _, x: inputs.__setitem__(2, x[0].requires_grad)
+    )
+    llama.train(
+        backbone, replace(whole, trained=upper), batches(1), plan(4, checkpointing=checkpointing)
+    )
+    assert inputs == {0: False, 1: False, 2: True}
+
+
+def test_recomputed_blocks_may_keep_their_dense_matrices(
+    llama: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatch, steps = llama.dispatch(tail=2), batches()
+    plain = llama.train(llama.backbone("q4"), dispatch, steps, plan(checkpointing=True))
+    # As on an accelerator.
+    always = property(lambda _: True, lambda *_: None)
+    monkeypatch.setattr(AdaptedLinear, "keeps_values", always, raising=False)
+    kept = llama.train(llama.backbone("q4"), dispatch, steps, plan(checkpointing=True))
+    assert_same(plain, kept, atol=1e-5)
+
+
+# ---------------------------------------------------------------- dtypes and the optimiser's state
+
+
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_narrow_dtype_trains_float32_factors_to_about_the_same(
+    world: World, compute: torch.dtype, checkpointing: bool
+) -> None:
+    spec = replace(SPEC, name="sgd", learning_rate=0.1, final_learning_rate=0.1)
+    dispatch, steps = world.dispatch(tail=2), batches()
+    exact = world.train(world.backbone("q8"), dispatch, steps, plan(), spec)
+    scale = LossScale() if compute == torch.float16 else None
+    narrow = world.train(
+        world.backbone("q8", compute), dispatch, steps, plan(checkpointing=checkpointing), spec,
+        loss_scale=scale,
+    )  # fmt: skip
+    assert narrow.losses == pytest.approx(exact.losses, rel=2e-2)
+    moves = [
+        np.concatenate(
+            [(value - start[name]).ravel() for name, value in sorted(arrays(result).items())]
+        )
+        for start in (sent_arrays(dispatch),)
+        for result in (exact, narrow)
+    ]
+    assert all(value.dtype == np.float32 for value in arrays(narrow).values())
+    cosine = moves[0] @ moves[1] / np.linalg.norm(moves[0]) / np.linalg.norm(moves[1])
+    assert cosine > 0.99
+    assert scale is None or scale.skipped == 0
+
+
+def test_a_scale_that_is_too_large_skips_steps_and_leaves_the_factors(llama: World) -> None:
+    dispatch, scale = llama.dispatch(), LossScale(value=2.0**60)
+    result = llama.train(
+        llama.backbone(compute=torch.float16), dispatch, batches(2), loss_scale=scale
+    )
+    assert (scale.skipped, scale.value) == (2, 2.0**58)
+    for name, value in sent_arrays(dispatch).items():
+        np.testing.assert_array_equal(arrays(result)[name], value)
+
+
+def test_a_second_round_with_memory_is_not_one_without(world: World) -> None:
+    memory, dispatch = OptimizerMemory(), world.dispatch()
+    first = world.train(world.backbone(), dispatch, batches(), memory=memory)
+    assert set(memory.squares) == {
+        *(f"{name}.{side}" for name in dispatch.trained for side in "ab"),
+        *(f"dense.{name}" for name in dispatch.dense),
+    }
+    assert_same(first, world.train(world.backbone(), dispatch, batches()))
+    later = batches(1, seed=5) * 6
+    with_memory = world.train(world.backbone(), dispatch, later, memory=memory)
+    without = world.train(world.backbone(), dispatch, later)
+    name = next(iter(dispatch.trained))
+    assert np.abs(with_memory.factors[name].b - without.factors[name].b).max() > 1e-4
+    assert with_memory.losses[-1] < with_memory.losses[0] - 0.05
+    assert set(memory.steps.values()) == {8}
 
 
 @pytest.mark.parametrize("format_name", BACKBONE_FORMATS)
@@ -332,7 +433,7 @@ def test_a_round_that_breaks_off_between_micro_batches_leaves_no_gradients(
             raise MemoryError("no memory left")
         return loss_sum(*arguments)
 
-    monkeypatch.setattr("fedtune.train.round.loss_sum", fail_at_the_second)
+    monkeypatch.setattr("fedtune.train.step.loss_sum", fail_at_the_second)
     backbone = world.backbone()
     with pytest.raises(MemoryError):
         world.train(backbone, world.dispatch(), batches(), plan(2, checkpointing=True))

@@ -66,7 +66,7 @@ TRAIN = m.TrainInstruction(
     round=3,
     base_digest="ab" * 32,
     plan=PLAN,
-    optimizer=m.OptimizerSpec("sgd", 0.1, 0.05, 0.01, 0.8, 0.9, 0.0),
+    optimizer=m.OptimizerSpec("adamw-8bit", 0.1, 0.05, 0.01, 0.8, 0.9, 0.0, keep=True),
     seed=2**64 - 1,
     tensors_digest="cd" * 32,
     evaluate=False,

@@ -1,0 +1,139 @@
+"""The kernels that the rest of the program calls: compiled ones where they run, else plain torch.
+
+The path is chosen once for each device, when its first tensor arrives, and logged. `reference`
+says what every function means.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fedtune.errors import KernelError
+from fedtune.kernels import launches, reference
+from fedtune.kernels.driver import Driver, Launcher
+from fedtune.kernels.packed import PackedWeights
+
+LOGGER = logging.getLogger(__name__)
+
+_LAUNCHERS: dict[torch.device, Launcher | None] = {}
+_WHY_TORCH: dict[torch.device, str] = {}
+
+
+def dequantise(packed: PackedWeights, first: int, out: Tensor) -> Tensor:
+    """See `reference.dequantise`."""
+    launcher = launcher_of(out)
+    if launcher is None:
+        return reference.dequantise(packed, first, out)
+    return launches.dequantise(launcher, packed, first, out)
+
+
+def softmax_cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """See `reference.softmax_cross_entropy_`."""
+    launcher = launcher_of(logits)
+    if launcher is None:
+        return reference.softmax_cross_entropy_(logits, targets, weights)
+    return launches.softmax_cross_entropy_(launcher, logits, targets, weights)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See `reference.swiglu`."""
+    launcher = launcher_of(gate)
+    if launcher is None:
+        return reference.swiglu(gate, up)
+    return launches.swiglu(launcher, gate, up)
+
+
+def swiglu_backward_(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.swiglu_backward_`."""
+    launcher = launcher_of(gate)
+    if launcher is None:
+        return reference.swiglu_backward_(gradient, gate, up)
+    return launches.swiglu_backward_(launcher, gradient, gate, up)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, epsilon: float, weight_offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """See `reference.rms_norm`."""
+    launcher = launcher_of(x)
+    if launcher is None:
+        return reference.rms_norm(x, weight, epsilon, weight_offset)
+    return launches.rms_norm(launcher, x, weight, epsilon, weight_offset)
+
+
+def rms_norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor, weight_offset: float = 0.0
+) -> Tensor:
+    """See `reference.rms_norm_backward`."""
+    launcher = launcher_of(x)
+    if launcher is None:
+        return reference.rms_norm_backward(gradient, x, weight, inverse_rms, weight_offset)
+    return launches.rms_norm_backward(launcher, gradient, x, weight, inverse_rms, weight_offset)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """See `reference.rotate_`."""
+    launcher = launcher_of(x)
+    if launcher is None:
+        return reference.rotate_(x, cos, sin, inverse)
+    return launches.rotate_(launcher, x, cos, sin, inverse)
+
+
+# ---------------------------------------------------------------- which path
+
+
+def launcher_of(tensor: Tensor) -> Launcher | None:
+    """What runs compiled kernels on a tensor's device; None where plain torch does the work."""
+    device = tensor.device
+    try:
+        return _LAUNCHERS[device]
+    except KeyError:
+        return _choose(device)
+
+
+@contextmanager
+def chosen(launcher: Launcher | None, device: torch.device) -> Iterator[None]:
+    """Run a device's kernels through a launcher, or with None in plain torch, for a while."""
+    before = _LAUNCHERS.get(device, _choose(device))
+    _LAUNCHERS[device] = launcher
+    try:
+        yield
+    finally:
+        _LAUNCHERS[device] = before
+
+
+def paths() -> dict[str, str]:
+    """For the CPU and every GPU: which path its kernels take, and why if it is plain torch."""
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return {str(device): _description(device) for device in devices}
+
+
+def _description(device: torch.device) -> str:
+    if _LAUNCHERS.get(device, _choose(device)) is not None:
+        return "compiled CUDA kernels"
+    return f"plain torch ({_WHY_TORCH.get(device, 'asked for')})"
+
+
+def _choose(device: torch.device) -> Launcher | None:
+    if device in _LAUNCHERS:
+        return _LAUNCHERS[device]
+    launcher: Launcher | None = None
+    if device.type != "cuda":
+        _WHY_TORCH[device] = f"there are no compiled kernels for {device.type}"
+    elif torch.version.cuda is None:
+        _WHY_TORCH[device] = "this torch is not built for CUDA"
+    else:
+        try:
+            launcher = Driver(device.index)
+        except KernelError as error:
+            _WHY_TORCH[device] = str(error)
+    _LAUNCHERS[device] = launcher
+    LOGGER.info("kernels on %s: %s", device, _description(device))
+    return launcher

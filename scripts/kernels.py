@@ -1,0 +1,104 @@
+"""Compile the GPU kernels to `fedtune/kernels/cuda/kernels.fatbin`, which is committed.
+
+    python scripts/kernels.py [--check]
+
+`--check` says whether the committed file was made of the sources beside it, and, where nvcc is
+installed, whether they compile for every architecture. nvcc 13.0 or newer is needed to compile;
+nothing else in the project needs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CUDA = Path(__file__).resolve().parents[1] / "fedtune" / "kernels" / "cuda"
+FATBIN, RECORD = CUDA / "kernels.fatbin", CUDA / "kernels.json"
+MACHINE_CODE = (75, 80, 86, 89, 90, 100, 120)
+# The driver compiles PTX for GPUs that have no machine code here: newer ones of the family of 120
+# from its own, any other from the oldest.
+PTX = (75, 120)
+
+
+def source_digest() -> str:
+    """SHA-256 of all sources, in order of their names."""
+    digest = hashlib.sha256()
+    for path in [*sorted(CUDA.glob("*.h")), CUDA / "kernels.cu"]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def compile_kernels(target: Path) -> tuple[list[str], str]:
+    """Compile all architectures into a file; returns the kernels' names and ptxas's remarks."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in MACHINE_CODE]
+    codes += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in PTX]
+    command = ["nvcc", "-std=c++17", "-O3", "-fatbin", "--compress-mode=size", "-Xptxas", "-v"]
+    command += ["--Werror", "all-warnings", "--threads", str(os.cpu_count() or 1), *codes]
+    finished = subprocess.run(
+        [*command, "kernels.cu", "-o", str(target)],
+        cwd=CUDA,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if finished.returncode != 0:
+        sys.exit(f"nvcc failed:\n{finished.stdout}{finished.stderr}")
+    remarks = finished.stdout + finished.stderr
+    names = sorted(set(re.findall(r"Compiling entry function '(\w+)'", remarks)))
+    return names, remarks
+
+
+def spilled(remarks: str) -> list[str]:
+    """Remarks of kernels whose values do not all fit in registers."""
+    return [line for line in remarks.splitlines() if re.search(r"[1-9]\d* bytes spill", line)]
+
+
+def check() -> int:
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    fresh = record["sources"] == source_digest()
+    if not fresh or record["fatbin"] != hashlib.sha256(FATBIN.read_bytes()).hexdigest():
+        print("kernels.fatbin is not of these sources; run: python scripts/kernels.py")
+        return 1
+    if shutil.which("nvcc") is None:
+        print("kernels.fatbin is of these sources; not compiled anew, as nvcc is not installed")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        names, remarks = compile_kernels(Path(folder) / "kernels.fatbin")
+    if names != record["kernels"]:
+        print("kernels.json names other kernels than the sources; run: python scripts/kernels.py")
+        return 1
+    print(f"kernels.fatbin is up to date; {len(names)} kernels compile for {MACHINE_CODE}")
+    return report_spills(remarks)
+
+
+def report_spills(remarks: str) -> int:
+    lines = spilled(remarks)
+    print("\n".join(["kernels spill registers to memory:", *lines]) if lines else "no spills")
+    return 1 if lines else 0
+
+
+def main() -> int:
+    if "--check" in sys.argv[1:]:
+        return check()
+    names, remarks = compile_kernels(FATBIN)
+    record = {
+        "sources": source_digest(),
+        "fatbin": hashlib.sha256(FATBIN.read_bytes()).hexdigest(),
+        "machine_code": MACHINE_CODE,
+        "ptx": PTX,
+        "kernels": names,
+    }
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{FATBIN}: {len(names)} kernels, {FATBIN.stat().st_size} bytes")
+    return report_spills(remarks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
