@@ -22,7 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -30,7 +30,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedtune.quant.repaired import HeldMatrix, restore_held
+from fedtune.quant.correction import Pair
+from fedtune.quant.storage import StoredMatrix, restore
 from fedtune.records import MatrixForm
 
 LAYOUT: Final = 1
@@ -58,6 +59,23 @@ _DTYPES: Final = {
 _log = logging.getLogger(__name__)
 
 
+_PAIR: Final = ("pair.a", "pair.b")
+"""Names of a correction pair among the tensors of its matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Matrices as a device computes with them, by name, and the pairs that repair some of them."""
+
+    matrices: Mapping[str, StoredMatrix]
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        parts = (*self.matrices.values(), *self.pairs.values())
+        return sum(part.bytes for part in parts)
+
+
 @dataclass(frozen=True, slots=True)
 class PackedCache:
     """A folder of finished matrices.
@@ -70,7 +88,7 @@ class PackedCache:
     folder: Path
     minimum_bytes: int = MINIMUM_BYTES
 
-    def read(self, base: str, forms: Mapping[str, MatrixForm]) -> dict[str, HeldMatrix] | None:
+    def read(self, base: str, forms: Mapping[str, MatrixForm]) -> Finished | None:
         """Every matrix in its form, mapped from disk; None when that is not at hand.
 
         A file whose content is not what its name says is deleted.
@@ -90,11 +108,9 @@ class PackedCache:
             _remove(path)
         return None
 
-    def write(
-        self, base: str, forms: Mapping[str, MatrixForm], matrices: Mapping[str, HeldMatrix]
-    ) -> None:
+    def write(self, base: str, forms: Mapping[str, MatrixForm], finished: Finished) -> None:
         """Keep matrices; a disk that takes no more is no error."""
-        size = sum(matrix.bytes for matrix in matrices.values())
+        size = finished.bytes
         if size < self.minimum_bytes:
             return
         temporary: Path | None = None
@@ -105,7 +121,7 @@ class PackedCache:
             handle, name = tempfile.mkstemp(".part", "packed-", self.folder)
             temporary = Path(name)
             with os.fdopen(handle, "wb") as stream:
-                for part in _serialise(matrices):
+                for part in _serialise(finished):
                     stream.write(part)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -151,18 +167,20 @@ def _key(base: str, forms: Mapping[str, MatrixForm]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def _serialise(matrices: Mapping[str, HeldMatrix]) -> Iterator[bytes | memoryview]:
+def _serialise(finished: Finished) -> Iterator[bytes | memoryview]:
     """A safetensors file, piece by piece: the library's own writer copies all tensors first.
 
     Source: https://github.com/huggingface/safetensors#format
     """
     tensors: dict[str, Tensor] = {}
     described: dict[str, str] = {}
-    for name, matrix in matrices.items():
+    for name, matrix in finished.matrices.items():
         described[name] = json.dumps(
             {"format": matrix.format, "shape": matrix.shape, "metadata": matrix.metadata()}
         )
         tensors |= {f"{name}/{part}": tensor for part, tensor in matrix.tensors().items()}
+    for name, pair in finished.pairs.items():
+        tensors |= {f"{name}/{part}": t for part, t in zip(_PAIR, (pair.a, pair.b), strict=True)}
     # Wide numbers first: each tensor then starts at a multiple of its own width.
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     header: dict[str, object] = {"__metadata__": described}
@@ -185,19 +203,23 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _load(path: Path, forms: Mapping[str, MatrixForm]) -> dict[str, HeldMatrix]:
+def _load(path: Path, forms: Mapping[str, MatrixForm]) -> Finished:
     with safe_open(path, framework="pt") as opened:
         described = opened.metadata()
         tensors: dict[str, dict[str, Tensor]] = {name: {} for name in forms}
         for key in opened.keys():  # noqa: SIM118  an opened file is not a mapping
             name, _, part = key.rpartition("/")
             tensors[name][part] = opened.get_tensor(key)
-    found: dict[str, HeldMatrix] = {}
+    found: dict[str, StoredMatrix] = {}
+    pairs: dict[str, Pair] = {}
     for name, form in forms.items():
+        if form.correction_rank:
+            a, b = (tensors[name].pop(part) for part in _PAIR)
+            pairs[name] = Pair(a, b)
         about = json.loads(described[name])
         rows, columns = about["shape"]
-        found[name] = restore_held(form, (rows, columns), tensors[name], about["metadata"])
-    return found
+        found[name] = restore(about["format"], (rows, columns), tensors[name], about["metadata"])
+    return Finished(found, pairs)
 
 
 def _remove(path: Path) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from fedtune.model import backbone as backbone_module
 from fedtune.model import packed_cache as packed_cache_module
 from fedtune.model.backbone import BackboneShelf
-from fedtune.model.packed_cache import PackedCache, content_digest
+from fedtune.model.packed_cache import Finished, PackedCache, content_digest
 from fedtune.model.shapes import read_shapes
+from fedtune.quant.correction import store_corrected
 from fedtune.quant.storage import StoredMatrix, store
 from fedtune.records import BACKBONE_FORMATS, FormatName, MatrixForm
 
@@ -44,6 +45,22 @@ def forms_and_matrices(
     }
 
 
+def test_the_pair_that_repairs_a_matrix_is_read_with_it(cache: PackedCache) -> None:
+    forms = {"layers.0.up": MatrixForm("q2", 0, 2), "layers.0.down": MatrixForm("q2")}
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    matrix, pair = store_corrected(weight, forms["layers.0.up"])
+    assert pair is not None
+    matrices = {"layers.0.up": matrix, "layers.0.down": store(weight, forms["layers.0.down"])}
+    cache.write(BASE, forms, Finished(matrices, {"layers.0.up": pair}))
+    found = cache.read(BASE, forms)
+    assert found is not None
+    assert found.pairs.keys() == {"layers.0.up"}
+    assert torch.equal(found.pairs["layers.0.up"].product(), pair.product())
+    assert torch.equal(
+        found.matrices["layers.0.up"].values(torch.float32), matrix.values(torch.float32)
+    )
+
+
 def files(cache: PackedCache) -> list[Path]:
     return sorted(cache.folder.glob("*.safetensors"))
 
@@ -51,11 +68,11 @@ def files(cache: PackedCache) -> list[Path]:
 @pytest.mark.parametrize("name", PACKED)
 def test_what_was_written_is_read_to_the_bit(cache: PackedCache, name: FormatName) -> None:
     forms, matrices = forms_and_matrices(name)
-    cache.write(BASE, forms, matrices)
+    cache.write(BASE, forms, Finished(matrices))
     found = cache.read(BASE, forms)
     assert found is not None
-    assert found.keys() == matrices.keys()
-    for key, matrix in found.items():
+    assert found.matrices.keys() == matrices.keys()
+    for key, matrix in found.matrices.items():
         assert (matrix.format, matrix.shape) == (name, matrices[key].shape)
         assert torch.equal(matrix.values(torch.float32), matrices[key].values(torch.float32))
         assert matrix.bytes == matrices[key].bytes
@@ -63,7 +80,7 @@ def test_what_was_written_is_read_to_the_bit(cache: PackedCache, name: FormatNam
 
 def test_another_base_form_or_matrix_is_another_file(cache: PackedCache) -> None:
     forms, matrices = forms_and_matrices()
-    cache.write(BASE, forms, matrices)
+    cache.write(BASE, forms, Finished(matrices))
     assert cache.read("cd" * 32, forms) is None
     assert cache.read(BASE, dict.fromkeys(forms, MatrixForm("q4", 32))) is None
     assert cache.read(BASE, {"layers.0.up": forms["layers.0.up"]}) is None
@@ -74,14 +91,14 @@ def test_another_layout_is_another_file(
     cache: PackedCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forms, matrices = forms_and_matrices()
-    cache.write(BASE, forms, matrices)
+    cache.write(BASE, forms, Finished(matrices))
     monkeypatch.setattr(packed_cache_module, "LAYOUT", packed_cache_module.LAYOUT + 1)
     assert cache.read(BASE, forms) is None
 
 
 def test_tensors_are_mapped_and_writing_to_one_leaves_the_file_alone(cache: PackedCache) -> None:
     forms, matrices = forms_and_matrices()
-    cache.write(BASE, forms, matrices)
+    cache.write(BASE, forms, Finished(matrices))
     found = cache.read(BASE, forms)
     assert found is not None
     before = content_digest(files(cache)[0])
@@ -96,7 +113,7 @@ def test_the_file_is_safetensors_with_every_tensor_at_a_multiple_of_its_width(
     cache: PackedCache,
 ) -> None:
     forms, matrices = forms_and_matrices()
-    cache.write(BASE, forms, matrices)
+    cache.write(BASE, forms, Finished(matrices))
     with safe_open(files(cache)[0], framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     assert len(tensors) == sum(len(matrix.tensors()) for matrix in matrices.values())
@@ -108,7 +125,7 @@ def test_a_spoiled_file_is_deleted_with_one_line(
     cache: PackedCache, spoil: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     forms, matrices = forms_and_matrices()
-    cache.write(BASE, forms, matrices)
+    cache.write(BASE, forms, Finished(matrices))
     path = files(cache)[0]
     content = bytearray(path.read_bytes())
     if spoil == "changed":
@@ -125,7 +142,7 @@ def test_a_file_that_says_what_it_is_but_holds_something_else_is_deleted(
     cache: PackedCache,
 ) -> None:
     forms, matrices = forms_and_matrices()
-    cache.write(BASE, forms, matrices)
+    cache.write(BASE, forms, Finished(matrices))
     key = files(cache)[0].name.split(".")[0]
     files(cache)[0].unlink()
     other = cache.folder / "other"
@@ -145,7 +162,7 @@ def test_a_part_of_a_file_is_never_in_its_place(
 
     monkeypatch.setattr(os, "fsync", full)
     with caplog.at_level(logging.WARNING):
-        cache.write(BASE, forms, matrices)
+        cache.write(BASE, forms, Finished(matrices))
     assert list(cache.folder.iterdir()) == []
     (record,) = caplog.records
     assert "packed matrices are not kept in" in record.getMessage()
@@ -160,7 +177,7 @@ def test_a_folder_that_cannot_be_made_is_one_warning(
     forms, matrices = forms_and_matrices()
     assert cache.read(BASE, forms) is None
     with caplog.at_level(logging.WARNING):
-        cache.write(BASE, forms, matrices)
+        cache.write(BASE, forms, Finished(matrices))
     assert len(caplog.records) == 1
 
 
@@ -171,14 +188,14 @@ def test_a_full_disk_is_left_alone(
     size = sum(matrix.bytes for matrix in matrices.values())
     usage = SimpleNamespace(free=2 * size - 1)
     monkeypatch.setattr(packed_cache_module.shutil, "disk_usage", lambda folder: usage)
-    cache.write(BASE, forms, matrices)
+    cache.write(BASE, forms, Finished(matrices))
     assert files(cache) == []
     assert "there is no room" in caplog.text
 
 
 def test_small_sets_are_not_kept(tmp_path: Path) -> None:
     forms, matrices = forms_and_matrices()
-    PackedCache(tmp_path / "packed").write(BASE, forms, matrices)
+    PackedCache(tmp_path / "packed").write(BASE, forms, Finished(matrices))
     assert not (tmp_path / "packed").exists()
 
 
@@ -186,7 +203,7 @@ def test_the_files_used_last_are_kept(cache: PackedCache) -> None:
     forms, matrices = forms_and_matrices()
     bases = [f"{index:02x}" * 32 for index in range(packed_cache_module._KEPT_FILES + 1)]
     for index, base in enumerate(bases):
-        cache.write(base, forms, matrices)
+        cache.write(base, forms, Finished(matrices))
         if index == 1:
             for path in files(cache):
                 os.utime(path, (0, 0))
@@ -231,7 +248,7 @@ def test_a_second_start_reads_no_matrix_of_the_base(
     def refuse(*arguments: object) -> None:
         raise AssertionError("a matrix was quantised again")
 
-    monkeypatch.setattr(backbone_module, "hold", refuse)
+    monkeypatch.setattr(backbone_module, "store", refuse)
     assert torch.equal(logits(tiny_llama, cache, "q4"), expected)
 
 

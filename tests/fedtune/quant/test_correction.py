@@ -14,7 +14,6 @@ from fedtune.quant.correction import (  # noqa: E402
     squared_error,
     store_corrected,
 )
-from fedtune.quant.repaired import RepairedMatrix, hold, restore_held  # noqa: E402
 from fedtune.quant.storage import store  # noqa: E402
 
 LOSSY: list[FormatName] = [name for name, bits in BLOCK_BITS.items() if bits <= 4]
@@ -159,20 +158,3 @@ def test_the_randomised_directions_hold_nearly_what_the_exact_ones_do() -> None:
     exact = torch.linalg.svdvals(noise)[:16]
     assert float((sigma**2).sum()) >= 0.93 * float((exact**2).sum())
     torch.testing.assert_close(u.t() @ noise @ v, torch.diag(sigma), rtol=1e-3, atol=1e-2)
-
-
-@pytest.mark.parametrize("rank", [0, 4])
-def test_a_held_matrix_and_its_pair_come_back_from_their_parts(rank: int) -> None:
-    form = MatrixForm("q3", 64, rank)
-    held = hold(weight(), form)
-    again = restore_held(form, held.shape, held.tensors(), held.metadata())
-    assert again.bytes == held.bytes
-    assert isinstance(again, RepairedMatrix) == (rank > 0)
-    for name, tensor in held.tensors().items():
-        assert torch.equal(again.tensors()[name], tensor)
-
-
-def test_a_repaired_matrix_without_its_pair_is_refused() -> None:
-    held = hold(weight(), MatrixForm("q3", 64))
-    with pytest.raises(KeyError, match="correction_a"):
-        restore_held(MatrixForm("q3", 64, 4), held.shape, held.tensors(), held.metadata())
