@@ -12,6 +12,7 @@ import torch
 from contenders.workloads import LEARNING_RATE, SCALE, Sample, first_factors
 from fedtune.lora.linear import AdaptedLinear
 from fedtune.model.backbone import Backbone, BackboneShelf
+from fedtune.model.blocks import fuse
 from fedtune.model.shapes import read_shapes
 from fedtune.quant.storage import store
 from fedtune.records import ComputeName, Dispatch, FormatName, LoraFactors, MatrixForm
@@ -74,4 +75,5 @@ def quantise(base: Any, names: Sequence[str], form: MatrixForm) -> Backbone:
         layers[name] = AdaptedLinear(store(linear.weight, form), None).eval()
         base.set_submodule(name, layers[name])
     base.requires_grad_(False)
+    fuse(base)
     return Backbone(base.eval(), layers, threading.Lock())
