@@ -25,6 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedtune.kernels import dispatch
+
 PANEL_WEIGHTS = 1 << 20
 """Weights of a frozen matrix that are dense at one time on a CPU: 4 MB in float32, which stays in
 the cache between unpacking and multiplying. Measured on 1024- to 5632-wide matrices: 2 ** 18 to
@@ -416,6 +418,11 @@ def _frozen_product(
     bias = None
     if layer.bias is not None and not layer.bias.requires_grad:
         bias = layer.bias.to(rows.dtype)
+    packed = getattr(layer.matrix, "packed", None)
+    if packed is not None and dispatch.packed_product_wins(rows.shape[0], packed, rows.dtype):
+        # Few tokens on an accelerator: reading the packed weights is most of the work.
+        y = dispatch.packed_product(rows, packed)
+        return y if bias is None else y.add_(bias)
     y = rows.new_empty(rows.shape[0], layer.out_features)
     for first, panel in _panels(layer.matrix, rows.dtype, dense):
         columns = slice(first, first + panel.shape[0])

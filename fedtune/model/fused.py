@@ -209,13 +209,13 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        gate, up, *kept = ctx.saved_tensors
         inside = ctx.inside
         if inside is None:
             raise RuntimeError(
                 "a block's activations were written over by an earlier backward pass"
             )
         ctx.inside = None
+        gate, up, *kept = ctx.saved_tensors
         made = _activated(gate, up, ctx.activation) if inside.misses else None
         inside.restore(kept, made)
         found, _, *pairs = _Products.backward(inside, gradient)  # type: ignore[no-untyped-call]
