@@ -18,7 +18,7 @@ from fedtune.quant.storage import store
 from fedtune.records import ComputeName, Dispatch, FormatName, LoraFactors, MatrixForm
 from fedtune.train.compute import compute_dtype
 from fedtune.train.optimizer import RoundOptimizer
-from fedtune.train.round import _set_checkpointing, mount, unmount
+from fedtune.train.round import mount, set_checkpointing, unmount
 from fedtune.train.step import accumulate
 from fedtune.wire.messages import OptimizerSpec
 
@@ -45,7 +45,7 @@ class DeviceTrainer:
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute each block's activations in the backward pass, or keep them."""
-        _set_checkpointing(self.backbone, on)
+        set_checkpointing(self.backbone, on)
 
     def step(self, batch: Sequence[Sample]) -> float:
         """Train on a batch and give its loss before the step."""
