@@ -13,6 +13,7 @@ is a gradient. Without a CUDA device the table is of the CPU, in float32, at sma
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedtune.kernels import dispatch, reference
+from fedtune.kernels.low_rank import groups_of
 from fedtune.kernels.packed import SUPERBLOCK, Bits, PackedWeights, padded
 
 BUFFERS = 4
@@ -207,6 +209,79 @@ class Bench:
         moved = 2 * x.numel() * x.element_size()
         return Measurement(f"rotate, {_name(dtype)}", seconds, moved, self.seconds([plain]))
 
+    def grouped_low_rank(self, adapters: int, dtype: torch.dtype) -> list[Measurement]:
+        """Adapters of ranks 4 to 32 over equal parts of the tokens, against a loop over them."""
+        size = self.size
+        counts = [size.tokens // adapters] * adapters
+        ranks = [(4, 8, 16, 32)[i % 4] for i in range(adapters)]
+        groups = groups_of(counts, ranks, [1.0] * adapters, self.device)
+        y, x = (self.random(groups.tokens, size.hidden, dtype=dtype) for _ in range(2))
+        a, b = (self.random(groups.rank, size.hidden, dtype=dtype) * 1e-3 for _ in range(2))
+        low = dispatch.grouped_low_rank_(y, x, a, b, groups)
+        parts = list(
+            zip(
+                x.split(counts),
+                y.split(counts),
+                a.split(ranks),
+                [part.t().contiguous().t() for part in b.split(ranks)],
+                [part[:, :rank] for part, rank in zip(low.split(counts), ranks, strict=True)],
+                strict=True,
+            )
+        )
+
+        def loop() -> None:
+            for x_part, y_part, a_part, b_part, _ in parts:
+                y_part.addmm_(x_part @ a_part.t(), b_part)
+
+        def loop_gradient() -> None:
+            for x_part, _, _, _, low_part in parts:
+                low_part.t() @ x_part
+
+        bytes_each = x.numel() * x.element_size()
+        label = f"{adapters} adapters, {groups.tokens} tokens, {_name(dtype)}"
+        return [
+            Measurement(
+                f"grouped low-rank: {label}",
+                self.seconds([partial(dispatch.grouped_low_rank_, y, x, a, b, groups)]),
+                3 * bytes_each + 2 * a.numel() * a.element_size(),
+                self.seconds([loop]),
+            ),
+            Measurement(
+                f"grouped low-rank gradient: {label}",
+                self.seconds([partial(dispatch.grouped_low_rank_gradient, low, x, groups)]),
+                bytes_each + 4 * a.numel(),
+                self.seconds([loop_gradient]),
+            ),
+        ]
+
+    def packed_product(self, bits: Bits, tokens: int, dtype: torch.dtype) -> list[Measurement]:
+        """Against unpacking by our kernel and cuBLAS; bitsandbytes against the same."""
+        matrices = [self.packed(bits) for _ in range(BUFFERS)]
+        x = self.random(tokens, self.size.matrix[1], dtype=dtype)
+        dense = torch.empty(self.size.matrix, dtype=dtype, device=self.device)
+
+        def unpacked(packed: PackedWeights) -> Tensor:
+            return x @ dispatch.dequantise(packed, 0, dense).t()
+
+        plain = self.seconds([partial(unpacked, packed) for packed in matrices])
+        seconds = self.seconds([partial(dispatch.packed_product, x, p) for p in matrices])
+        label = f"{tokens} tokens, {bits} bits, {_name(dtype)}"
+        found = [Measurement(f"packed product: {label}", seconds, matrices[0].bytes, plain)]
+        if bits == 4 and importlib.util.find_spec("bitsandbytes") is not None:
+            import bitsandbytes
+
+            given = [
+                bitsandbytes.functional.quantize_4bit(dense.normal_(), quant_type="nf4")
+                for _ in matrices
+            ]
+            with torch.no_grad():
+                theirs = self.seconds(
+                    [partial(bitsandbytes.matmul_4bit, x, q.t(), state) for q, state in given]
+                )
+            name = f"bitsandbytes NF4: {label}"
+            found.append(Measurement(name, theirs, matrices[0].bytes, plain))
+        return found
+
     def launch_seconds(self) -> float:
         """Time of the CPU for a call whose work on the device is next to none."""
         x, weight = torch.zeros(1, 64, device=self.device), torch.ones(64, device=self.device)
@@ -242,6 +317,12 @@ def measure(bench: Bench, quick: bool) -> list[Measurement]:
     found.append(bench.cross_entropy(dtype))
     found += bench.swiglu(dtype) + bench.rms_norm(dtype)
     found.append(bench.rotate(dtype))
+    for adapters in (1, 16) if quick else (1, 4, 16, 64):
+        found += bench.grouped_low_rank(adapters, dtype)
+    if on_gpu:
+        for tokens in (1, 32) if quick else (1, 4, 16, 32):
+            for bits in (4,) if quick else WIDTHS:
+                found += bench.packed_product(bits, tokens, dtype)
     return found
 
 

@@ -104,15 +104,16 @@ def _anchor_paths(tree: dict[str, object], folder: Path) -> None:
             return str((folder / text).resolve())
         return text
 
-    data, model = tree.get("data"), tree.get("model")
+    data, model, plan = tree.get("data"), tree.get("model"), tree.get("plan")
     if isinstance(data, dict):
         for key in ("train", "test"):
             if key in data:
                 data[key] = anchored(data[key])
         if isinstance(data.get("sites"), dict):
             data["sites"] = {name: anchored(value) for name, value in data["sites"].items()}
-    if isinstance(model, dict) and "path" in model:
-        model["path"] = anchored(model["path"])
+    for section, key in ((model, "path"), (plan, "distortion")):
+        if isinstance(section, dict) and key in section:
+            section[key] = anchored(section[key])
 
 
 def _apply_override(tree: dict[str, object], override: str) -> None:

@@ -200,6 +200,34 @@ class MatrixForm:
 
 
 @dataclass(frozen=True, slots=True)
+class DistortionTable:
+    """What each matrix of a base loses in each form, measured once by whoever holds the base.
+
+    Attributes:
+        errors: matrix name -> sum of squared errors, one per form, after correction; infinite
+            where the matrix cannot have the form (a correction of more than its rank).
+        weighting: what an error counts by: `none`, or the name of the statistics that were used.
+    """
+
+    base_digest: str
+    forms: tuple[MatrixForm, ...]
+    errors: Mapping[str, tuple[float, ...]]
+    weighting: str = "none"
+
+    def __post_init__(self) -> None:
+        _require(bool(self.forms), "a distortion table needs a form")
+        _require(len(set(self.forms)) == len(self.forms), "forms of a distortion table are unique")
+        for name, errors in self.errors.items():
+            _require(
+                len(errors) == len(self.forms),
+                f"{name} has {len(errors)} errors for {len(self.forms)} forms",
+            )
+            _require(
+                all(error >= 0 for error in errors), f"an error of {name} is negative or no number"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class MatrixPlan:
     """What one device does with one matrix.
 

@@ -246,6 +246,13 @@ class DeviceClassSection(Section):
     format: FormatName | None = Field(
         None, description="pin the backbone's format; without this key: planned"
     )
+    correction_rank: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="pin the rank of the frozen pair that repairs each matrix of 4 bits or fewer; "
+        "without this key: planned",
+    )
     micro_batch: int = Field(0, ge=0, description="pin the samples per forward pass; 0: planned")
 
 
@@ -256,6 +263,23 @@ class PlanSection(Section):
         0.0, ge=0, description="longest planned round in seconds; 0: no limit"
     )
     checkpointing: bool = Field(True, description="allow gradient checkpointing to save memory")
+    widths: Literal["mixed", "uniform"] = Field(
+        "mixed",
+        description="`mixed`: memory that a backbone of 4 bits or fewer leaves buys single "
+        "matrices a better form; `uniform`: all matrices of a device alike",
+    )
+    distortion: str = Field(
+        "",
+        description="for `mixed`: a table of what each matrix loses in each form, as `fedtune "
+        "measure` writes it; empty: measured where the base is at hand, as in a simulation",
+    )
+    correction_rank: int = Field(
+        8,
+        ge=0,
+        le=1024,
+        description="for `mixed`: highest rank of the frozen pair that repairs a matrix on its "
+        "device; 0: no pairs",
+    )
 
 
 class AggregateSection(Section):
@@ -290,6 +314,13 @@ class SimulationSection(Section):
     )
     threads: int = Field(0, ge=0, description="torch threads per device; 0: all cores")
     workers: int = Field(1, ge=1, description="for `ray`: devices that train at the same time")
+    devices_per_pass: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="for `inprocess`: devices of like plans that train side by side in one pass; "
+        "changes speed and memory, not the result; 1: one by one",
+    )
     accelerator: Literal["cpu", "cuda"] = Field(
         "cpu", description="where the simulated devices compute; their budgets stay their own"
     )

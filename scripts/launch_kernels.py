@@ -21,9 +21,11 @@ from torch import Tensor
 
 from fedtune.kernels import dispatch
 from fedtune.kernels.driver import RECORD, Launcher
+from fedtune.kernels.low_rank import groups_of
 from fedtune.kernels.packed import SUPERBLOCK, Bits, PackedWeights, padded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDTHS: tuple[Bits, ...] = (2, 3, 4, 8)
 GPU = torch.device("cuda", 0)
 
 
@@ -44,14 +46,18 @@ class Recorder:
 
 def launch_all() -> None:
     for dtype in DTYPES:
-        for bits in (2, 3, 4, 8):
+        for bits in WIDTHS:
             _dequantise(bits, dtype)
         _cross_entropy(dtype)
         _swiglu(dtype)
+        _low_rank_gradient(dtype)
+    for dtype, bits in product(DTYPES[1:], WIDTHS):
+        _packed_product(bits, dtype)
     for dtype, other in product(DTYPES, DTYPES):
         if other in (dtype, torch.float32):
             _rms_norm(dtype, other)
             _rotate(dtype, other)
+            _low_rank(dtype, other)
 
 
 def _numbers(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -62,19 +68,23 @@ def _numbers(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(count + 1, device=GPU).to(dtype)[1:].view(shape)
 
 
+def _packed(bits: Bits, shape: tuple[int, int]) -> PackedWeights:
+    total = padded(shape[0] * shape[1])
+    return PackedWeights(
+        codes=torch.randint(256, (total * bits // 8,), dtype=torch.uint8, device=GPU),
+        scale_codes=torch.randint(256, (total // 32,), dtype=torch.uint8, device=GPU),
+        scale_steps=torch.rand(-(-total // 32 // SUPERBLOCK), device=GPU),
+        scale_offset=torch.tensor(0.1, device=GPU),
+        codebook=torch.rand(1 << bits, device=GPU),
+        bits=bits,
+        block=32,
+        shape=shape,
+    )
+
+
 def _dequantise(bits: Bits, dtype: torch.dtype) -> None:
     for shape in ((1, 1), (37, 1111)):
-        total = padded(shape[0] * shape[1])
-        packed = PackedWeights(
-            codes=torch.randint(256, (total * bits // 8,), dtype=torch.uint8, device=GPU),
-            scale_codes=torch.randint(256, (total // 32,), dtype=torch.uint8, device=GPU),
-            scale_steps=torch.rand(-(-total // 32 // SUPERBLOCK), device=GPU),
-            scale_offset=torch.tensor(0.1, device=GPU),
-            codebook=torch.rand(1 << bits, device=GPU),
-            bits=bits,
-            block=32,
-            shape=shape,
-        )
+        packed = _packed(bits, shape)
         dispatch.dequantise(packed, 0, torch.empty(packed.weights, dtype=dtype, device=GPU))
         dispatch.dequantise(packed, 0, _numbers(packed.weights, dtype=dtype))
 
@@ -105,6 +115,26 @@ def _rotate(dtype: torch.dtype, angle_dtype: torch.dtype) -> None:
         angles = torch.rand(11, head_dim, device=GPU).to(angle_dtype)
         dispatch.rotate_(torch.rand(11, heads, head_dim, device=GPU).to(dtype), angles, angles)
         dispatch.rotate_(_numbers(11, heads, head_dim, dtype=dtype), angles, angles, inverse=True)
+
+
+def _packed_product(bits: Bits, dtype: torch.dtype) -> None:
+    packed = _packed(bits, (37, 512))
+    for tokens in (1, 13, 32):
+        dispatch.packed_product(_numbers(tokens, 512, dtype=dtype), packed)
+
+
+def _low_rank(dtype: torch.dtype, factor_dtype: torch.dtype) -> None:
+    for columns, out in ((40, 24), (301, 205)):
+        groups = groups_of((0, 5, 27, 1), (4, 3, 40, 0), (1.0, 0.5, 2.0, 1.0), GPU)
+        y, x = _numbers(33, out, dtype=dtype), _numbers(33, columns, dtype=dtype)
+        a = _numbers(47, columns, dtype=factor_dtype)
+        dispatch.grouped_low_rank_(y, x, a, _numbers(47, out, dtype=factor_dtype), groups)
+
+
+def _low_rank_gradient(dtype: torch.dtype) -> None:
+    groups = groups_of((0, 5, 27, 1), (4, 3, 40, 0), (1.0, 0.5, 2.0, 1.0), GPU)
+    left = _numbers(33, groups.max_rank, dtype=dtype)
+    dispatch.grouped_low_rank_gradient(left, _numbers(33, 205, dtype=dtype), groups)
 
 
 @contextmanager

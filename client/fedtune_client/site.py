@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
+from fedtune.config import cache_folder
 from fedtune.data.sites import Sites, open_sites
 from fedtune.devices.simulated import simulated_profiles
 from fedtune.records import ComputeName, DeviceProfile
@@ -24,6 +26,7 @@ class SiteSettings:
         shares_backbone: other sites live in this process and use the same base.
         compute: dtype of activations and products; `auto` is measured in this process.
         tune_allocator: whether this process, which is the site's own, may keep freed memory.
+        cache_folder: where what was made of the base is kept between processes; None: nowhere.
     """
 
     profile: DeviceProfile
@@ -36,6 +39,7 @@ class SiteSettings:
     shares_backbone: bool = False
     compute: ComputeName = "auto"
     tune_allocator: bool = True
+    cache_folder: Path | None = None
 
 
 class SiteSource(Protocol):
@@ -78,6 +82,7 @@ class SimulatedFleet:
             # Measured, one seed would give other results on other machines.
             compute="fp32" if config.train.compute == "auto" else config.train.compute,
             tune_allocator=config.train.tune_allocator,
+            cache_folder=cache_folder(),
         )
 
 

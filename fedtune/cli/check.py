@@ -56,6 +56,7 @@ def _as_json(config: RunConfig, found: Inspection) -> dict[str, object]:
             "matrices": {m.name: [m.out_features, m.in_features] for m in shapes.matrices},
             "adapted_parameters": sum(m.parameters for m in shapes.matrices),
             "other_parameters": shapes.other_parameters,
+            "left": list(found.left),
         },
         "sites": [asdict(site) for site in found.sites],
         "labels": list(found.labels),
@@ -102,6 +103,8 @@ def _facts(config: RunConfig, found: Inspection) -> Iterator[str]:
         f"adapted  {len(shapes.matrices)} matrices, {adapted:,} of "
         f"{adapted + shapes.other_parameters:,} parameters, at ranks up to {config.lora.rank_max}"
     )
+    if found.left:
+        yield f"as is    {', '.join(found.left)}"
     classes = (
         f"{section.count} {name} ({section.memory / 1e9:.3g} GB)"
         for name, section in config.fleet.items()

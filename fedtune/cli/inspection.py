@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+from fedtune.config import cache_folder
 from fedtune.data.rows import Row
 from fedtune.data.samples import SampleBuilder, SampleSet, Tokenizer, build_samples, site_labels
 from fedtune.data.sites import Site, open_sites
 from fedtune.devices.simulated import simulated_profiles
 from fedtune.errors import DataError
-from fedtune.model.shapes import read_shapes
+from fedtune.model.shapes import left_matrices, read_shapes
 from fedtune.model.source import resolve_model
 from fedtune.model.tokenizer import load_tokenizer
 from fedtune.records import ModelShapes
@@ -56,7 +57,11 @@ class ShownSample:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """All of it."""
+    """All of it.
+
+    Attributes:
+        left: what of the model holds a matrix and is not adapted; N stands for a block's number.
+    """
 
     folder: Path
     shapes: ModelShapes
@@ -64,6 +69,7 @@ class Inspection:
     labels: tuple[str, ...]
     samples: tuple[ShownSample, ...]
     warnings: tuple[str, ...]
+    left: tuple[str, ...]
 
 
 def inspect_run(config: RunConfig, shown: int) -> Inspection:
@@ -78,7 +84,7 @@ def inspect_run(config: RunConfig, shown: int) -> Inspection:
     """
     sites = open_sites(config.data, devices=config.devices, seed=config.run.seed)
     folder = resolve_model(config.model.path, config.model.revision)
-    shapes = read_shapes(folder, config.lora.targets)
+    shapes = read_shapes(folder, config.lora.targets, cache_folder() / "digests")
     profiles = simulated_profiles(config.fleet, sites.declared, config.run.seed)
     opened = [sites.site(name) for name in sites.names]
     labels = _labels(config, opened)
@@ -99,7 +105,10 @@ def inspect_run(config: RunConfig, shown: int) -> Inspection:
         summaries.append(summary)
     if tokenizer is not None and not any(summary.tokens for summary in summaries):
         raise DataError(f"no site has a sample to train on; {warnings[-1]}")
-    return Inspection(folder, shapes, tuple(summaries), labels, tuple(samples), tuple(warnings))
+    left = left_matrices(folder, shapes.matrices)
+    return Inspection(
+        folder, shapes, tuple(summaries), labels, tuple(samples), tuple(warnings), left
+    )
 
 
 def _labels(config: RunConfig, sites: Sequence[Site]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from fedtune.cli.check import check
 from fedtune.cli.demo import demo
 from fedtune.cli.export import export
 from fedtune.cli.init import init
+from fedtune.cli.measure import measure
 from fedtune.cli.simulate import simulate
 from fedtune.errors import FedtuneError
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command("init")(init)
 app.command("check")(check)
+app.command("measure")(measure)
 app.command("simulate")(simulate)
 app.command("export")(export)
 app.command("demo")(demo)

@@ -55,6 +55,7 @@ _FLEET: Final[Mapping[str, Mapping[str, object]]] = {
 _EXAMPLES: Final[Mapping[str, str]] = {
     "sites": '{ north = "north.jsonl", south = "south.jsonl" }',
     "format": '"nf4"',
+    "correction_rank": "8",
 }
 """Keys whose default is their absence; they stand commented out, with an example."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from fedtune.cli.display import JsonLines, LiveDisplay
-from fedtune.config import load_run_config
+from fedtune.config import cache_folder, load_run_config
 from fedtune.data.sites import open_sites, read_test_rows
 from fedtune.devices.simulated import simulated_profiles
 from fedtune.errors import MissingExtraError, RunError
 from fedtune.model.shapes import read_shapes
 from fedtune.model.source import resolve_model
-from fedtune.records import Event
+from fedtune.records import DistortionTable, Event, MatrixForm, ModelShapes
 from fedtune.settings import RunConfig
 
 
@@ -63,7 +64,7 @@ def simulate_config(
     sites = open_sites(config.data, devices=config.devices, seed=config.run.seed)
     simulated_profiles(config.fleet, sites.declared, config.run.seed)  # refuses before a run starts
     model = resolve_model(config.model.path, config.model.revision)
-    shapes = read_shapes(model, config.lora.targets)
+    shapes = read_shapes(model, config.lora.targets, cache_folder() / "digests")
     folder: Path = _app("simulation")(
         config,
         _client_app(config),
@@ -73,8 +74,22 @@ def simulate_config(
         finish=lambda run_folder, emit: _finish(config, run_folder, emit),
         overwrite=overwrite,
         warnings=sites.warnings,
+        measure=partial(_measure, model, shapes),
+        together=_app("side_by_side")(config),
     )
     return folder
+
+
+def _measure(
+    model: Path, shapes: ModelShapes, forms: Sequence[MatrixForm], emit: Callable[[Event], None]
+) -> DistortionTable:
+    """What each matrix of the base loses in each form; tells of its progress by events."""
+    from fedtune.importance.distortion import base_distortion
+
+    def progress(done: int, of: int) -> None:
+        emit(Event("distortion_progress", {"matrices": done, "of": of}))
+
+    return base_distortion(model, shapes, forms, cache_folder() / "distortion", progress)
 
 
 def _finish(config: RunConfig, folder: Path, emit: Callable[[Event], None]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import KernelError
-from fedtune.kernels import launches, low_rank, reference
+from fedtune.kernels import launches, low_rank, reference, unpack
 from fedtune.kernels import packed_product as packed_products
 from fedtune.kernels.driver import Driver, Launcher
 from fedtune.kernels.low_rank import Groups
@@ -30,7 +30,7 @@ def dequantise(packed: PackedWeights, first: int, out: Tensor) -> Tensor:
     """See `reference.dequantise`."""
     launcher = launcher_of(out)
     if launcher is None:
-        return reference.dequantise(packed, first, out)
+        return unpack.dequantise(packed, first, out)
     return launches.dequantise(launcher, packed, first, out)
 
 

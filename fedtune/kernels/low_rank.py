@@ -121,9 +121,13 @@ def grouped_low_rank_(
     low = x.new_zeros(x.shape[0], groups.max_rank)
     a, b = a.to(x.dtype), b.to(x.dtype)
     for run in _runs(groups):
-        part = torch.bmm(run.tokens_of(x), run.factors_of(a).transpose(1, 2))
+        if run.groups == 1:  # a batch of one costs several times the product
+            part = x[run.tokens] @ a[run.factors].t()
+            y[run.tokens].addmm_(part, b[run.factors], alpha=run.scale)
+        else:
+            part = torch.bmm(run.tokens_of(x), run.factors_of(a).transpose(1, 2))
+            run.tokens_of(y).baddbmm_(part, run.factors_of(b), alpha=run.scale)
         low[run.tokens, : run.rank] = part.view(-1, run.rank)
-        run.tokens_of(y).baddbmm_(part, run.factors_of(b), alpha=run.scale)
     return low
 
 
@@ -138,9 +142,13 @@ def grouped_low_rank_gradient(
     """
     out = torch.zeros(groups.rank, right.shape[1], dtype=torch.float32, device=right.device)
     for run in _runs(groups):
-        rows = left[run.tokens, : run.rank].contiguous().view(run.groups, -1, run.rank)
-        part = torch.bmm(rows.transpose(1, 2), run.tokens_of(right))
-        out[run.factors] = part.float().mul_(run.scale).view(-1, right.shape[1])
+        rows = left[run.tokens, : run.rank].contiguous()
+        if run.groups == 1:
+            part = rows.t() @ right[run.tokens]
+        else:
+            rows = rows.view(run.groups, -1, run.rank)
+            part = torch.bmm(rows.transpose(1, 2), run.tokens_of(right)).flatten(0, 1)
+        torch.mul(part, run.scale, out=out[run.factors])
     return out
 
 
@@ -148,8 +156,9 @@ def grouped_low_rank_gradient(
 class _Run:
     """Neighbouring adapters of one rank, one scale and one number of tokens: a batched product.
 
-    An adapter alone is a run of one, and torch's batched products treat every member alike, so a
-    run gives an adapter the bits that it gets alone.
+    torch's batched product gives each member the bits of a product of its own, so an adapter gets
+    what it gets alone, as long as rows start at multiples of 64 bytes: elsewhere the CPU's library
+    may sum in another order.
     """
 
     groups: int

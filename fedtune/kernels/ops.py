@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fedtune.kernels import dispatch
+from fedtune.kernels.low_rank import groups_of
 from fedtune.kernels.packed import Bits, PackedWeights
 
 
@@ -181,3 +182,106 @@ def _cross_entropy_gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Ten
 swiglu.register_autograd(_swiglu_gradients, setup_context=_keep_swiglu)
 rms_norm.register_autograd(_rms_norm_gradients, setup_context=_keep_rms_norm)
 cross_entropy.register_autograd(_cross_entropy_gradients, setup_context=_keep_cross_entropy)
+
+
+@custom_op("fedtune::packed_product", mutates_args=())
+def packed_product(
+    x: Tensor,
+    codes: Tensor,
+    scale_codes: Tensor,
+    scale_steps: Tensor,
+    scale_offset: Tensor,
+    codebook: Tensor,
+    bits: int,
+    block: int,
+    rows: int,
+) -> Tensor:
+    """x W^T of packed weights; the fields are those of PackedWeights. Not differentiable."""
+    packed = PackedWeights(
+        codes=codes,
+        scale_codes=scale_codes,
+        scale_steps=scale_steps,
+        scale_offset=scale_offset,
+        codebook=codebook,
+        bits=cast(Bits, bits),
+        block=block,
+        shape=(rows, x.shape[1]),
+    )
+    return dispatch.packed_product(x, packed)
+
+
+@packed_product.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale_codes: Tensor,
+    scale_steps: Tensor,
+    scale_offset: Tensor,
+    codebook: Tensor,
+    bits: int,
+    block: int,
+    rows: int,
+) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+@custom_op("fedtune::grouped_low_rank", mutates_args=())
+def grouped_low_rank(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    token_counts: list[int],
+    ranks: list[int],
+    scales: list[float],
+) -> tuple[Tensor, Tensor]:
+    """y plus every adapter's product, and x A^T; see `low_rank.grouped_low_rank_`."""
+    groups, result = groups_of(token_counts, ranks, scales, x.device), y.clone()
+    return result, dispatch.grouped_low_rank_(result, x, a, b, groups)
+
+
+@grouped_low_rank.register_fake
+def _(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    token_counts: list[int],
+    ranks: list[int],
+    scales: list[float],
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y), x.new_empty(x.shape[0], max(ranks, default=0))
+
+
+@custom_op("fedtune::grouped_low_rank_gradient", mutates_args=())
+def grouped_low_rank_gradient(
+    left: Tensor, right: Tensor, token_counts: list[int], ranks: list[int], scales: list[float]
+) -> Tensor:
+    """See `low_rank.grouped_low_rank_gradient`."""
+    groups = groups_of(token_counts, ranks, scales, right.device)
+    return dispatch.grouped_low_rank_gradient(left, right, groups)
+
+
+@grouped_low_rank_gradient.register_fake
+def _(
+    left: Tensor, right: Tensor, token_counts: list[int], ranks: list[int], scales: list[float]
+) -> Tensor:
+    return right.new_empty(sum(ranks), right.shape[1], dtype=torch.float32)
+
+
+def _keep_grouped(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, x, a, b, *ctx.form = inputs
+    ctx.save_for_backward(x, a, b, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _grouped_gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, a, b, low = ctx.saved_tensors
+    gradient = gradient.contiguous()
+    grad_x, grad_low = grouped_low_rank(torch.zeros_like(x), gradient, b, a, *ctx.form)
+    grad_a = grouped_low_rank_gradient(grad_low, x, *ctx.form).to(a.dtype)
+    grad_b = grouped_low_rank_gradient(low, gradient, *ctx.form).to(b.dtype)
+    return gradient, grad_x, grad_a, grad_b, None, None, None
+
+
+grouped_low_rank.register_autograd(_grouped_gradients, setup_context=_keep_grouped)

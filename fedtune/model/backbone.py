@@ -22,12 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.errors import ModelError
-from fedtune.lora.linear import AdaptedLinear
+from fedtune.lora.linear import AdaptedLinear, Correction
+from fedtune.model.blocks import fuse
 from fedtune.model.load import dense_shapes, load_base, module_path, tensor_names
+from fedtune.model.packed_cache import Finished, PackedCache
 from fedtune.model.precision import compute_in
 from fedtune.model.replace import coverage, linear_at, oriented
+from fedtune.model.source import base_digest
 from fedtune.model.stream import BaseTensors, Skeleton, put, stream_base
-from fedtune.quant.storage import StoredMatrix, store
+from fedtune.quant.correction import Pair, store_corrected
+from fedtune.quant.dense import DTYPES
+from fedtune.quant.storage import StoredMatrix
 from fedtune.records import MatrixForm, TaskName
 
 if TYPE_CHECKING:
@@ -61,7 +66,7 @@ class Backbone:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of all matrices in their formats."""
+        """Bytes of all matrices in their forms, without correction pairs."""
         return sum(layer.matrix.bytes for layer in self.layers.values())
 
 
@@ -74,6 +79,7 @@ class BackboneShelf:
         keep_base: keep what backbones share (embeddings, norms, biases), so that another set of
             forms brings only its matrices; a device of its own, which uses one, does not need it.
         compute: dtype of activations and products.
+        packed: where finished matrices are kept between processes; None: nowhere.
     """
 
     def __init__(
@@ -82,9 +88,10 @@ class BackboneShelf:
         torch_device: torch.device,
         keep_base: bool,
         compute: torch.dtype = torch.float32,
+        packed: PackedCache | None = None,
     ) -> None:
         self._folder, self._device, self._keep_base = folder, torch_device, keep_base
-        self._compute = compute
+        self._compute, self._packed = compute, packed
         self._tensors: BaseTensors | None = None
         self._skeletons: dict[tuple[object, ...], Skeleton] = {}
         self._backbones: dict[tuple[object, ...], Backbone] = {}
@@ -111,7 +118,11 @@ class BackboneShelf:
                 backbone = self._build(skeleton, forms)
                 if self._compute != torch.float32:
                     heads = dense_shapes(self._folder, task, tensor_names(self._folder))
+                    for name in heads:
+                        head = backbone.parameter(name)
+                        head.data = head.data.float()
                     compute_in(backbone.model, self._compute, trained_whole=heads)
+                fuse(backbone.model)
                 self._backbones[key] = backbone
             return self._backbones[key]
 
@@ -121,11 +132,11 @@ class BackboneShelf:
         """The base without the matrices in `forms`, for the caller to change."""
         key = (task, labels)
         skeleton = self._skeletons.get(key)
-        if skeleton is None:
+        if skeleton is None or not forms.keys() <= skeleton.places.keys():
             self._tensors = self._tensors or BaseTensors(self._folder)
-            skeleton = stream_base(self._folder, self._tensors, task, labels, forms)
+            skeleton = stream_base(self._folder, self._tensors, task, labels, forms, self._compute)
             if skeleton.lost:
-                skeleton = self._whole(skeleton, task, labels)
+                return self._whole(skeleton, task, labels)
             if self._keep_base:
                 self._skeletons[key] = skeleton
         return _sharing_copy(skeleton) if self._keep_base else skeleton
@@ -139,6 +150,7 @@ class BackboneShelf:
             type(streamed.model).__name__,
             streamed.lost[0],
         )
+        # Never kept: a backbone may cast its parameters, and the next needs them as they were.
         return Skeleton(load_base(self._folder, task, labels), {}, ())
 
     def _build(self, skeleton: Skeleton, forms: Mapping[str, MatrixForm]) -> Backbone:
@@ -151,15 +163,18 @@ class BackboneShelf:
         def weight(name: str) -> Tensor:
             """The matrix (out, in), from the model where it is there and else from the file."""
             module = modules[name]
-            if name not in skeleton.places:
-                return oriented(module.get_parameter("weight"), module)
-            return oriented(tensors.read(f"{name}.weight"), module)
+            in_file = name in skeleton.places
+            held = tensors.read(f"{name}.weight") if in_file else module.get_parameter("weight")
+            return oriented(held.to(self._device), module)
 
         layers: dict[str, AdaptedLinear] = {}
         held = self._held(forms, weight)
+        matrices = dict(held.matrices)
         for name, path in paths.items():
             bias = dict(modules[name].named_parameters()).get("bias")
-            adapted = AdaptedLinear(held.pop(name), bias).eval()
+            adapted = AdaptedLinear(matrices.pop(name), bias).eval()
+            if pair := held.pairs.get(name):
+                adapted.correction = Correction(pair.a.to(self._device), pair.b.to(self._device))
             model.set_submodule(path, adapted)
             layers[name] = adapted
         for name in skeleton.places.keys() - forms.keys():
@@ -170,11 +185,39 @@ class BackboneShelf:
         _log.info("%s: %s", type(model).__name__, coverage(model))
         return Backbone(model, layers, threading.Lock())
 
-    def _held(
-        self, forms: Mapping[str, MatrixForm], weight: Callable[[str], Tensor]
-    ) -> dict[str, StoredMatrix]:
-        """Every matrix in its form, made one by one."""
-        return {name: store(weight(name), form).to(self._device) for name, form in forms.items()}
+    def _held(self, forms: Mapping[str, MatrixForm], weight: Callable[[str], Tensor]) -> Finished:
+        """Every matrix in its form: as an earlier process left it, or made one by one.
+
+        They are made on the device where they stay: a GPU quantises many times faster.
+        """
+        # Floats are as near in the base's own files.
+        packed = {name: form for name, form in forms.items() if form.format not in DTYPES}
+        found: Finished | None = None
+        if self._packed is not None and packed:
+            digest = base_digest(self._folder)
+            found = self._packed.read(digest, packed)
+            if found is None:
+                found = _finish(packed, weight)
+                self._packed.write(digest, packed, found)
+        kept = found or Finished({})
+        rest = {name: form for name, form in forms.items() if name not in kept.matrices}
+        made = _finish(rest, weight)
+        matrices = {**kept.matrices, **made.matrices}
+        return Finished(
+            {name: matrix.to(self._device) for name, matrix in matrices.items()},
+            {**kept.pairs, **made.pairs},
+        )
+
+
+def _finish(forms: Mapping[str, MatrixForm], weight: Callable[[str], Tensor]) -> Finished:
+    """Every matrix in its form, and the pairs that those with a correction rank have."""
+    matrices: dict[str, StoredMatrix] = {}
+    pairs: dict[str, Pair] = {}
+    for name, form in forms.items():
+        matrices[name], pair = store_corrected(weight(name), form)
+        if pair is not None:
+            pairs[name] = pair
+    return Finished(matrices, pairs)
 
 
 def _sharing_copy(skeleton: Skeleton) -> Skeleton:

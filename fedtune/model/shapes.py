@@ -32,6 +32,7 @@ _FLOATING: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _BLOCK: Final = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 _NOT_LINEAR: Final = re.compile(r"norm|(^|\.)ln|embed|(^|\.)w[tp]e\.|relative_attention_bias", re.I)
 
+_INDEX: Final = re.compile(r"(?<=\.)\d+(?=\.)")
 _EXPERT: Final = re.compile(r"\bexperts\.\d+\.")
 _ROUTER: Final = re.compile(r"(^|\.)(gate|router)$")
 """What chooses between experts; it is no linear layer in transformers."""
@@ -65,22 +66,25 @@ class TensorEntry:
         return math.prod(self.shape)
 
 
-def read_shapes(folder: Path, targets: tuple[str, ...]) -> ModelShapes:
+def read_shapes(
+    folder: Path, targets: tuple[str, ...], remembered: Path | None = None
+) -> ModelShapes:
     """Which matrices can be adapted, and the sizes that a plan's cost depends on.
 
     Args:
         folder: a base model in Hugging Face form.
         targets: `all-linear` for every weight matrix inside the transformer blocks that is
             neither norm nor embedding; or ends of such matrices' names, such as `q_proj`.
+        remembered: folder for digests of large bases; see `base_digest`.
 
     Raises:
-        ModelError: the folder cannot be read, its architecture is not supported, or a target
-            matches nothing.
+        ModelError: the folder cannot be read, a target matches nothing, or matches matrices that
+            cannot be adapted.
     """
     config = read_json(folder / "config.json")
     _check_supported(folder, config)
     tensors = read_headers(folder)
-    linear = _linear_matrices(tensors, config.get("model_type") in _TRANSPOSED_TYPES)
+    linear = _linear_matrices(tensors, config)
     if not linear:
         raise ModelError(
             f"model folder {folder} has no weight matrices in numbered blocks (layers.N., "
@@ -93,7 +97,7 @@ def read_shapes(folder: Path, targets: tuple[str, ...]) -> ModelShapes:
     parameters = sum(t.elements for t in tensors.values() if t.dtype in _FLOATING)
     largest = max(max(m.out_features, m.in_features) for m in linear)
     return ModelShapes(
-        digest=base_digest(folder),
+        digest=base_digest(folder, remembered),
         model_type=str(config.get("model_type", "unknown")),
         hidden_size=_number(folder, sizes, _HIDDEN),
         intermediate_size=_number(folder, sizes, _INTERMEDIATE, default=largest),
@@ -103,6 +107,33 @@ def read_shapes(folder: Path, targets: tuple[str, ...]) -> ModelShapes:
         matrices=matrices,
         other_parameters=parameters - sum(m.parameters for m in matrices),
     )
+
+
+def linear_matrices(folder: Path) -> dict[str, MatrixShape]:
+    """Every weight matrix inside the transformer blocks, by name, be it adapted or not.
+
+    Raises:
+        ModelError: the folder cannot be read.
+    """
+    found = _linear_matrices(read_headers(folder), read_json(folder / "config.json"))
+    return {matrix.name: matrix for matrix in found}
+
+
+def left_matrices(folder: Path, adapted: Iterable[MatrixShape]) -> tuple[str, ...]:
+    """Names of the other tensors of two or more dimensions, such as embeddings.
+
+    The number of a block is written N, so that each kind is named once.
+
+    Raises:
+        ModelError: the folder cannot be read.
+    """
+    names = {matrix.name for matrix in adapted}
+    left = {
+        name.removesuffix(".weight")
+        for name, tensor in read_headers(folder).items()
+        if len(tensor.shape) >= 2 and tensor.dtype in _FLOATING
+    }
+    return tuple(sorted({_INDEX.sub("N", name) for name in left - names}))
 
 
 def read_headers(folder: Path) -> dict[str, TensorEntry]:
@@ -177,8 +208,9 @@ def _check_supported(folder: Path, config: Mapping[str, object]) -> None:
 
 
 def _linear_matrices(
-    tensors: Mapping[str, TensorEntry], transposed: bool
+    tensors: Mapping[str, TensorEntry], config: Mapping[str, object]
 ) -> tuple[MatrixShape, ...]:
+    transposed = config.get("model_type") in _TRANSPOSED_TYPES
     matrices = []
     for name, tensor in tensors.items():
         block = _BLOCK.search(name)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
+import tempfile
+import time
 from pathlib import Path
 from typing import Final
 
@@ -18,10 +22,15 @@ _CHUNK_BYTES: Final = 1 << 20
 _MAX_JSON_BYTES: Final = 64 << 20
 """Far above any config or index in use (the largest index, of 10^5 tensors, has 10 MB)."""
 
+_HEX_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_FileState = tuple[str, int, int]
+_FileState = tuple[str, int, int, int, int]
 _digests: dict[tuple[_FileState, ...], str] = {}
-"""Digests by (path, size in bytes, time of change in ns) of every file; for this process only."""
+"""Digests by the state of every file (see `_file_state`); for this process only."""
+_REMEMBERED_BYTES: Final = 256 << 20
+"""Smaller bases are hashed in well under a second; chosen."""
+_SETTLED_S: Final = 2.0
+"""A file may change twice within one tick of its file system's clock (FAT: 2 s)."""
 
 
 def resolve_model(path: str, revision: str = "main") -> Path:
@@ -79,8 +88,17 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     raise ModelError(f"model folder {folder} has no *.safetensors file with the weights")
 
 
-def base_digest(folder: Path) -> str:
+def base_digest(folder: Path, remembered: Path | None = None) -> str:
     """Hex sha256 over config.json and every weight file: name, size and content, streamed.
+
+    A file is hashed once as long as its size, its place on disk and its times of change stay what
+    they were: within a process always, and between processes where `remembered` is given. A
+    program can set a file's time of modification but not, on Unix, that of its last change of any
+    kind, so a file that was replaced or written to is hashed again. Only who can already change
+    the remembered digests, or the clock, gets past that.
+
+    Args:
+        remembered: folder for digests of large bases; it is as private as the base itself.
 
     Raises:
         ModelError: the folder lacks a file or one cannot be read.
@@ -89,7 +107,7 @@ def base_digest(folder: Path) -> str:
     try:
         state = tuple(_file_state(file) for file in files)
         if state not in _digests:
-            _digests[state] = _hash_files(files)
+            _digests[state] = _recall(files, state, remembered)
     except OSError as error:
         raise ModelError(f"model folder {folder} cannot be read ({error.strerror})") from None
     return _digests[state]
@@ -129,8 +147,37 @@ def _shards(folder: Path) -> tuple[Path, ...]:
 
 
 def _file_state(file: Path) -> _FileState:
+    """Path, bytes, inode, and when content and anything else last changed, in ns."""
     stat = file.stat()
-    return str(file.resolve()), stat.st_size, stat.st_mtime_ns
+    return str(file.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _recall(files: tuple[Path, ...], state: tuple[_FileState, ...], remembered: Path | None) -> str:
+    """The digest that was remembered for this state, or a new one, remembered from now on."""
+    if remembered is None or sum(size for _, size, *_ in state) < _REMEMBERED_BYTES:
+        return _hash_files(files)
+    note = remembered / hashlib.sha256(json.dumps(state).encode()).hexdigest()
+    with contextlib.suppress(OSError, ValueError):
+        found = note.read_text(encoding="ascii")
+        if _HEX_DIGEST.fullmatch(found):
+            return found
+    started = time.time()
+    digest = _hash_files(files)
+    newest = max(max(mtime, ctime) for *_, mtime, ctime in state)
+    unchanged = state == tuple(_file_state(file) for file in files)
+    if unchanged and started - newest / 1e9 > _SETTLED_S:
+        with contextlib.suppress(OSError):
+            _write_whole(note, digest)
+    return digest
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w", encoding="ascii") as stream:
+        stream.write(text)
+    Path(name).replace(path)
 
 
 def _hash_files(files: tuple[Path, ...]) -> str:

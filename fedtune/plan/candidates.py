@@ -8,6 +8,7 @@ from functools import partial
 
 from fedtune.plan.cost import (
     Load,
+    correction_elements,
     peak_bytes,
     step_seconds,
     transfer_seconds,
@@ -17,10 +18,20 @@ from fedtune.plan.ladder import Ladder
 from fedtune.plan.settings import Pins, PlanSettings
 from fedtune.records import (
     BACKBONE_FORMATS,
+    BLOCK_BITS,
+    DEFAULT_BLOCK,
     DeviceProfile,
+    DistortionTable,
     FormatName,
+    MatrixForm,
     ModelShapes,
 )
+
+LOSSY_FORMATS: frozenset[FormatName] = frozenset(
+    name for name, bits in BLOCK_BITS.items() if bits <= 4
+)
+"""Formats that lose enough for single matrices to be worth more bits, or a pair that repairs them:
+4 bits lose 9 % of a matrix, 8 bits half a per cent."""
 
 TRANSFER_SHARE = 0.25
 """Share of `round_seconds` that both transfers may take. Chosen: steps teach the model, transfers
@@ -29,18 +40,29 @@ do not, and a message four times as long buys little more rank than one."""
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One device's planning problem."""
+    """One device's planning problem.
+
+    Attributes:
+        distortion: what each matrix loses in each form; None where nobody has measured it.
+    """
 
     profile: DeviceProfile
     shapes: ModelShapes
     settings: PlanSettings
     pins: Pins
     ladder: Ladder
+    distortion: DistortionTable | None = None
 
     def formats(self) -> tuple[FormatName, ...]:
         """Formats to try, best first."""
         wanted = BACKBONE_FORMATS if self.pins.format is None else (self.pins.format,)
         return tuple(name for name in wanted if name in self.profile.formats)
+
+    def form(self, format_name: FormatName) -> MatrixForm:
+        """How a matrix is held when all have the same format."""
+        block = DEFAULT_BLOCK if format_name in BLOCK_BITS else 0
+        repaired = format_name in LOSSY_FORMATS
+        return MatrixForm(format_name, block, self.pins.correction_rank or 0 if repaired else 0)
 
     def micro_batches(self) -> tuple[int, ...]:
         """Sizes to try, largest first: powers of two that divide the batch size."""
@@ -52,14 +74,18 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How a device computes, before ranks are granted."""
+    """How a device computes, before ranks are granted: all matrices in one form."""
 
-    format: FormatName
+    form: MatrixForm
     micro_batch: int
     checkpointing: bool
 
-    def formats(self, shapes: ModelShapes) -> dict[str, FormatName]:
-        return {matrix.name: self.format for matrix in shapes.matrices}
+    @property
+    def format(self) -> FormatName:
+        return self.form.format
+
+    def forms(self, shapes: ModelShapes) -> dict[str, MatrixForm]:
+        return {matrix.name: self.form for matrix in shapes.matrices}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +108,7 @@ def options(task: Task, format_name: FormatName) -> Iterator[Option]:
     """Ways to compute in one format, fastest first: checkpointing costs a third of the work."""
     for checkpointing in (False, True) if task.settings.checkpointing else (False,):
         for micro_batch in task.micro_batches():
-            yield Option(format_name, micro_batch, checkpointing)
+            yield Option(task.form(format_name), micro_batch, checkpointing)
 
 
 def shortest(task: Task) -> int:
@@ -95,9 +121,20 @@ def smallest_tail(task: Task) -> int:
     return task.settings.tail_max if task.settings.whole_tail else 0
 
 
-def load_of(task: Task, option: Option, length: int, tail: int = 0) -> Load:
-    """What the device computes with the first `length` rungs and a tail."""
+def load_of(
+    task: Task,
+    option: Option,
+    length: int,
+    tail: int = 0,
+    forms: Mapping[str, MatrixForm] | None = None,
+) -> Load:
+    """What the device computes with the first `length` rungs and a tail.
+
+    Args:
+        forms: of each matrix; None takes the option's.
+    """
     tail_ranks, tail_elements = _tail_sums(task, length, tail)
+    forms = option.forms(task.shapes) if forms is None else forms
     return Load(
         micro_batch=option.micro_batch,
         sequence_length=task.settings.sequence_length,
@@ -107,6 +144,9 @@ def load_of(task: Task, option: Option, length: int, tail: int = 0) -> Load:
         trained_ranks=length,
         tail_elements=tail_elements,
         tail_ranks=tail_ranks,
+        correction_elements=sum(
+            correction_elements(matrix, forms[matrix.name]) for matrix in task.shapes.matrices
+        ),
         dense_parameters=task.settings.dense_parameters,
         task=task.settings.task,
         eager_attention=task.settings.eager_attention,
@@ -130,11 +170,22 @@ def tail_ranks(task: Task, ranks: Mapping[str, int], tail: int) -> dict[str, int
     return found
 
 
-def refusal(task: Task, option: Option, length: int, tail: int = 0) -> str:
-    """Which limit refuses the first `length` rungs with a tail; empty if none does."""
-    settings, formats = task.settings, option.formats(task.shapes)
-    load = load_of(task, option, length, tail)
-    if peak_bytes(task.shapes, formats, load).total > task.profile.budget_bytes:
+def refusal(
+    task: Task,
+    option: Option,
+    length: int,
+    tail: int = 0,
+    forms: Mapping[str, MatrixForm] | None = None,
+) -> str:
+    """Which limit refuses the first `length` rungs with a tail; empty if none does.
+
+    Args:
+        forms: of each matrix; None takes the option's.
+    """
+    settings = task.settings
+    forms = option.forms(task.shapes) if forms is None else forms
+    load = load_of(task, option, length, tail, forms)
+    if peak_bytes(task.shapes, forms, load).total > task.profile.budget_bytes:
         return "memory"
     most = task.pins.upload_bytes
     if most and upload_bytes(load, settings.wire_itemsize) > most:
@@ -143,7 +194,7 @@ def refusal(task: Task, option: Option, length: int, tail: int = 0) -> str:
         transfer = transfer_seconds(task.profile, load, settings.wire_itemsize)
         if transfer > TRANSFER_SHARE * settings.round_seconds:
             return "upload time"
-        step = step_seconds(task.profile, task.shapes, formats, load, settings.batch_size)
+        step = step_seconds(task.profile, task.shapes, forms, load, settings.batch_size)
         if transfer + step > settings.round_seconds:
             return "round time"
     return ""

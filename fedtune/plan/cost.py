@@ -17,6 +17,7 @@ from fedtune.records import (
     DEFAULT_BLOCK,
     DeviceProfile,
     FormatName,
+    MatrixForm,
     MatrixShape,
     ModelShapes,
     TaskName,
@@ -31,6 +32,10 @@ PANEL_ROWS = 256
 """Rows that a product unpacks at a time on a CPU (`fedtune.quant.panels`)."""
 UNPACK_CHUNK = 1 << 19
 """Weights whose indices are held at once while they are unpacked (`fedtune.kernels.unpack`)."""
+CORRECTION_ITEMSIZE = 2
+"""Bytes of one number of a frozen pair, which is held in float16."""
+CORRECTION_BYTES = CORRECTION_ITEMSIZE + FLOAT_BYTES
+"""The same with the copy in float32 that stands beside the layer's other factors."""
 TRAINED_COPIES = 4
 """Value, gradient and the two moments of AdamW."""
 
@@ -48,6 +53,7 @@ class Load:
         trained_ranks: sum of ranks.
         tail_elements: as `trained_elements`, of the frozen tail.
         tail_ranks: as `trained_ranks`, of the frozen tail.
+        correction_elements: as `trained_elements`, of the pairs that repair the forms' errors.
         dense_parameters: parameters that are trained whole.
         whole_matrices: a product unpacks a whole matrix, as on an accelerator, not a panel of it.
     """
@@ -60,6 +66,7 @@ class Load:
     trained_ranks: int = 0
     tail_elements: int = 0
     tail_ranks: int = 0
+    correction_elements: int = 0
     dense_parameters: int = 0
     task: TaskName = "causal-lm"
     eager_attention: bool = False
@@ -77,6 +84,7 @@ class PeakBytes:
 
     Attributes:
         backbone: packed matrices.
+        correction: frozen pairs that repair what the packed matrices lost.
         other: embeddings, norms and biases.
         adapter: trained factors with gradients and optimiser state, and the frozen tail.
         activations: what the forward pass keeps for the backward pass.
@@ -85,6 +93,7 @@ class PeakBytes:
     """
 
     backbone: int
+    correction: int
     other: int
     adapter: int
     activations: int
@@ -134,9 +143,29 @@ def matrix_bytes(matrix: MatrixShape, format_name: FormatName, block_size: int =
             return row * BLOCK_BITS[format_name] // 8 + scales
 
 
-def backbone_bytes(shapes: ModelShapes, formats: Mapping[str, FormatName]) -> int:
-    """Bytes of all packed matrices; `formats` has one format per matrix name."""
-    return sum(matrix_bytes(matrix, formats[matrix.name]) for matrix in shapes.matrices)
+def backbone_bytes(shapes: ModelShapes, forms: Mapping[str, MatrixForm]) -> int:
+    """Bytes of all packed matrices; `forms` has one form per matrix name."""
+    return sum(form_bytes(matrix, forms[matrix.name]) for matrix in shapes.matrices)
+
+
+def form_bytes(matrix: MatrixShape, form: MatrixForm) -> int:
+    """Bytes of one packed matrix, without the pair that repairs it."""
+    return matrix_bytes(matrix, form.format, form.block_size)
+
+
+def correction_rank(matrix: MatrixShape, form: MatrixForm) -> int:
+    """Rank of the pair that repairs a matrix; no more than the matrix can have."""
+    return min(form.correction_rank, matrix.out_features, matrix.in_features)
+
+
+def correction_elements(matrix: MatrixShape, form: MatrixForm) -> int:
+    """Numbers in the pair that repairs a matrix."""
+    return correction_rank(matrix, form) * (matrix.out_features + matrix.in_features)
+
+
+def pair_bytes(matrix: MatrixShape, form: MatrixForm) -> int:
+    """Bytes of the pair that repairs a matrix."""
+    return CORRECTION_BYTES * correction_elements(matrix, form)
 
 
 def other_bytes(shapes: ModelShapes) -> int:
@@ -216,7 +245,7 @@ def block_gradient_bytes(shapes: ModelShapes, load: Load) -> int:
 
 
 def workspace_bytes(
-    shapes: ModelShapes, formats: Mapping[str, FormatName], whole_matrices: bool = False
+    shapes: ModelShapes, forms: Mapping[str, MatrixForm], whole_matrices: bool = False
 ) -> int:
     """Bytes of the largest panel that a product unpacks, as float32, with its indices.
 
@@ -225,7 +254,7 @@ def workspace_bytes(
     """
     largest = 0
     for matrix in shapes.matrices:
-        format_name = formats[matrix.name]
+        format_name = forms[matrix.name].format
         if format_name == "fp32":
             continue
         rows = matrix.out_features
@@ -238,15 +267,16 @@ def workspace_bytes(
     return largest
 
 
-def peak_bytes(shapes: ModelShapes, formats: Mapping[str, FormatName], load: Load) -> PeakBytes:
+def peak_bytes(shapes: ModelShapes, forms: Mapping[str, MatrixForm], load: Load) -> PeakBytes:
     """The peak of a training process beyond what it uses when idle, part by part."""
     return PeakBytes(
-        backbone=backbone_bytes(shapes, formats),
+        backbone=backbone_bytes(shapes, forms),
+        correction=CORRECTION_BYTES * load.correction_elements,
         other=other_bytes(shapes),
         adapter=adapter_bytes(load),
         activations=activation_bytes(shapes, load),
         transient=transient_bytes(shapes, load),
-        workspace=workspace_bytes(shapes, formats, load.whole_matrices),
+        workspace=workspace_bytes(shapes, forms, load.whole_matrices),
     )
 
 
@@ -270,13 +300,14 @@ def step_flops(shapes: ModelShapes, load: Load, batch_size: int) -> float:
     head = 0.0
     if load.task == "causal-lm":
         head = 2.0 * tokens * shapes.hidden_size * shapes.vocabulary
-    adapters = tokens * (6.0 * load.trained_elements + 4.0 * load.tail_elements)
+    frozen = load.tail_elements + load.correction_elements
+    adapters = tokens * (6.0 * load.trained_elements + 4.0 * frozen)
     recomputed = through if load.checkpointing else 0.0
     return forward + through + attention + recomputed + 2 * head + adapters
 
 
 def moved_bytes(
-    shapes: ModelShapes, formats: Mapping[str, FormatName], load: Load, batch_size: int
+    shapes: ModelShapes, forms: Mapping[str, MatrixForm], load: Load, batch_size: int
 ) -> float:
     """Bytes of weights that one optimiser step moves through memory.
 
@@ -287,9 +318,9 @@ def moved_bytes(
     passes = 3 if load.checkpointing else 2
     total = 0.0
     for matrix in shapes.matrices:
-        format_name = formats[matrix.name]
-        unpacked = 0 if format_name == "fp32" else 2 * FLOAT_BYTES * matrix.parameters
-        once = matrix_bytes(matrix, format_name) + unpacked
+        form = forms[matrix.name]
+        unpacked = 0 if form.format == "fp32" else 2 * FLOAT_BYTES * matrix.parameters
+        once = form_bytes(matrix, form) + unpacked
         total += once * (passes if matrix.layer >= load.first_trained_layer else 1)
     return total * (batch_size / load.micro_batch)
 
@@ -297,7 +328,7 @@ def moved_bytes(
 def step_seconds(
     profile: DeviceProfile,
     shapes: ModelShapes,
-    formats: Mapping[str, FormatName],
+    forms: Mapping[str, MatrixForm],
     load: Load,
     batch_size: int,
 ) -> float:
@@ -312,7 +343,7 @@ def step_seconds(
     if flops_per_s > 0:
         seconds += step_flops(shapes, load, batch_size) / flops_per_s
     if profile.memory_bandwidth_bytes_per_s > 0:
-        moved = moved_bytes(shapes, formats, load, batch_size)
+        moved = moved_bytes(shapes, forms, load, batch_size)
         seconds += moved / profile.memory_bandwidth_bytes_per_s
     return seconds
 

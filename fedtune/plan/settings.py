@@ -28,6 +28,7 @@ class PlanSettings:
         whole_tail: every device gets all of the global adapter as its tail, apart from its trained
             directions, and has to carry it (`flora`).
         eager_attention: whether attention scores are kept in memory (not with fused kernels).
+        correction_rank: highest rank of the frozen pair that may repair a quantised matrix.
     """
 
     rank_max: int
@@ -44,6 +45,7 @@ class PlanSettings:
     task: TaskName = "causal-lm"
     eager_attention: bool = False
     whole_tail: bool = False
+    correction_rank: int = 0
 
     @property
     def tail_max(self) -> int:
@@ -59,6 +61,7 @@ class Pins:
         rank: every trainable matrix gets this rank (less where the matrix is smaller).
         rank_max: own limit in place of the run's.
         format: the backbone's format.
+        correction_rank: rank of the pair that repairs every matrix in a block format; 0: none.
         micro_batch: samples of one forward pass; divides the batch size.
         upload_bytes: largest update that a device sends in a round.
     """
@@ -66,5 +69,6 @@ class Pins:
     rank: int = 0
     rank_max: int = 0
     format: FormatName | None = None
+    correction_rank: int | None = None
     micro_batch: int = 0
     upload_bytes: int = 0

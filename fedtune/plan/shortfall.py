@@ -24,6 +24,7 @@ from fedtune.records import BLOCK_BITS
 
 _PARTS = {
     "backbone": ("backbone takes", "a smaller base model"),
+    "correction": ("correction pairs take", "a lower correction_rank"),
     "other": ("embeddings and norms take", "a smaller base model"),
     "adapter": ("adapter takes", "a lower rank"),
     "activations": ("activations take", "a lower data.max_tokens"),
@@ -97,8 +98,8 @@ def _too_slow(task: Task) -> PlanError:
 
 
 def _seconds(task: Task, option: Option) -> tuple[float, float]:
-    load, formats = _load(task, option), option.formats(task.shapes)
-    step = step_seconds(task.profile, task.shapes, formats, load, task.settings.batch_size)
+    load, forms = _load(task, option), option.forms(task.shapes)
+    step = step_seconds(task.profile, task.shapes, forms, load, task.settings.batch_size)
     return step, transfer_seconds(task.profile, load, task.settings.wire_itemsize)
 
 
@@ -107,7 +108,7 @@ def _load(task: Task, option: Option) -> Load:
 
 
 def _peak(task: Task, option: Option) -> PeakBytes:
-    return peak_bytes(task.shapes, option.formats(task.shapes), _load(task, option))
+    return peak_bytes(task.shapes, option.forms(task.shapes), _load(task, option))
 
 
 def _words(task: Task, option: Option) -> str:

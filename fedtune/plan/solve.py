@@ -7,7 +7,9 @@ Order of preference, per device:
 2. in that format, the most rank;
 3. among equal ranks, no checkpointing, then the largest micro-batch: both change speed only;
 4. of what memory is left, the frozen tail;
-5. of the round's seconds, as many of the local steps as fit.
+5. with a distortion table, of what is left then, better forms of single matrices where the format
+   is one of few bits (`fedtune.plan.mixing`);
+6. of the round's seconds, as many of the local steps as fit.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from fedtune.errors import PlanError
 from fedtune.plan.candidates import Choice, Task, best_choice, load_of, tail_ranks
 from fedtune.plan.cost import (
+    correction_rank,
     download_bytes,
     peak_bytes,
     step_seconds,
@@ -24,17 +27,17 @@ from fedtune.plan.cost import (
     upload_bytes,
 )
 from fedtune.plan.ladder import Ladder, Rung, global_rungs, make_ladder
+from fedtune.plan.mixing import check_table, mixed_forms
 from fedtune.plan.settings import Pins, PlanSettings
 from fedtune.plan.shortfall import shortfall
 from fedtune.records import (
     BACKBONE_FORMATS,
-    BLOCK_BITS,
-    DEFAULT_BLOCK,
     DevicePlan,
     DeviceProfile,
+    DistortionTable,
     FleetPlan,
-    FormatName,
     ImportanceReport,
+    MatrixForm,
     MatrixPlan,
     ModelShapes,
 )
@@ -50,6 +53,7 @@ def plan_fleet(
     settings: PlanSettings,
     importance: ImportanceReport | None = None,
     pins: Mapping[str, Pins] | None = None,
+    distortion: DistortionTable | None = None,
 ) -> FleetPlan:
     """Choose for every device what it trains, on what backbone, in which micro-batches.
 
@@ -59,15 +63,18 @@ def plan_fleet(
     Args:
         importance: gains per rank; None takes a prior.
         pins: device class -> what the run file fixes for it.
+        distortion: what each matrix loses in each form; None holds all matrices of a device alike.
 
     Raises:
         PlanError: a device cannot carry even the smallest plan, a pin contradicts the device or
-            the settings, or no matrix can be trained.
+            the settings, no matrix can be trained, or the distortion is of another base.
     """
     pins = pins or {}
+    if distortion is not None:
+        check_table(distortion, shapes)
     rank_max = max([settings.rank_max, *(p.rank_max for p in pins.values())])
     rungs = global_rungs(shapes, settings, rank_max, importance)
-    solved: dict[tuple[object, ...], tuple[Task, Choice]] = {}
+    solved: dict[tuple[object, ...], tuple[Task, Choice, Mapping[str, MatrixForm]]] = {}
     plans = []
     for profile in sorted(profiles, key=lambda profile: profile.name):
         device_pins = pins.get(profile.device_class, Pins())
@@ -75,8 +82,9 @@ def plan_fleet(
         if key not in solved:
             _check_pins(profile, settings, device_pins)
             ladder = _ladder(shapes, settings, device_pins, rungs)
-            task = Task(profile, shapes, settings, device_pins, ladder)
-            solved[key] = task, _choose(task)
+            task = Task(profile, shapes, settings, device_pins, ladder, distortion)
+            choice = _choose(task)
+            solved[key] = task, choice, mixed_forms(task, choice)
         plans.append(_device_plan(profile.name, *solved[key]))
     return FleetPlan(tuple(plans))
 
@@ -133,23 +141,24 @@ def _choose(task: Task) -> Choice:
     return best
 
 
-def _device_plan(name: str, task: Task, choice: Choice) -> DevicePlan:
+def _device_plan(
+    name: str, task: Task, choice: Choice, forms: Mapping[str, MatrixForm]
+) -> DevicePlan:
     settings, option = task.settings, choice.option
-    formats = option.formats(task.shapes)
-    load = load_of(task, option, choice.length, choice.tail)
-    step = step_seconds(task.profile, task.shapes, formats, load, settings.batch_size)
+    load = load_of(task, option, choice.length, choice.tail, forms)
+    step = step_seconds(task.profile, task.shapes, forms, load, settings.batch_size)
     transfer = transfer_seconds(task.profile, load, settings.wire_itemsize)
     local_steps = _local_steps(settings, step, transfer)
     return DevicePlan(
         device=name,
-        matrices=_matrix_plans(task, choice),
+        matrices=_matrix_plans(task, choice, forms),
         micro_batch=option.micro_batch,
         batch_size=settings.batch_size,
         sequence_length=settings.sequence_length,
         local_steps=local_steps,
         checkpointing=option.checkpointing,
         first_trained_layer=load.first_trained_layer,
-        peak_bytes=peak_bytes(task.shapes, formats, load).total,
+        peak_bytes=peak_bytes(task.shapes, forms, load).total,
         seconds=local_steps * step + transfer,
         download_bytes=download_bytes(load, settings.wire_itemsize),
         upload_bytes=upload_bytes(load, settings.wire_itemsize),
@@ -157,17 +166,19 @@ def _device_plan(name: str, task: Task, choice: Choice) -> DevicePlan:
     )
 
 
-def _matrix_plans(task: Task, choice: Choice) -> tuple[MatrixPlan, ...]:
+def _matrix_plans(
+    task: Task, choice: Choice, forms: Mapping[str, MatrixForm]
+) -> tuple[MatrixPlan, ...]:
     ranks = task.ladder.ranks(choice.length)
     tails = tail_ranks(task, ranks, choice.tail)
-    format_name: FormatName = choice.option.format
     return tuple(
         MatrixPlan(
             name=matrix.name,
             rank=ranks.get(matrix.name, 0),
-            format=format_name,
+            format=forms[matrix.name].format,
             tail_rank=tails.get(matrix.name, 0),
-            block_size=DEFAULT_BLOCK if format_name in BLOCK_BITS else 0,
+            block_size=forms[matrix.name].block_size,
+            correction_rank=correction_rank(matrix, forms[matrix.name]),
         )
         for matrix in task.shapes.matrices
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -20,9 +20,11 @@ from flwr.serverapp import Grid
 from fedtune.aggregate.rules import make_rule
 from fedtune.aggregate.server_step import apply_server_step
 from fedtune.plan.describe import plan_rows
+from fedtune.plan.mixing import may_mix
 from fedtune.plan.settings import Pins, PlanSettings
 from fedtune.plan.solve import plan_fleet
 from fedtune.records import (
+    DeviceProfile,
     Event,
     FleetPlan,
     FloatArray,
@@ -34,6 +36,7 @@ from fedtune.wire.checkpoint import prune_checkpoints, write_checkpoint
 from fedtune.wire.messages import OptimizerSpec, TaskSpec
 from fedtune.wire.tensors import update_shapes
 from fedtune_server import round as rounds
+from fedtune_server.distortion import Measure, find_distortion
 from fedtune_server.fleet import Emit, Fleet, choose_devices, gather_fleet, wait_for_nodes
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.schedule import learning_rate
@@ -56,7 +59,9 @@ class Coordinator:
         folder: where the run is kept.
         emit: told of every event.
         patience: how many times `run.round_deadline_s` a round may take; above 1 where devices
-            take turns on one machine.
+            devices take turns on one machine.
+        measure: called for the distortion table if a plan can use one and the config names none;
+            None where the base is not at hand.
     """
 
     def __init__(
@@ -66,8 +71,10 @@ class Coordinator:
         folder: RunFolder,
         emit: Emit,
         patience: float = 1.0,
+        measure: Measure | None = None,
     ) -> None:
         self._config, self._shapes, self._folder, self._emit = config, shapes, folder, emit
+        self._measure = measure
         self._run_id = f"{config.run.name}-{os.urandom(4).hex()}"
         self._rule = make_rule(config.aggregate.rule, config.lora.rank_cap, seed=config.run.seed)
         self._terms = rounds.RoundTerms(
@@ -156,23 +163,42 @@ class Coordinator:
             dense_parameters=sum(int(np.prod(s)) for s in fleet.dense_shapes.values()),
             task=config.model.task,
             whole_tail=whole,
+            correction_rank=config.plan.correction_rank,
         )
         pins = {
             name: Pins(
                 rank=section.rank,
                 rank_max=section.rank_max,
                 format=section.format,
+                correction_rank=section.correction_rank,
                 micro_batch=section.micro_batch,
                 upload_bytes=section.upload,
             )
             for name, section in config.fleet.items()
         }
-        plan = plan_fleet(profiles, self._shapes, settings, pins=pins)
-        rows = plan_rows(plan, profiles)
+        plan = self._solve(profiles, settings, pins)
+        rows = plan_rows(plan, profiles, self._shapes)
         self._folder.write_json("plan.json", rows)
         self._emit(Event("planned", {"devices": rows}))
         self._emit(Event("leaves_device", {"tensors": self._what_leaves(plan, fleet)}))
         return plan
+
+    def _solve(
+        self,
+        profiles: Sequence[DeviceProfile],
+        settings: PlanSettings,
+        pins: Mapping[str, Pins],
+    ) -> FleetPlan:
+        """The plan; made anew with a distortion table if that can improve it."""
+        plan = plan_fleet(profiles, self._shapes, settings, pins=pins)
+        if self._config.plan.widths == "uniform" or not may_mix(plan):
+            return plan
+        table = find_distortion(
+            self._config.plan, profiles, self._measure, self._folder, self._emit
+        )
+        if table is None:
+            return plan
+        return plan_fleet(profiles, self._shapes, settings, pins=pins, distortion=table)
 
     def _what_leaves(self, plan: FleetPlan, fleet: Fleet) -> list[dict[str, object]]:
         """Every tensor that a device of the largest plan sends back in a round."""

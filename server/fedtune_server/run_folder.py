@@ -1,7 +1,7 @@
 """The folder that is a run: where each file of it lies, and who may write there.
 
-    config.json  plan.json  labels.json  status.json  ledger.jsonl  metrics.jsonl  report.html
-    .lock
+    config.json  plan.json  distortion.json  labels.json  status.json  ledger.jsonl  metrics.jsonl
+    report.html  .lock
     tensorboard/  checkpoints/round-0007.safetensors  exports/merged  exports/peft  ...
 
 A file that is replaced is written to a temporary name, flushed to the disk and renamed, so that a
@@ -28,6 +28,7 @@ RunState = Literal["running", "finished", "interrupted", "failed"]
 _FILES = (
     "config.json",
     "plan.json",
+    "distortion.json",
     "labels.json",
     "status.json",
     "ledger.jsonl",

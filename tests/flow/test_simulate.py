@@ -58,6 +58,27 @@ def test_three_classes_of_devices_train_unequally_in_one_round(tree: Tree, play:
     assert uploads[board] == min(uploads.values())
 
 
+def test_a_device_of_few_bits_spends_what_it_has_left_on_single_matrices(
+    tree: Tree, play: Play, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
+    tree["fleet"]["board"] |= {"formats": ["q2", "q3"], "format": "q2", "memory": "1 MB"}
+    pinned = play(copy.deepcopy(tree) | {"outputs": {"folder": str(tmp_path / "a"), "exports": []}})
+    del tree["fleet"]["board"]["format"]
+    mixed = play(tree)
+    rows = [
+        next(r for r in played.one("planned")["devices"] if r["device_class"] == "board")
+        for played in (pinned, mixed)
+    ]
+    assert all("+" in form for form in rows[0]["forms"].values())  # repaired, not widened
+    assert all(row["peak_bytes"] <= row["budget_bytes"] for row in rows)
+    assert mixed.one("distortion_found")["matrices"] == 14
+    assert (mixed.folder / "distortion.json").exists()
+    assert mixed.all("device_refused") == []
+    losses = mixed.one("run_finished")
+    assert losses["held_out_loss_after"] < losses["held_out_loss_before"]
+
+
 def test_the_loss_falls(tree: Tree, play: Play) -> None:
     tree["run"]["rounds"] = 4
     tree["train"] |= {"local_steps": 5, "learning_rate": 3e-2}

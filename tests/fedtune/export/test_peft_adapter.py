@@ -6,12 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 from transformers.utils import logging
 
 from fedtune.errors import ModelError, RunError
+from fedtune.export.merge import write_merged
 from fedtune.export.peft_adapter import balanced_factors, write_peft
 from fedtune.records import GlobalAdapter, LowRank
 
@@ -51,6 +58,33 @@ def test_peft_restores_the_classification_head(
     base = AutoModelForSequenceClassification.from_pretrained(bert_base, num_labels=len(labels))
     logging.set_verbosity(level)
     assert (logits_of(PeftModel.from_pretrained(base, tmp_path)) - bert_logits).abs().max() <= 1e-4
+
+
+def test_peft_adapts_a_base_that_stores_its_matrices_transposed(
+    logits_of: Logits, tmp_path: Path
+) -> None:
+    base = tmp_path / "gpt2"
+    config = GPT2Config(
+        vocab_size=99, n_embd=32, n_layer=1, n_head=2, n_positions=64, initializer_range=0.2
+    )
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(base)
+    rng = np.random.default_rng(0)
+    name, shape = "transformer.h.0.mlp.c_fc", (128, 32)
+    u, v = (np.linalg.qr(rng.standard_normal((length, 3)))[0] for length in shape)
+    update = LowRank(u.astype(np.float32), np.ones(3, np.float32), v.astype(np.float32))
+    adapter = GlobalAdapter(1, {name: update})
+    write_peft(base, adapter, "causal-lm", (), tmp_path / "adapter")
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter"
+    )
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(base))
+    assert (logits_of(adapted) - plain).abs().max() > 1e-2
+    write_merged(base, adapter, "causal-lm", (), tmp_path / "merged")
+    merged = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert (logits_of(adapted) - merged).abs().max() <= 1e-4
+    written = json.loads((tmp_path / "adapter/adapter_config.json").read_text(encoding="utf-8"))
+    assert written["fan_in_fan_out"] is True
 
 
 def test_the_config_names_exactly_the_trained_matrices_and_their_ranks(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from host import HostLauncher
+from torch.library import opcheck
 
 from fedtune.errors import KernelError
-from fedtune.kernels import dispatch, low_rank
+from fedtune.kernels import dispatch, low_rank, ops
 from fedtune.kernels.low_rank import Groups, groups_of
 
 CPU = torch.device("cpu")
@@ -193,6 +194,12 @@ def test_groups_that_contradict_themselves_are_refused() -> None:
         groups_of([1, 2], [3], [1.0, 1.0], CPU)
     with pytest.raises(KernelError, match="must not be negative"):
         groups_of([1, -2], [3, 3], [1.0, 1.0], CPU)
+
+
+def test_torch_finds_no_fault_with_the_operator(device: torch.device) -> None:
+    groups, given = made(((3, 0, 4), (2, 1, 5)), (8, 6), torch.float32, torch.float32, device)
+    leaves = [tensor.requires_grad_() for tensor in given.values()]
+    opcheck(ops.grouped_low_rank, (*leaves, [3, 0, 4], [2, 1, 5], list(groups.scales)))
 
 
 @pytest.mark.gpu

@@ -6,9 +6,10 @@ import pytest
 import torch
 from host import HostLauncher
 from oracle import random_packed, values_of
+from torch.library import opcheck
 
 from fedtune.errors import KernelError
-from fedtune.kernels import dispatch
+from fedtune.kernels import dispatch, ops
 from fedtune.kernels.packed import Bits, PackedWeights
 from fedtune.kernels.packed_product import launch_packed_product
 
@@ -91,6 +92,13 @@ def test_what_the_kernel_cannot_do_is_refused_or_left_to_torch(host: HostLaunche
         assert host.launched == []
         dispatch.packed_product(half, packed)
     assert host.launched == ["packed_product_4_1_f16"]
+
+
+def test_torch_finds_no_fault_with_the_operator(device: torch.device) -> None:
+    packed, x, _ = case(4, 64, (9, 256), 3, torch.bfloat16)
+    p = packed.to(device)
+    fields = p.codes, p.scale_codes, p.scale_steps, p.scale_offset, p.codebook
+    opcheck(ops.packed_product, (x.to(device), *fields, p.bits, p.block, p.shape[0]))
 
 
 @pytest.mark.gpu

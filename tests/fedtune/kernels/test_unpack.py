@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from fedtune.kernels import unpack
+from fedtune.kernels import reference, unpack
 from fedtune.kernels.packed import GROUP, SUPERBLOCK, Bits, PackedWeights, padded
 from fedtune.kernels.unpack import dequantise
 
@@ -57,6 +59,7 @@ def test_every_bit_is_where_the_layout_says(bits: Bits, block: int, shape: tuple
     found = dequantise(packed, 0, torch.empty(shape))
     expected = by_the_words(packed)[: packed.weights].reshape(shape)
     np.testing.assert_array_equal(found.numpy(), expected)
+    assert torch.equal(reference.dequantise(packed, 0, torch.empty(shape)), found)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -96,6 +99,14 @@ def test_the_result_may_lie_anywhere_in_memory(bits: Bits) -> None:
         out = torch.zeros(512 + offset)[offset:]
         assert dequantise(packed, 0, out) is out
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_codes_may_begin_at_an_odd_byte(bits: Bits) -> None:
+    packed = random_packed(bits, (8, 64))
+    codes = torch.cat([packed.codes.new_zeros(1), packed.codes])[1:]
+    found = dequantise(replace(packed, codes=codes), 0, torch.empty(512))
+    assert torch.equal(found, dequantise(packed, 0, torch.empty(512)))
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -13,6 +13,7 @@ from fedtune.model import backbone as backbone_module
 from fedtune.model.backbone import Backbone, BackboneShelf
 from fedtune.model.load import load_base
 from fedtune.model.shapes import read_shapes
+from fedtune.model.stream import BaseTensors
 from fedtune.quant.block import BlockMatrix
 from fedtune.records import FormatName, MatrixForm
 
@@ -113,6 +114,48 @@ def test_each_matrix_is_held_in_its_own_form(tiny_llama: Path) -> None:
     assert isinstance(layers[first].matrix, BlockMatrix)
     assert layers[first].matrix.metadata()["block"] == "32"
     assert [layers[name].matrix.format for name in (first, second)] == ["q2", "bf16"]
+
+
+def test_sets_of_forms_that_name_other_matrices_are_each_right(tiny_llama: Path) -> None:
+    every = formats(tiny_llama, "fp32")
+    some = {name: form for name, form in every.items() if name.endswith("q_proj")}
+    rest = {name: form for name, form in every.items() if name not in some}
+    with torch.no_grad():
+        expected = load_base(tiny_llama, "causal-lm")(input_ids=TOKENS).logits
+    for compute in (torch.float32, torch.bfloat16):
+        backbones = BackboneShelf(tiny_llama, torch.device("cpu"), True, compute=compute)
+        for chosen in (some, every, rest, some):
+            found = backbones.get("causal-lm", (), chosen)
+            assert found.layers.keys() == chosen.keys()
+            near = 1e-5 if compute == torch.float32 else 0.3
+            torch.testing.assert_close(logits(found).float(), expected, rtol=near, atol=near)
+        for layer in backbones.get("causal-lm", (), every).layers.values():
+            assert layer.matrix.values(torch.float32).dtype == torch.float32
+
+
+def test_a_matrix_is_quantised_from_the_file_whatever_the_dtype_to_compute_in(
+    tiny_llama: Path,
+) -> None:
+    chosen = formats(tiny_llama, "fp32")
+    backbones = BackboneShelf(
+        tiny_llama, torch.device("cpu"), keep_base=True, compute=torch.bfloat16
+    )
+    first = dict(list(chosen.items())[:1])
+    for forms in (first, chosen):
+        layers = backbones.get("causal-lm", (), forms).layers
+        for name, layer in layers.items():
+            stored = BaseTensors(tiny_llama).read(f"{name}.weight")
+            assert torch.equal(layer.matrix.values(torch.float32), stored)
+
+
+def test_a_head_stays_in_float32_whatever_the_dtype_to_compute_in(tiny_bert: Path) -> None:
+    backbones = BackboneShelf(
+        tiny_bert, torch.device("cpu"), keep_base=True, compute=torch.bfloat16
+    )
+    built = backbones.get("sequence-classification", ("a", "b"), formats(tiny_bert, "fp32"))
+    dtypes = {n: p.dtype for n, p in built.model.named_parameters()}
+    heads = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert heads == {"classifier.weight", "classifier.bias"}
 
 
 def test_a_backbone_is_frozen_and_in_evaluation_mode(tiny_bert: Path) -> None:

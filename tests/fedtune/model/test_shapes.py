@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import ModelError
-from fedtune.model.shapes import read_header, read_headers, read_shapes
+from fedtune.model.shapes import (
+    left_matrices,
+    linear_matrices,
+    read_header,
+    read_headers,
+    read_shapes,
+)
 from fedtune.records import ModelShapes
 
 CONFIG = {
@@ -91,6 +97,17 @@ def test_an_end_that_matches_nothing_lists_what_there_is(stories260k: Path) -> N
     assert "\n" not in text
 
 
+def test_what_is_left_is_named_once_for_all_blocks(stories260k: Path) -> None:
+    shapes = read_shapes(stories260k, ALL)
+    assert left_matrices(stories260k, shapes.matrices) == ("model.embed_tokens",)
+    some = read_shapes(stories260k, ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj"))
+    assert left_matrices(stories260k, some.matrices) == (
+        "model.embed_tokens",
+        "model.layers.N.mlp.down_proj",
+        "model.layers.N.mlp.gate_proj",
+    )
+
+
 def test_an_end_is_a_whole_part_of_a_name(stories260k: Path) -> None:
     with pytest.raises(ModelError, match="ends in 'proj'"):
         read_shapes(stories260k, ("proj",))
@@ -168,6 +185,7 @@ def test_experts_are_refused_and_what_is_left_is_named(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=words):
             read_shapes(folder, targets)
     assert names(read_shapes(folder, ("q_proj",))) == ["model.layers.0.self_attn.q_proj"]
+    assert len(linear_matrices(folder)) == 4
 
 
 def test_quantised_models_are_refused(tmp_path: Path) -> None:

@@ -145,6 +145,66 @@ def test_unchanged_files_are_hashed_once(folder: Path, monkeypatch: pytest.Monke
     assert base_digest(folder) == first
 
 
+@pytest.fixture
+def settled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that counts as large, and as unchanged for a while."""
+    (folder / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(source, "_REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(source, "_SETTLED_S", -60.0)
+    monkeypatch.setattr(source, "_digests", {})
+    return folder
+
+
+def test_a_remembered_digest_serves_the_next_process(
+    settled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = tmp_path / "notes"
+    first = base_digest(settled, notes)
+    assert len(list(notes.iterdir())) == 1
+    source._digests.clear()
+    monkeypatch.setattr(source, "_hash_files", lambda _: pytest.fail("hashed again"))
+    assert base_digest(settled, notes) == first
+
+
+def test_a_changed_file_is_hashed_again_though_its_size_and_time_say_otherwise(
+    settled: Path, tmp_path: Path
+) -> None:
+    notes, weights = tmp_path / "notes", settled / "model.safetensors"
+    first = base_digest(settled, notes)
+    stat = weights.stat()
+    weights.write_bytes(b"weightz")
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    source._digests.clear()
+    assert base_digest(settled, notes) != first
+
+
+def test_a_note_that_is_no_digest_is_written_anew(settled: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    first = base_digest(settled, notes)
+    (note,) = notes.iterdir()
+    for spoiled in (b"", first[:-1].encode(), b"\xff" * 64):
+        note.write_bytes(spoiled)
+        source._digests.clear()
+        assert base_digest(settled, notes) == first
+        assert note.read_text(encoding="ascii") == first
+
+
+def test_a_base_that_is_small_or_has_just_changed_is_not_remembered(
+    settled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_SETTLED_S", 3600.0), ("_REMEMBERED_BYTES", 1 << 20)):
+        with monkeypatch.context() as patch:
+            patch.setattr(source, name, value)
+            source._digests.clear()
+            base_digest(settled, tmp_path / "notes")
+    assert not (tmp_path / "notes").exists()
+
+
+def test_a_folder_that_takes_no_notes_is_no_error(settled: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    assert base_digest(settled, tmp_path / "file" / "notes") == base_digest(settled)
+
+
 def test_other_files_of_the_folder_do_not_change_the_digest(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"weights")
     first = base_digest(folder)

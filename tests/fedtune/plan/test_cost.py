@@ -10,10 +10,12 @@ from fedtune.plan.cost import (
     adapter_bytes,
     backbone_bytes,
     block_activation_bytes,
+    correction_elements,
     download_bytes,
     logits_bytes,
     matrix_bytes,
     moved_bytes,
+    pair_bytes,
     peak_bytes,
     step_flops,
     step_seconds,
@@ -26,6 +28,7 @@ from fedtune.records import (
     BACKBONE_FORMATS,
     DeviceProfile,
     FormatName,
+    MatrixForm,
     MatrixShape,
     ModelShapes,
 )
@@ -42,8 +45,8 @@ LOAD = Load(
 )
 
 
-def all_in(format_name: FormatName) -> dict[str, FormatName]:
-    return {matrix.name: format_name for matrix in MATRICES}
+def all_in(format_name: FormatName) -> dict[str, MatrixForm]:
+    return {matrix.name: MatrixForm(format_name) for matrix in MATRICES}
 
 
 def profile(**changes: object) -> DeviceProfile:
@@ -86,7 +89,7 @@ def test_a_small_block_matrix_is_padded_to_256_weights() -> None:
 
 
 def test_formats_may_differ_between_matrices() -> None:
-    mixed: dict[str, FormatName] = {"a": "fp32", "b": "bf16"}
+    mixed = {"a": MatrixForm("fp32"), "b": MatrixForm("bf16")}
     assert backbone_bytes(SHAPES, mixed) == 4 * 64 * 128 + 2 * 256 * 64
 
 
@@ -137,7 +140,9 @@ def test_logits_and_a_blocks_gradients_take_turns() -> None:
 
 
 def test_the_workspace_is_the_largest_unpacked_panel_in_float32_with_its_indices() -> None:
-    assert workspace_bytes(SHAPES, {"a": "int8", "b": "fp32"}) == 4 * 64 * 128
+    assert (
+        workspace_bytes(SHAPES, {"a": MatrixForm("int8"), "b": MatrixForm("fp32")}) == 4 * 64 * 128
+    )
     assert workspace_bytes(SHAPES, all_in("bf16")) == 4 * 256 * 64
     assert workspace_bytes(SHAPES, all_in("fp32")) == 0
     for name, index_bits in (("q8", 16), ("q4", 16), ("nf4", 16), ("q3", 12), ("q2", 8)):
@@ -146,15 +151,16 @@ def test_the_workspace_is_the_largest_unpacked_panel_in_float32_with_its_indices
 
 def test_a_panel_has_at_most_256_rows_except_on_an_accelerator_and_in_bitsandbytes() -> None:
     tall = replace(SHAPES, matrices=(MatrixShape("a", 1000, 64, 0),))
-    assert workspace_bytes(tall, {"a": "int8"}) == 4 * 256 * 64
-    assert workspace_bytes(tall, {"a": "bnb-int8"}) == 4 * 1000 * 64
-    assert workspace_bytes(tall, {"a": "int8"}, whole_matrices=True) == 4 * 1000 * 64
+    assert workspace_bytes(tall, {"a": MatrixForm("int8")}) == 4 * 256 * 64
+    assert workspace_bytes(tall, {"a": MatrixForm("bnb-int8")}) == 4 * 1000 * 64
+    assert workspace_bytes(tall, {"a": MatrixForm("int8")}, whole_matrices=True) == 4 * 1000 * 64
 
 
 def test_the_peak_is_the_sum_of_its_parts_and_names_the_largest() -> None:
     peak = peak_bytes(SHAPES, all_in("nf4"), LOAD)
     parts = (
         backbone_bytes(SHAPES, all_in("nf4")),
+        0,
         4 * 6400,
         adapter_bytes(LOAD),
         activation_bytes(SHAPES, LOAD),
@@ -171,6 +177,16 @@ def test_our_own_formats_are_ordered_by_bytes() -> None:
     sizes = [matrix_bytes(matrix, name) for name in own]
     assert sizes == sorted(sizes, reverse=True)
     assert BACKBONE_FORMATS[len(own) :] == ("bnb-int8", "bnb-nf4")
+
+
+def test_a_correction_is_its_pair_and_a_copy_in_float32() -> None:
+    pair = MatrixForm("q2", 64, 4)
+    assert correction_elements(MATRICES[0], pair) == 4 * (64 + 128)
+    assert pair_bytes(MATRICES[0], pair) == 6 * 4 * (64 + 128)
+    assert correction_elements(MATRICES[0], MatrixForm("q2", 64, 100)) == 64 * (64 + 128)
+    more = peak_bytes(SHAPES, all_in("q2"), replace(LOAD, correction_elements=10))
+    assert more.correction == 60
+    assert more.total == peak_bytes(SHAPES, all_in("q2"), LOAD).total + 60
 
 
 def test_step_flops_by_hand() -> None:

@@ -62,7 +62,7 @@ def test_the_predicted_peak_covers_the_measured_one_within_a_quarter(
         MatrixPlan(m.name, rank if m.layer >= first else 0, format_name) for m in shapes.matrices
     )
     plan = DevicePlan("d", matrices, micro_batch, 4, 64, 2, checkpointing, first)
-    formats = {m.name: format_name for m in shapes.matrices}
+    forms = {m.name: MatrixForm(format_name) for m in shapes.matrices}
     rule = make_rule("delta", 32)
     sent = rule.dispatch(
         rule.start(shapes.matrices, {}), plan, scale=1.0, rng=np.random.default_rng(0)
@@ -73,7 +73,7 @@ def test_the_predicted_peak_covers_the_measured_one_within_a_quarter(
         for _ in range(4)
     ]
     shelf = BackboneShelf(stories260k, torch.device("cpu"), keep_base=False)
-    backbone = shelf.get("causal-lm", (), {n: MatrixForm(f) for n, f in formats.items()})
+    backbone = shelf.get("causal-lm", (), forms)
     measured = measured_peak(
         lambda: train_round(
             backbone, [batch, batch], sent, plan, OptimizerSpec(), task="causal-lm", pad_id=0
@@ -90,7 +90,7 @@ def test_the_predicted_peak_covers_the_measured_one_within_a_quarter(
         ),
         sum(m.rank for m in matrices),
     )
-    peak = peak_bytes(shapes, formats, load)
+    peak = peak_bytes(shapes, forms, load)
     predicted = peak.total - peak.backbone - peak.other
-    assert backbone.packed_bytes == backbone_bytes(shapes, formats)
+    assert backbone.packed_bytes == backbone_bytes(shapes, forms)
     assert measured <= predicted <= 1.25 * measured

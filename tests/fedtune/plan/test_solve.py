@@ -155,8 +155,8 @@ def test_the_predicted_peak_never_exceeds_the_budget(budget: int, run: PlanSetti
         tail_elements=tail,
         tail_ranks=sum(m.tail_rank for m in plan.matrices),
     )
-    formats = {m.name: m.format for m in plan.matrices}
-    assert plan.peak_bytes == peak_bytes(TINY, formats, load).total <= budget
+    forms = {m.name: m.form for m in plan.matrices}
+    assert plan.peak_bytes == peak_bytes(TINY, forms, load).total <= budget
     assert plan.batch_size % plan.micro_batch == 0
     assert plan.download_bytes == (trained + tail) * run.wire_itemsize
     assert plan.upload_bytes == trained * run.wire_itemsize
