@@ -314,6 +314,13 @@ class SimulationSection(Section):
     )
     threads: int = Field(0, ge=0, description="torch threads per device; 0: all cores")
     workers: int = Field(1, ge=1, description="for `ray`: devices that train at the same time")
+    devices_per_pass: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="for `inprocess`: devices of like plans that train side by side in one pass; "
+        "changes speed and memory, not the result; 1: one by one",
+    )
     accelerator: Literal["cpu", "cuda"] = Field(
         "cpu", description="where the simulated devices compute; their budgets stay their own"
     )

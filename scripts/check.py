@@ -1,4 +1,4 @@
-"""Format, lint, types, import layers and generated code; every check runs, the worst decides."""
+"""Format, lint, types, layers, generated code, kernels; every check runs, the worst decides."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ CHECKS = (
     ("mypy", "fedtune", "server/fedtune_server", "client/fedtune_client"),
     ("lint-imports",),
     ("python", "scripts/protos.py", "--check"),
+    ("python", "scripts/kernels.py", "--check"),
 )
 
 

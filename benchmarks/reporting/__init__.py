@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,14 +22,22 @@ SHARED = ROOT.parent / "shared"
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-    """`--quick` (under 50 s on 2 cores), `--json`, and where public models and data are."""
+def parse_arguments(
+    description: str, add_options: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.Namespace:
+    """`--quick` (under 50 s on 2 cores), `--json`, and where public models and data are.
+
+    Args:
+        add_options: adds a script's own options.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a small version, under 50 s")
     parser.add_argument("--json", action="store_true", help="last line: one JSON object")
     parser.add_argument("--shared", type=Path, default=SHARED, help="folder of models and data")
+    if add_options is not None:
+        add_options(parser)
     return parser.parse_args()
 
 
@@ -63,9 +71,13 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def publish(title: str, command: str, body: str) -> None:
-    """Replace the section `title` of docs/benchmarks.md, or add it."""
-    facts = f"`{command}`; commit {commit()}; {machine()}; {datetime.now(UTC):%Y-%m-%d}."
+def publish(title: str, command: str, body: str, where: str = "") -> None:
+    """Replace the section `title` of docs/benchmarks.md, or add it.
+
+    Args:
+        where: the machine that measured, if it is not this one.
+    """
+    facts = f"`{command}`; commit {commit()}; {where or machine()}; {datetime.now(UTC):%Y-%m-%d}."
     section = f"## {title}\n\n{facts}\n\n{body.strip()}\n"
     text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "# Benchmarks\n"
     pattern = rf"^## {re.escape(title)}\n.*?(?=^## |\Z)"

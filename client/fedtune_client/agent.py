@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -61,6 +62,23 @@ class Order(Protocol):
     def labels(self) -> tuple[str, ...]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an accepted instruction to train comes down to.
+
+    Attributes:
+        batches: one optimiser step's samples each.
+        memory: what earlier rounds left of the optimiser; None: nothing is kept.
+        metrics: measured before the round.
+    """
+
+    backbone: Backbone
+    dispatch: Dispatch
+    batches: Sequence[Sequence[Sample]]
+    memory: OptimizerMemory | None
+    metrics: Mapping[str, float]
+
+
 class Agent:
     """The device of one site.
 
@@ -75,7 +93,7 @@ class Agent:
         self._site = site
         self._folder = resolve_model(site.model_path, site.model_revision)
         self._tokenizer = load_tokenizer(self._folder)
-        self._pad_id = pad_id(self._tokenizer)
+        self.pad_id = pad_id(self._tokenizer)
         self._samples: dict[tuple[str, ...], tuple[SampleSet, SampleSet]] = {}
         self._memories: dict[str, OptimizerMemory] = {}
         self._loss_scale = LossScale()
@@ -113,6 +131,26 @@ class Agent:
         Raises:
             ProtocolError: the instruction or its tensors do not fit each other or the site.
         """
+        work = self.accept(order, packed)
+        result = train_round(
+            work.backbone,
+            work.batches,
+            work.dispatch,
+            order.plan,
+            order.optimizer,
+            task=self._task,
+            pad_id=self.pad_id,
+            memory=work.memory,
+            loss_scale=self._loss_scale if self._compute == torch.float16 else None,
+        )
+        return self.report(order, result, work.metrics)
+
+    def accept(self, order: TrainInstruction, packed: bytes) -> Work:
+        """Check an instruction to train, and have ready what it asks for.
+
+        Raises:
+            ProtocolError: as for `train`.
+        """
         dispatch, backbone = self._accept(order, packed)
         train, held_out = self._tokenised(order.labels)
         if not train.samples:
@@ -128,18 +166,18 @@ class Agent:
             (order.round - 1) * taken,
             taken,
         )
-        result = train_round(
-            backbone,
-            _batches(train.samples, picked, plan.batch_size),
-            dispatch,
-            plan,
-            order.optimizer,
-            task=self._task,
-            pad_id=self._pad_id,
+        return Work(
+            backbone=backbone,
+            dispatch=dispatch,
+            batches=_batches(train.samples, picked, plan.batch_size),
             memory=self._memory(order) if order.optimizer.keep else None,
-            loss_scale=self._loss_scale if self._compute == torch.float16 else None,
+            metrics=metrics,
         )
-        metrics |= _train_metrics(result) | self._peak()
+
+    def report(
+        self, order: TrainInstruction, result: RoundResult, metrics: Mapping[str, float]
+    ) -> tuple[TrainReport, bytes]:
+        """What goes back after a round, and the packed factors beside it."""
         tensors = pack_tensors(update_tensors(result.factors, result.dense), order.wire_dtype)
         report = TrainReport(
             run=order.run,
@@ -149,7 +187,7 @@ class Agent:
             samples=result.samples,
             tokens=result.units,
             tensors_digest=tensors_digest(tensors),
-            metrics=metrics,
+            metrics={**metrics, **_train_metrics(result), **self._peak()},
         )
         return report, tensors
 
@@ -168,6 +206,14 @@ class Agent:
     def _task(self) -> TaskName:
         classifying = self._site.data.format == "text-label"
         return "sequence-classification" if classifying else "causal-lm"
+
+    @property
+    def trains_side_by_side(self) -> bool:
+        """Whether nothing in this site's training concerns more than its own rows of a pass.
+
+        A task head is one parameter of the model, and a loss scale goes by all its gradients.
+        """
+        return self._task == "causal-lm" and self._compute != torch.float16
 
     @property
     def _torch_device(self) -> torch.device:
@@ -219,7 +265,7 @@ class Agent:
             raise ProtocolError(
                 f"{self.name}: the tensors do not have the sha256 they were sent with"
             )
-        backbone = self._backbone(plan, order.labels)
+        backbone = self.backbone(plan, order.labels)
         if profile.accelerator != "cpu":
             torch.cuda.reset_peak_memory_stats()
         dense = {
@@ -233,7 +279,12 @@ class Agent:
         cache = self._site.cache_folder
         return base_digest(self._folder, cache / "digests" if cache else None)
 
-    def _backbone(self, plan: DevicePlan, labels: tuple[str, ...]) -> Backbone:
+    def backbone(self, plan: DevicePlan, labels: tuple[str, ...]) -> Backbone:
+        """The base with its matrices held as the plan says.
+
+        Raises:
+            ProtocolError: the plan names a format that the site does not support.
+        """
         allowed = self._site.profile.formats
         for matrix in plan.matrices:
             if matrix.format not in allowed:
@@ -265,7 +316,7 @@ class Agent:
             mounted = mount(backbone, dispatch, trainable=False)
             try:
                 found = held_out_loss(
-                    backbone.model, samples, _EVALUATION_BATCH, self._pad_id, self._task
+                    backbone.model, samples, _EVALUATION_BATCH, self.pad_id, self._task
                 )
             finally:
                 unmount(backbone, mounted)

@@ -36,19 +36,19 @@ def make_client_app(sites: SiteSource) -> ClientApp:
     @app.query("profile")  # type: ignore[untyped-decorator]
     def profile(message: Message, context: Context) -> Message:
         body, _ = from_record(message.content, PROFILE)
-        report = _agent(sites, context).describe(decode_task_spec(body))
+        report = agent_of(sites, context).describe(decode_task_spec(body))
         return Message(to_record(PROFILE, encode_site_report(report)), reply_to=message)
 
     @app.train("lora")  # type: ignore[untyped-decorator]
     def train(message: Message, context: Context) -> Message:
-        body, packed = _with_tensors(message.content, TRAIN)
-        report, tensors = _agent(sites, context).train(decode_train_instruction(body), packed)
+        body, packed = with_tensors(message.content, TRAIN)
+        report, tensors = agent_of(sites, context).train(decode_train_instruction(body), packed)
         return Message(to_record(TRAIN, encode_train_report(report), tensors), reply_to=message)
 
     @app.evaluate("loss")  # type: ignore[untyped-decorator]
     def evaluate(message: Message, context: Context) -> Message:
-        body, packed = _with_tensors(message.content, EVALUATE)
-        report = _agent(sites, context).evaluate(decode_evaluate_instruction(body), packed)
+        body, packed = with_tensors(message.content, EVALUATE)
+        report = agent_of(sites, context).evaluate(decode_evaluate_instruction(body), packed)
         return Message(to_record(EVALUATE, encode_evaluate_report(report)), reply_to=message)
 
     return app
@@ -59,14 +59,14 @@ def make_simulated_client_app(config: RunConfig) -> ClientApp:
     return make_client_app(SimulatedFleet(config.model_dump_json()))
 
 
-def _with_tensors(content: RecordDict, kind: str) -> tuple[bytes, bytes]:
+def with_tensors(content: RecordDict, kind: str) -> tuple[bytes, bytes]:
     body, packed = from_record(content, kind)
     if packed is None:
         raise ProtocolError(f"message {kind}: expected tensors beside it, found none")
     return body, packed
 
 
-def _agent(sites: SiteSource, context: Context) -> Agent:
+def agent_of(sites: SiteSource, context: Context) -> Agent:
     """The agent of this node: made at its first message, kept for the process's life.
 
     The cache outlives a ClientApp object, because some engines unpickle the app anew for every

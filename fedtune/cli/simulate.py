@@ -75,6 +75,7 @@ def simulate_config(
         overwrite=overwrite,
         warnings=sites.warnings,
         measure=partial(_measure, model, shapes),
+        together=_app("side_by_side")(config),
     )
     return folder
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import KernelError
-from fedtune.kernels import launches, reference
+from fedtune.kernels import launches, low_rank, reference, unpack
+from fedtune.kernels import packed_product as packed_products
 from fedtune.kernels.driver import Driver, Launcher
+from fedtune.kernels.low_rank import Groups
 from fedtune.kernels.packed import PackedWeights
 
 LOGGER = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ def dequantise(packed: PackedWeights, first: int, out: Tensor) -> Tensor:
     """See `reference.dequantise`."""
     launcher = launcher_of(out)
     if launcher is None:
-        return reference.dequantise(packed, first, out)
+        return unpack.dequantise(packed, first, out)
     return launches.dequantise(launcher, packed, first, out)
 
 
@@ -82,6 +84,36 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tenso
     if launcher is None:
         return reference.rotate_(x, cos, sin, inverse)
     return launches.rotate_(launcher, x, cos, sin, inverse)
+
+
+def grouped_low_rank_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, groups: Groups) -> Tensor:
+    """See `low_rank.grouped_low_rank_`."""
+    launcher = launcher_of(x)
+    if launcher is None or not low_rank.takes(x, a, b, groups):
+        return low_rank.grouped_low_rank_(y, x, a, b, groups)
+    return low_rank.launch_grouped_low_rank_(launcher, y, x, a, b, groups)
+
+
+def grouped_low_rank_gradient(left: Tensor, right: Tensor, groups: Groups) -> Tensor:
+    """See `low_rank.grouped_low_rank_gradient`."""
+    launcher = launcher_of(right)
+    if launcher is None or not low_rank.launchable(right.dtype, right.device):
+        return low_rank.grouped_low_rank_gradient(left, right, groups)
+    return low_rank.launch_grouped_low_rank_gradient(launcher, left, right, groups)
+
+
+def packed_product(x: Tensor, packed: PackedWeights) -> Tensor:
+    """See `packed_product.packed_product`; meant for where `packed_product_wins`."""
+    launcher = launcher_of(x)
+    if launcher is None or not packed_products.launchable(x.shape[0], packed, x.dtype):
+        return packed_products.packed_product(x, packed)
+    return packed_products.launch_packed_product(launcher, x, packed)
+
+
+def packed_product_wins(tokens: int, packed: PackedWeights, dtype: torch.dtype) -> bool:
+    """Whether `packed_product` is the faster way to x W^T; if not, unpack and multiply."""
+    launcher = launcher_of(packed.codes)
+    return launcher is not None and packed_products.launchable(tokens, packed, dtype)
 
 
 # ---------------------------------------------------------------- which path

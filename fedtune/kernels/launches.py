@@ -39,7 +39,8 @@ def dequantise(launcher: Launcher, packed: PackedWeights, first: int, out: Tenso
         )
     if not out.is_contiguous():
         raise KernelError(f"out must be contiguous, got strides {out.stride()}")
-    _require_one_device(out, packed.codes, packed.scale_codes, packed.scale_steps, packed.codebook)
+    scales = (packed.scale_codes, packed.scale_steps, packed.scale_offset)
+    _require_one_device(out, packed.codes, *scales, packed.codebook)
     if count == 0:
         return out
     codes = _at_multiple_of(packed.codes, 8)
@@ -47,7 +48,7 @@ def dequantise(launcher: Launcher, packed: PackedWeights, first: int, out: Tenso
     tile = 256 * (16 // out.element_size()) * _DEQUANTISE_STEPS
     teams = -(-count // tile)
     if packed.bits == 8:  # 32 KB of codebook for each team: few teams, with more to do
-        teams = min(teams, 6 * launcher.processors)
+        teams = min(teams, 8 * launcher.processors)
     launcher.launch(
         f"dequantise_{packed.bits}_{suffix}",
         min(teams, MOST_TEAMS),
@@ -84,7 +85,7 @@ def softmax_cross_entropy_(
     if rows == 0 or vocabulary == 0:
         return losses
     _require_runs(logits, "logits")
-    targets, weights = targets.to(torch.int64).contiguous(), weights.float().contiguous()
+    targets, weights = _contiguous(targets, torch.int64), _contiguous(weights, torch.float32)
     launcher.launch(
         f"cross_entropy_{suffix}",
         min(rows, MOST_TEAMS),
@@ -126,12 +127,15 @@ def _swiglu(launcher: Launcher, kernel: str, gate: Tensor, up: Tensor, other: Te
     if gate.numel() == 0:
         return
     if gate.is_contiguous() and up.is_contiguous() and other.is_contiguous():
-        gate, up, other = gate.view(1, -1), up.view(1, -1), other.view(1, -1)
+        rows, columns, strides = 1, gate.numel(), (0, 0, 0)
+        aligned = (gate.data_ptr() | up.data_ptr() | other.data_ptr()) % 16 == 0
     else:
         gate, up = _as_rows(gate, "gate"), _as_rows(up, "up")
         other = other.reshape(-1, other.shape[-1])
         other = other if _has_runs(other) else other.contiguous()
-    rows, columns = gate.shape
+        rows, columns = gate.shape
+        strides = (gate.stride(0), up.stride(0), other.stride(0))
+        aligned = _aligned(gate, up, other)
     tile = 256 * (16 // gate.element_size()) * _SWIGLU_STEPS
     launcher.launch(
         f"{kernel}_{suffix}",
@@ -143,10 +147,8 @@ def _swiglu(launcher: Launcher, kernel: str, gate: Tensor, up: Tensor, other: Te
         other.data_ptr(),
         rows,
         columns,
-        gate.stride(0),
-        up.stride(0),
-        other.stride(0),
-        _aligned(gate, up, other),
+        *strides,
+        aligned,
     )
 
 
@@ -173,7 +175,7 @@ def rms_norm_backward(
             f"x {tuple(x.shape)} needs a gradient of its shape and as many inverse_rms as rows, "
             f"got {tuple(gradient.shape)} and {tuple(inverse_rms.shape)}"
         )
-    inverse_rms = inverse_rms.float().contiguous()
+    inverse_rms = _contiguous(inverse_rms, torch.float32)
     kernel = "rms_norm_backward"
     return _rms_norm(launcher, kernel, x, weight, inverse_rms, gradient, 0.0, weight_offset)
 
@@ -199,8 +201,7 @@ def _rms_norm(
         return out
     x = x if _has_runs(x) else x.contiguous()
     gradient = gradient if _has_runs(gradient) else gradient.contiguous()
-    weight = weight if weight.dtype == x.dtype else weight.float()
-    weight = weight.contiguous()
+    weight = _contiguous(weight, x.dtype if weight.dtype is x.dtype else torch.float32)
     runs = -(-columns // (16 // x.element_size()))
     short = runs <= 2 * 32  # a warp is enough, and waits for no other
     launcher.launch(
@@ -240,11 +241,11 @@ def rotate_(
         return x
     if x.stride(2) != 1:
         raise KernelError(f"the last dimension of x must be dense, got strides {x.stride()}")
-    if cos.dtype != x.dtype or sin.dtype != x.dtype:
-        cos, sin = cos.float(), sin.float()
-    cos, sin = cos.contiguous(), sin.contiguous()
+    both = cos.dtype is x.dtype and sin.dtype is x.dtype
+    angle_dtype = x.dtype if both else torch.float32
+    cos, sin = _contiguous(cos, angle_dtype), _contiguous(sin, angle_dtype)
     half, run = head_dim // 2, 16 // x.element_size()
-    aligned = half % run == 0 and all(t.data_ptr() % 16 == 0 for t in (x, cos, sin))
+    aligned = half % run == 0 and (x.data_ptr() | cos.data_ptr() | sin.data_ptr()) % 16 == 0
     launcher.launch(
         f"rotate_{suffix}_{_suffix(cos, 'cos')}",
         min(tokens, MOST_TEAMS),
@@ -297,11 +298,12 @@ def _as_rows(tensor: Tensor, name: str) -> Tensor:
 
 def _aligned(*parts: Tensor) -> bool:
     """Every row of every part starts at a multiple of 16 bytes."""
-    return all(
-        part.data_ptr() % 16 == 0
-        and (part.shape[0] == 1 or part.stride(0) * part.element_size() % 16 == 0)
-        for part in parts
-    )
+    bits = 0
+    for part in parts:
+        bits |= part.data_ptr()
+        if part.shape[0] > 1:
+            bits |= part.stride(0) * part.element_size()
+    return bits % 16 == 0
 
 
 def _require_shape(tensor: Tensor, name: str, dimensions: int) -> None:
@@ -310,8 +312,10 @@ def _require_shape(tensor: Tensor, name: str, dimensions: int) -> None:
 
 
 def _require_one_dtype(*tensors: Tensor) -> None:
-    if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
-        raise KernelError(f"tensors must have one dtype, got {[t.dtype for t in tensors]}")
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        if tensor.dtype is not dtype:
+            raise KernelError(f"tensors must have one dtype, got {dtype} and {tensor.dtype}")
 
 
 def _suffix(tensor: Tensor, name: str) -> str:
@@ -324,10 +328,19 @@ def _suffix(tensor: Tensor, name: str) -> str:
 
 
 def _require_one_device(*tensors: Tensor) -> None:
-    device = tensors[0].device
+    index = tensors[0].get_device()  # faster than .device; -1 is the CPU
     for tensor in tensors:
-        if tensor.device != device:
-            raise KernelError(f"tensors must be on one device, got {device} and {tensor.device}")
+        if tensor.get_device() != index:
+            raise KernelError(
+                f"tensors must be on one device, got {tensors[0].device} and {tensor.device}"
+            )
+
+
+def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor, or a copy if it has gaps or another dtype."""
+    if tensor.dtype is dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def _at_multiple_of(tensor: Tensor, size: int) -> Tensor:

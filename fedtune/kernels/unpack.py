@@ -2,8 +2,7 @@
 
 The codes of two or four neighbouring weights are one index into a table of all their values
 (bitwise: a pair of float32 is one float64, four are one complex128), so that a gather moves 8 or
-16 bytes. That makes plain torch as fast as a vectorised kernel: no code is shifted or masked one
-by one, and nothing is compiled.
+16 bytes, and no code is shifted or masked one by one. Nothing needs to be compiled.
 """
 
 from __future__ import annotations
@@ -80,7 +79,11 @@ def _unpack(packed: PackedWeights, table: Tensor, first: int, scales: Tensor, ou
     else:
         begin, end = first * packed.bits // 8, (first + weights) * packed.bits // 8
         codes = packed.codes[begin:end]
-        indices.copy_(codes.view(torch.uint16) if packed.bits == 8 else codes)
+        if packed.bits == 8:
+            # Codes that are mapped from a file may begin at an odd byte.
+            even = codes if codes.storage_offset() % 2 == 0 else codes.clone()
+            codes = even.view(torch.uint16)
+        indices.copy_(codes)
     torch.index_select(table, 0, indices, out=out.view(_WIDE[per_index]))
     out.view(-1, packed.block).mul_(scales[:, None])
 

@@ -8,17 +8,24 @@ the trained rows only, and asks the storage for W again, panel by panel, so that
 quantised matrix ever exists as a whole. Layers that share their input (query, key and value; gate
 and up) go through `adapted_products` together: their A are stacked, because a product with three
 times the rank takes far less than three times as long, and their gradients of x meet in one buffer.
+
+Several simulated devices can be on a backbone at once (`FactorsSideBySide`), each with rows of its
+own in a pass. What a device then computes is, call by call, what it would compute alone, so that
+its bits are the same; what is shared is the unpacking of the frozen matrix, and every call around.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from itertools import pairwise
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from fedtune.kernels import dispatch
 
 PANEL_WEIGHTS = 1 << 20
 """Weights of a frozen matrix that are dense at one time on a CPU: 4 MB in float32, which stays in
@@ -79,6 +86,32 @@ class Factors:
         return self.a.requires_grad
 
 
+@dataclass(slots=True)
+class Rows:
+    """Which rows of a pass belong to which device; set before each pass, read in it.
+
+    Attributes:
+        bounds: device i has the rows from bounds[i] up to bounds[i + 1].
+    """
+
+    bounds: tuple[int, ...] = ()
+
+    def parts(self) -> tuple[slice, ...]:
+        return tuple(slice(*pair) for pair in pairwise(self.bounds))
+
+
+@dataclass(frozen=True, slots=True)
+class FactorsSideBySide:
+    """What several devices add to one matrix, each in its own rows of a pass.
+
+    Attributes:
+        devices: of each device; None where it adds nothing.
+    """
+
+    devices: tuple[Factors | None, ...]
+    rows: Rows
+
+
 @dataclass(frozen=True, slots=True)
 class Correction:
     """A frozen pair that repairs what a format did to a matrix: W is close to Q(W) + b a.
@@ -106,10 +139,10 @@ class AdaptedLinear(nn.Module):
         self.matrix = matrix
         self.out_features, self.in_features = matrix.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.factors: Factors | None = None
+        self.factors: Factors | FactorsSideBySide | None = None
         self.correction: Correction | None = None
         self.keeps_values = False
-        self._stacked: _Stacked | None = None
+        self._stacked: dict[int, _Stacked] = {}
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return adapted_products(x, (self,))[0]
@@ -125,10 +158,7 @@ def adapted_products(
     Args:
         x: the input of every layer; its dtype is the one to compute in.
     """
-    pairs = [
-        t for f in (layer.factors for layer in layers) for t in ((f.a, f.b) if f else (None, None))
-    ]
-    outputs = _Products.apply(x, tuple(layers), *pairs)  # type: ignore[no-untyped-call]
+    outputs = _Products.apply(x, tuple(layers), *factor_tensors(layers))  # type: ignore[no-untyped-call]
     return tuple(
         # A bias that is trained whole needs its own gradient.
         y + layer.bias if layer.bias is not None and layer.bias.requires_grad else y
@@ -136,7 +166,37 @@ def adapted_products(
     )
 
 
-def attach(layers: Mapping[str, AdaptedLinear], factors: Mapping[str, Factors]) -> None:
+_DeviceFactors: TypeAlias = tuple[Factors | None, ...]
+"""What one device adds to each of some layers."""
+
+
+def _devices(
+    layers: Sequence[AdaptedLinear],
+) -> tuple[tuple[_DeviceFactors, ...], tuple[slice, ...]]:
+    """The devices on these layers, and the rows of each; one device has them all."""
+    held = [layer.factors for layer in layers]
+    beside = next((f for f in held if isinstance(f, FactorsSideBySide)), None)
+    if beside is None:
+        return (tuple(f for f in held if not isinstance(f, FactorsSideBySide)),), (slice(None),)
+    every = [
+        f.devices if isinstance(f, FactorsSideBySide) else (None,) * len(beside.devices)
+        for f in held
+    ]
+    return tuple(zip(*every, strict=True)), beside.rows.parts()
+
+
+def factor_tensors(layers: Sequence[AdaptedLinear]) -> list[Tensor | None]:
+    """a and b of each layer in turn, for one device after another; None for absent factors.
+
+    What a step of autograd over these layers takes, and gives gradients to.
+    """
+    every = [f for factors in _devices(layers)[0] for f in factors]
+    return [t for f in every for t in ((None, None) if f is None else (f.a, f.b))]
+
+
+def attach(
+    layers: Mapping[str, AdaptedLinear], factors: Mapping[str, Factors | FactorsSideBySide]
+) -> None:
     """Give every named layer its factors and take them from all others.
 
     Raises:
@@ -147,7 +207,7 @@ def attach(layers: Mapping[str, AdaptedLinear], factors: Mapping[str, Factors]) 
         raise KeyError(f"no adapted matrix named {sorted(unknown)[0]}")
     for name, layer in layers.items():
         layer.factors = factors.get(name)
-        layer._stacked = None
+        layer._stacked.clear()
 
 
 def detach(layers: Mapping[str, AdaptedLinear]) -> None:
@@ -180,6 +240,10 @@ class _Stacked:
     rows: tuple[slice, ...]
     trained: tuple[slice, ...]
 
+    @property
+    def trains(self) -> bool:
+        return any(part.start < part.stop for part in self.trained)
+
     def trained_columns(self, low: Tensor) -> Tensor:
         """(tokens, trained rows) out of (tokens, rows)."""
         if sum(part.stop - part.start for part in self.trained) == low.shape[1]:
@@ -187,20 +251,21 @@ class _Stacked:
         return torch.cat([low[:, part] for part in self.trained], dim=1)
 
 
-def _stacked(layers: tuple[AdaptedLinear, ...], dtype: torch.dtype) -> _Stacked:
-    """The stack of the layers, made anew only when something in it has changed.
+def _stacked(
+    layers: tuple[AdaptedLinear, ...], factors: _DeviceFactors, device: int, dtype: torch.dtype
+) -> _Stacked:
+    """The stack of one device's factors, made anew only when something in it has changed.
 
     Kept by the first layer, for the micro-batches of a step and for recomputed blocks.
     """
     key: list[object] = [dtype]
-    for layer in layers:
-        f = layer.factors
+    for layer, f in zip(layers, factors, strict=True):
         versions = (None, None) if f is None else (f.a._version, f.b._version)
         key += [f, *versions, layer.correction]
-    kept = layers[0]._stacked
+    kept = layers[0]._stacked.get(device)
     if kept is None or not _same(kept.key, key):
-        kept = _stack(tuple(key), layers, dtype)
-        layers[0]._stacked = kept
+        kept = _stack(tuple(key), layers, factors, dtype)
+        layers[0]._stacked[device] = kept
     return kept
 
 
@@ -212,13 +277,16 @@ def _same(left: Sequence[object], right: Sequence[object]) -> bool:
 
 
 def _stack(
-    key: tuple[object, ...], layers: tuple[AdaptedLinear, ...], dtype: torch.dtype
+    key: tuple[object, ...],
+    layers: tuple[AdaptedLinear, ...],
+    factors: _DeviceFactors,
+    dtype: torch.dtype,
 ) -> _Stacked:
     every_a: list[Tensor] = []
     every_b, scales, rows, trained = [], [], [], []
     start = 0
-    for layer in layers:
-        f, correction = layer.factors, layer.correction
+    for layer, f in zip(layers, factors, strict=True):
+        correction = layer.correction
         scale = 1.0 if f is None else f.scale
         a = [] if f is None else [f.a.detach(), f.tail_a]
         b = [] if f is None else [f.b.detach(), f.tail_b]
@@ -248,84 +316,144 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 class _Products(torch.autograd.Function):
-    """x W^T + s (x A^T) B^T + c of several layers, for trained and frozen factors together."""
+    """x W^T + s (x A^T) B^T + c of several layers, for trained and frozen factors together.
+
+    Rows are cut by device; each has a stack of its own.
+    """
 
     @staticmethod
     def forward(ctx, x, layers, *pairs):  # type: ignore[no-untyped-def]  # torch's protocol
         rows = x.reshape(-1, x.shape[-1])
-        stack = _stacked(layers, x.dtype)
-        low = rows @ stack.a.t() if stack.a.numel() else None  # (tokens, rows of the stack)
+        devices, parts = _devices(layers)
+        stacks = [_stacked(layers, f, i, x.dtype) for i, f in enumerate(devices)]
+        # (tokens of the device, rows of its stack)
+        lows = [
+            rows[part] @ stack.a.t() if stack.a.numel() else None
+            for part, stack in zip(parts, stacks, strict=True)
+        ]
         outputs, dense = [], []
-        for layer, b, scale, part in zip(layers, stack.b, stack.scales, stack.rows, strict=True):
+        for i, layer in enumerate(layers):
             kept = layer.matrix.values(x.dtype) if layer.keeps_values else None
-            y = _frozen_product(rows, layer, kept)
-            if low is not None and part.start < part.stop:
-                y.addmm_(low[:, part], b, alpha=scale)
+            y = _frozen_product(rows, parts, layer, kept)
+            for part, stack, low in zip(parts, stacks, lows, strict=True):
+                of_layer = stack.rows[i]
+                if low is not None and of_layer.start < of_layer.stop:
+                    y[part].addmm_(low[:, of_layer], stack.b[i], alpha=stack.scales[i])
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
             dense.append(kept)
-        trains = any(part.start < part.stop for part in stack.trained)
-        kept_low = stack.trained_columns(low) if trains and low is not None else None
-        ctx.save_for_backward(rows if trains else None, kept_low, stack.a, *stack.b, *dense)
-        ctx.layers, ctx.stack, ctx.x_shape = layers, stack, x.shape
+        trains = any(stack.trains for stack in stacks)
+        kept_lows = [
+            stack.trained_columns(low) if stack.trains and low is not None else None
+            for stack, low in zip(stacks, lows, strict=True)
+        ]
+        held = [tensor for stack in stacks for tensor in (stack.a, *stack.b)]
+        ctx.save_for_backward(rows if trains else None, *kept_lows, *held, *dense)
+        ctx.layers, ctx.stacks, ctx.parts, ctx.x_shape = layers, stacks, parts, x.shape
         ctx.factor_dtypes = [f.dtype if f is not None else None for f in pairs]
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
-        layers, stack = ctx.layers, ctx.stack
-        rows, low, a, *rest = ctx.saved_tensors
-        every_b, dense = rest[: len(layers)], rest[len(layers) :]
+        layers, stacks, parts = ctx.layers, ctx.stacks, ctx.parts
+        rows, *rest = ctx.saved_tensors
+        # The stacks are held by the context; saving their tensors lets autograd see a change.
+        lows, dense = rest[: len(parts)], rest[len(rest) - len(layers) :]
         flat = [g.reshape(-1, g.shape[-1]) for g in gradients]
-        g_low = flat[0].new_empty(flat[0].shape[0], a.shape[0])  # s (dL/dy) B, of every row
-        for g, b, scale, part in zip(flat, every_b, stack.scales, stack.rows, strict=True):
-            if part.start < part.stop:
-                _scaled_product(g, b.t(), scale, g_low[:, part])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _frozen_gradient(flat, layers, dense)
-            if a.numel():
-                grad_x.addmm_(g_low, a)
+            grad_x = _frozen_gradient(flat, parts, layers, dense)
+        pairs: list[Tensor | None] = []
+        for part, stack, low in zip(parts, stacks, lows, strict=True):
+            own = [g[part] for g in flat]
+            g_low = _low_gradient(own, stack)
+            if grad_x is not None and stack.a.numel():
+                grad_x[part].addmm_(g_low, stack.a)
+            taken = rows[part] if low is not None else None
+            dtypes = ctx.factor_dtypes[len(pairs) : len(pairs) + 2 * len(layers)]
+            pairs += _factor_gradients(own, taken, low, g_low, stack, dtypes)
+        if grad_x is not None:
             grad_x = grad_x.view(ctx.x_shape)
-        pairs: list[Tensor | None] = [None] * (2 * len(layers))
-        if rows is not None:
-            grad_a = stack.trained_columns(g_low).t() @ rows  # (trained rows, in)
-            start = 0
-            for i, (g, part) in enumerate(zip(flat, stack.trained, strict=True)):
-                end = start + part.stop - part.start
-                if start < end:
-                    # This way round: a tall result of the same product takes up to ten times as
-                    # long on a CPU.
-                    grad_b = (low[:, start:end].t() @ g).t()  # (out, rank)
-                    pairs[2 * i] = grad_a[start:end].to(ctx.factor_dtypes[2 * i])
-                    pairs[2 * i + 1] = grad_b.to(ctx.factor_dtypes[2 * i + 1]) * stack.scales[i]
-                start = end
         return grad_x, None, *pairs
 
 
-def _frozen_product(rows: Tensor, layer: AdaptedLinear, dense: Tensor | None) -> Tensor:
+def _low_gradient(gradients: Sequence[Tensor], stack: _Stacked) -> Tensor:
+    """s (dL/dy) B, of every row of the stack: (tokens, rows of the stack)."""
+    g_low = gradients[0].new_empty(gradients[0].shape[0], stack.a.shape[0])
+    for g, b, scale, part in zip(gradients, stack.b, stack.scales, stack.rows, strict=True):
+        if part.start < part.stop:
+            _scaled_product(g, b.t(), scale, g_low[:, part])
+    return g_low
+
+
+def _factor_gradients(
+    gradients: Sequence[Tensor],
+    rows: Tensor | None,
+    low: Tensor | None,
+    g_low: Tensor,
+    stack: _Stacked,
+    dtypes: Sequence[torch.dtype | None],
+) -> list[Tensor | None]:
+    """Gradients of A and B of each layer in turn; None for what is not trained."""
+    pairs: list[Tensor | None] = [None] * (2 * len(gradients))
+    if rows is None or low is None:
+        return pairs
+    grad_a = stack.trained_columns(g_low).t() @ rows  # (trained rows, in)
+    start = 0
+    for i, (g, part) in enumerate(zip(gradients, stack.trained, strict=True)):
+        end = start + part.stop - part.start
+        if start < end:
+            # This way round: a tall result of the same product takes up to ten times as long on
+            # a CPU.
+            grad_b = (low[:, start:end].t() @ g).t()  # (out, rank)
+            pairs[2 * i] = grad_a[start:end].to(dtypes[2 * i])
+            pairs[2 * i + 1] = grad_b.to(dtypes[2 * i + 1]) * stack.scales[i]
+        start = end
+    return pairs
+
+
+def _frozen_product(
+    rows: Tensor, parts: Sequence[slice], layer: AdaptedLinear, dense: Tensor | None
+) -> Tensor:
     """x W^T + c, panel by panel."""
     bias = None
     if layer.bias is not None and not layer.bias.requires_grad:
         bias = layer.bias.to(rows.dtype)
+    packed = getattr(layer.matrix, "packed", None)
+    if packed is not None and dispatch.packed_product_wins(rows.shape[0], packed, rows.dtype):
+        # Few tokens on an accelerator: reading the packed weights is most of the work.
+        y = dispatch.packed_product(rows, packed)
+        return y if bias is None else y.add_(bias)
     y = rows.new_empty(rows.shape[0], layer.out_features)
     for first, panel in _panels(layer.matrix, rows.dtype, dense):
-        part = y[:, first : first + panel.shape[0]]
-        if bias is None:
-            torch.mm(rows, panel.t(), out=part)
-        else:
-            torch.addmm(bias[first : first + panel.shape[0]], rows, panel.t(), out=part)
+        columns = slice(first, first + panel.shape[0])
+        for part in parts:
+            out = y[part, columns]
+            if bias is None:
+                torch.mm(rows[part], panel.t(), out=out)
+            else:
+                torch.addmm(bias[columns], rows[part], panel.t(), out=out)
     return y
 
 
 def _frozen_gradient(
-    gradients: Sequence[Tensor], layers: Sequence[AdaptedLinear], dense: Sequence[Tensor | None]
+    gradients: Sequence[Tensor],
+    parts: Sequence[slice],
+    layers: Sequence[AdaptedLinear],
+    dense: Sequence[Tensor | None],
 ) -> Tensor:
     """(dL/dy) W summed over the layers, in one buffer."""
     grad_x: Tensor | None = None
     for g, layer, kept in zip(gradients, layers, dense, strict=True):
         for first, panel in _panels(layer.matrix, g.dtype, kept):
-            part = g[:, first : first + panel.shape[0]]
-            grad_x = part @ panel if grad_x is None else grad_x.addmm_(part, panel)
+            begun = grad_x is not None
+            if grad_x is None:
+                grad_x = g.new_empty(g.shape[0], layer.in_features)
+            for part in parts:
+                of_panel = g[part, first : first + panel.shape[0]]
+                if begun:
+                    grad_x[part].addmm_(of_panel, panel)
+                else:
+                    torch.mm(of_panel, panel, out=grad_x[part])
     assert grad_x is not None
     return grad_x
 

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from fedtune.errors import ModelError
 from fedtune.lora.linear import AdaptedLinear, Correction
 from fedtune.model.load import dense_shapes, load_base, module_path, tensor_names
-from fedtune.model.packed_cache import HeldMatrix, PackedCache
+from fedtune.model.packed_cache import Finished, PackedCache
 from fedtune.model.precision import compute_in
 from fedtune.model.replace import coverage, linear_at, oriented
 from fedtune.model.source import base_digest
 from fedtune.model.stream import BaseTensors, Skeleton, put, stream_base
 from fedtune.quant.correction import Pair, store_corrected
 from fedtune.quant.dense import DTYPES
+from fedtune.quant.storage import StoredMatrix
 from fedtune.records import MatrixForm, TaskName
 
 if TYPE_CHECKING:
@@ -166,11 +167,12 @@ class BackboneShelf:
 
         layers: dict[str, AdaptedLinear] = {}
         held = self._held(forms, weight)
+        matrices = dict(held.matrices)
         for name, path in paths.items():
             bias = dict(modules[name].named_parameters()).get("bias")
-            matrix, pair = held.pop(name)
-            adapted = AdaptedLinear(matrix.to(self._device), bias).eval()
-            adapted.correction = None if pair is None else _on(self._device, pair)
+            adapted = AdaptedLinear(matrices.pop(name), bias).eval()
+            if pair := held.pairs.get(name):
+                adapted.correction = Correction(pair.a.to(self._device), pair.b.to(self._device))
             model.set_submodule(path, adapted)
             layers[name] = adapted
         for name in skeleton.places.keys() - forms.keys():
@@ -181,32 +183,39 @@ class BackboneShelf:
         _log.info("%s: %s", type(model).__name__, coverage(model))
         return Backbone(model, layers, threading.Lock())
 
-    def _held(
-        self, forms: Mapping[str, MatrixForm], weight: Callable[[str], Tensor]
-    ) -> dict[str, HeldMatrix]:
+    def _held(self, forms: Mapping[str, MatrixForm], weight: Callable[[str], Tensor]) -> Finished:
         """Every matrix in its form: as an earlier process left it, or made one by one.
 
         They are made on the device where they stay: a GPU quantises many times faster.
         """
-
-        def made(chosen: Mapping[str, MatrixForm]) -> dict[str, HeldMatrix]:
-            return {n: HeldMatrix(*store_corrected(weight(n), form)) for n, form in chosen.items()}
-
         # Floats are as near in the base's own files.
         packed = {name: form for name, form in forms.items() if form.format not in DTYPES}
-        if self._packed is None or not packed:
-            return made(forms)
-        digest = base_digest(self._folder)
-        found = self._packed.read(digest, packed)
-        if found is None:
-            found = made(packed)
-            self._packed.write(digest, packed, found)
-        return found | made({n: form for n, form in forms.items() if n not in packed})
+        found: Finished | None = None
+        if self._packed is not None and packed:
+            digest = base_digest(self._folder)
+            found = self._packed.read(digest, packed)
+            if found is None:
+                found = _finish(packed, weight)
+                self._packed.write(digest, packed, found)
+        kept = found or Finished({})
+        rest = {name: form for name, form in forms.items() if name not in kept.matrices}
+        made = _finish(rest, weight)
+        matrices = {**kept.matrices, **made.matrices}
+        return Finished(
+            {name: matrix.to(self._device) for name, matrix in matrices.items()},
+            {**kept.pairs, **made.pairs},
+        )
 
 
-def _on(torch_device: torch.device, pair: Pair) -> Correction:
-    """The pair as the layer takes it, where the layer computes."""
-    return Correction(pair.a.to(torch_device), pair.b.to(torch_device))
+def _finish(forms: Mapping[str, MatrixForm], weight: Callable[[str], Tensor]) -> Finished:
+    """Every matrix in its form, and the pairs that those with a correction rank have."""
+    matrices: dict[str, StoredMatrix] = {}
+    pairs: dict[str, Pair] = {}
+    for name, form in forms.items():
+        matrices[name], pair = store_corrected(weight(name), form)
+        if pair is not None:
+            pairs[name] = pair
+    return Finished(matrices, pairs)
 
 
 def _sharing_copy(skeleton: Skeleton) -> Skeleton:

@@ -26,7 +26,7 @@ from fedtune.kernels.dispatch import (
     swiglu,
     swiglu_backward_,
 )
-from fedtune.lora.linear import AdaptedLinear, _Products
+from fedtune.lora.linear import AdaptedLinear, _Products, factor_tensors
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -95,7 +95,7 @@ def normed_products(
     rotation: Rotation | None = None,
 ) -> tuple[Tensor, ...]:
     """Several layers over the norm of one input; keeps the input, not its norm."""
-    outputs = _NormedProducts.apply(x, norm, tuple(layers), rotation, *_pairs(layers))  # type: ignore[no-untyped-call]
+    outputs = _NormedProducts.apply(x, norm, tuple(layers), rotation, *factor_tensors(layers))  # type: ignore[no-untyped-call]
     return tuple(outputs)
 
 
@@ -109,17 +109,9 @@ def gated_product(
 
     Its backward pass writes over gate and up: nothing else may use them.
     """
-    y = _GatedProduct.apply(gate, up, activation, layer, *_pairs((layer,)))  # type: ignore[no-untyped-call]
+    y = _GatedProduct.apply(gate, up, activation, layer, *factor_tensors((layer,)))  # type: ignore[no-untyped-call]
     assert isinstance(y, Tensor)
     return y
-
-
-def _pairs(layers: Sequence[AdaptedLinear]) -> list[Tensor | None]:
-    pairs: list[Tensor | None] = []
-    for layer in layers:
-        f = layer.factors
-        pairs += [None, None] if f is None else [f.a, f.b]
-    return pairs
 
 
 class _Normed(torch.autograd.Function):
@@ -217,13 +209,13 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        gate, up, *kept = ctx.saved_tensors
         inside = ctx.inside
         if inside is None:
             raise RuntimeError(
                 "a block's activations were written over by an earlier backward pass"
             )
         ctx.inside = None
+        gate, up, *kept = ctx.saved_tensors
         made = _activated(gate, up, ctx.activation) if inside.misses else None
         inside.restore(kept, made)
         found, _, *pairs = _Products.backward(inside, gradient)  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ asking the device for anything, so that a step of fixed shape can be captured as
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -184,6 +184,34 @@ def loss_sum(model: PreTrainedModel, batch: Batch, task: TaskName) -> LossSum:
     hidden = _run(model.base_model, batch).last_hidden_state.flatten(0, 1)
     found = head_loss(hidden, head, batch.loss_rows, batch.targets, batch.weights)
     return LossSum(found.total, len(batch.targets), found.hits)
+
+
+def loss_sums(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LossSum]:
+    """`loss_sum` of several packed batches, from one pass over all of them.
+
+    Every batch's numbers are those of a pass of its own. Only for a model that `sums_together`.
+    """
+    head = _head_of(model)
+    assert head is not None
+    device = batches[0].tokens.device
+    lengths = [n for batch in batches if batch.segments for n in batch.segments.lengths]
+    whole = replace(
+        batches[0],
+        tokens=torch.cat([batch.tokens for batch in batches], dim=1),
+        positions=restarting(tuple(lengths)).to(device, non_blocking=True),
+        segments=segments(lengths, device),
+    )
+    hidden = _run(model.base_model, whole).last_hidden_state.flatten(0, 1)
+    sums = []
+    for batch, own in zip(batches, hidden.split([b.tokens.shape[1] for b in batches]), strict=True):
+        found = head_loss(own, head, batch.loss_rows, batch.targets, batch.weights)
+        sums.append(LossSum(found.total, len(batch.targets), found.hits))
+    return sums
+
+
+def sums_together(model: PreTrainedModel) -> bool:
+    """Whether `loss_sums` can take the model; hold its lock."""
+    return _head_of(model) is not None and packs(model)
 
 
 def _head_of(model: PreTrainedModel) -> Head | None:

@@ -22,9 +22,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,9 +47,6 @@ _PIECE_BYTES: Final = 16 << 20
 _READ_BYTES: Final = 1 << 20
 _ALIGNMENT: Final = 64
 
-_PAIR_A: Final = "correction.a"
-_PAIR_B: Final = "correction.b"
-
 _DTYPES: Final = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -62,11 +59,21 @@ _DTYPES: Final = {
 _log = logging.getLogger(__name__)
 
 
-class HeldMatrix(NamedTuple):
-    """A matrix in its form, and the pair that repairs what the form loses, if there is one."""
+_PAIR: Final = ("pair.a", "pair.b")
+"""Names of a correction pair among the tensors of its matrix."""
 
-    matrix: StoredMatrix
-    pair: Pair | None = None
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Matrices as a device computes with them, by name, and the pairs that repair some of them."""
+
+    matrices: Mapping[str, StoredMatrix]
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        parts = (*self.matrices.values(), *self.pairs.values())
+        return sum(part.bytes for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +88,7 @@ class PackedCache:
     folder: Path
     minimum_bytes: int = MINIMUM_BYTES
 
-    def read(self, base: str, forms: Mapping[str, MatrixForm]) -> dict[str, HeldMatrix] | None:
+    def read(self, base: str, forms: Mapping[str, MatrixForm]) -> Finished | None:
         """Every matrix in its form, mapped from disk; None when that is not at hand.
 
         A file whose content is not what its name says is deleted.
@@ -101,11 +108,9 @@ class PackedCache:
             _remove(path)
         return None
 
-    def write(
-        self, base: str, forms: Mapping[str, MatrixForm], matrices: Mapping[str, HeldMatrix]
-    ) -> None:
+    def write(self, base: str, forms: Mapping[str, MatrixForm], finished: Finished) -> None:
         """Keep matrices; a disk that takes no more is no error."""
-        size = sum(held.matrix.bytes for held in matrices.values())
+        size = finished.bytes
         if size < self.minimum_bytes:
             return
         temporary: Path | None = None
@@ -116,7 +121,7 @@ class PackedCache:
             handle, name = tempfile.mkstemp(".part", "packed-", self.folder)
             temporary = Path(name)
             with os.fdopen(handle, "wb") as stream:
-                for part in _serialise(matrices):
+                for part in _serialise(finished):
                     stream.write(part)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -162,20 +167,20 @@ def _key(base: str, forms: Mapping[str, MatrixForm]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def _serialise(matrices: Mapping[str, HeldMatrix]) -> Iterator[bytes | memoryview]:
+def _serialise(finished: Finished) -> Iterator[bytes | memoryview]:
     """A safetensors file, piece by piece: the library's own writer copies all tensors first.
 
     Source: https://github.com/huggingface/safetensors#format
     """
     tensors: dict[str, Tensor] = {}
     described: dict[str, str] = {}
-    for name, (matrix, pair) in matrices.items():
+    for name, matrix in finished.matrices.items():
         described[name] = json.dumps(
             {"format": matrix.format, "shape": matrix.shape, "metadata": matrix.metadata()}
         )
         tensors |= {f"{name}/{part}": tensor for part, tensor in matrix.tensors().items()}
-        if pair is not None:
-            tensors |= {f"{name}/{_PAIR_A}": pair.a, f"{name}/{_PAIR_B}": pair.b}
+    for name, pair in finished.pairs.items():
+        tensors |= {f"{name}/{part}": t for part, t in zip(_PAIR, (pair.a, pair.b), strict=True)}
     # Wide numbers first: each tensor then starts at a multiple of its own width.
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     header: dict[str, object] = {"__metadata__": described}
@@ -198,22 +203,23 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _load(path: Path, forms: Mapping[str, MatrixForm]) -> dict[str, HeldMatrix]:
+def _load(path: Path, forms: Mapping[str, MatrixForm]) -> Finished:
     with safe_open(path, framework="pt") as opened:
         described = opened.metadata()
         tensors: dict[str, dict[str, Tensor]] = {name: {} for name in forms}
         for key in opened.keys():  # noqa: SIM118  an opened file is not a mapping
             name, _, part = key.rpartition("/")
             tensors[name][part] = opened.get_tensor(key)
-    found: dict[str, HeldMatrix] = {}
+    found: dict[str, StoredMatrix] = {}
+    pairs: dict[str, Pair] = {}
     for name, form in forms.items():
+        if form.correction_rank:
+            a, b = (tensors[name].pop(part) for part in _PAIR)
+            pairs[name] = Pair(a, b)
         about = json.loads(described[name])
         rows, columns = about["shape"]
-        parts = tensors[name]
-        pair = Pair(parts.pop(_PAIR_A), parts.pop(_PAIR_B)) if form.correction_rank else None
-        matrix = restore(about["format"], (rows, columns), parts, about["metadata"])
-        found[name] = HeldMatrix(matrix, pair)
-    return found
+        found[name] = restore(about["format"], (rows, columns), tensors[name], about["metadata"])
+    return Finished(found, pairs)
 
 
 def _remove(path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedtune.kernels.dispatch import dequantise
 from fedtune.kernels.packed import Bits, PackedWeights
-from fedtune.kernels.unpack import dequantise
 from fedtune.quant.codebooks import codebooks
 from fedtune.quant.panels import PANEL_ROWS, Panel, empty_panels
 from fedtune.quant.quantise import CodebookChoice, codebook_name, quantise

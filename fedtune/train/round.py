@@ -52,11 +52,17 @@ class Mounted:
 
     def trained(self) -> dict[str, Tensor]:
         """Name, as on the wire -> trained tensor, in a fixed order."""
-        found: dict[str, Tensor] = {}
-        for name, factors in sorted(self.factors.items()):
-            if factors.trains:
-                found |= {f"{name}.a": factors.a, f"{name}.b": factors.b}
+        found = trained_tensors(self.factors)
         return found | {f"dense.{name}": self.dense[name] for name in sorted(self.dense)}
+
+
+def trained_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Name, as on the wire -> tensor, of all factors that train, in a fixed order."""
+    found: dict[str, Tensor] = {}
+    for name, pair in sorted(factors.items()):
+        if pair.trains:
+            found |= {f"{name}.a": pair.a, f"{name}.b": pair.b}
+    return found
 
 
 def mount(backbone: Backbone, dispatch: Dispatch, *, trainable: bool) -> Mounted:
@@ -67,25 +73,7 @@ def mount(backbone: Backbone, dispatch: Dispatch, *, trainable: bool) -> Mounted
             tensor of another shape.
         ModelError: the model has no dense parameter of that name.
     """
-    unknown = (set(dispatch.trained) | set(dispatch.tail)) - set(backbone.layers)
-    if unknown:
-        raise ProtocolError(
-            f"the coordinator sent factors for {sorted(unknown)[0]}, which this backbone does "
-            "not adapt"
-        )
-    device = next(backbone.model.parameters()).device
-    names = sorted(set(dispatch.trained) | set(dispatch.tail))
-    factors = {
-        name: _factors(
-            backbone.layers[name].out_features,
-            backbone.layers[name].in_features,
-            dispatch.trained.get(name),
-            dispatch.tail.get(name),
-            device,
-            trainable,
-        )
-        for name in names
-    }
+    factors = device_factors(backbone, dispatch, trainable=trainable)
     dense = {name: backbone.parameter(name) for name in sorted(dispatch.dense)}
     for name, parameter in dense.items():
         sent = tuple(dispatch.dense[name].shape)
@@ -100,6 +88,35 @@ def mount(backbone: Backbone, dispatch: Dispatch, *, trainable: bool) -> Mounted
             parameter.copy_(torch.tensor(dispatch.dense[name]))
         parameter.requires_grad_(trainable)
     return Mounted(factors, dense)
+
+
+def device_factors(
+    backbone: Backbone, dispatch: Dispatch, *, trainable: bool
+) -> dict[str, Factors]:
+    """A device's factors as tensors where the backbone is, of every matrix that it was sent.
+
+    Raises:
+        ProtocolError: as for `mount`.
+    """
+    unknown = (set(dispatch.trained) | set(dispatch.tail)) - set(backbone.layers)
+    if unknown:
+        raise ProtocolError(
+            f"the coordinator sent factors for {sorted(unknown)[0]}, which this backbone does "
+            "not adapt"
+        )
+    device = next(backbone.model.parameters()).device
+    names = sorted(set(dispatch.trained) | set(dispatch.tail))
+    return {
+        name: _factors(
+            backbone.layers[name].out_features,
+            backbone.layers[name].in_features,
+            dispatch.trained.get(name),
+            dispatch.tail.get(name),
+            device,
+            trainable,
+        )
+        for name in names
+    }
 
 
 def unmount(backbone: Backbone, mounted: Mounted) -> None:
@@ -139,7 +156,7 @@ def train_round(
     with backbone.lock:
         mounted = mount(backbone, dispatch, trainable=True)
         try:
-            _set_checkpointing(backbone, plan.checkpointing)
+            set_checkpointing(backbone, plan.checkpointing)
             stepper = RoundOptimizer(
                 mounted.trained(), optimizer, len(batches), memory=memory, loss_scale=loss_scale
             )
@@ -153,10 +170,10 @@ def train_round(
                 if after_step is not None:
                     after_step(index, loss)
             stepper.keep()
-            factors = _read_back(mounted, dispatch)
+            factors = read_back(mounted.factors, dispatch)
             dense = {name: _array(p) for name, p in mounted.dense.items()}
         finally:
-            _set_checkpointing(backbone, False)
+            set_checkpointing(backbone, False)
             unmount(backbone, mounted)
     samples = sum(len(batch) for batch in batches)
     seconds = time.perf_counter() - started
@@ -192,11 +209,10 @@ def _factors(
     return Factors(a, b, tail_a, tail_b, source.scale)
 
 
-def _read_back(mounted: Mounted, dispatch: Dispatch) -> dict[str, LoraFactors]:
+def read_back(factors: Mapping[str, Factors], dispatch: Dispatch) -> dict[str, LoraFactors]:
+    """The trained factors as they travel."""
     return {
-        name: LoraFactors(
-            _array(mounted.factors[name].a), _array(mounted.factors[name].b), sent.scale
-        )
+        name: LoraFactors(_array(factors[name].a), _array(factors[name].b), sent.scale)
         for name, sent in sorted(dispatch.trained.items())
     }
 
@@ -206,7 +222,7 @@ def _array(tensor: Tensor) -> FloatArray:
     return array
 
 
-def _set_checkpointing(backbone: Backbone, on: bool) -> None:
+def set_checkpointing(backbone: Backbone, on: bool) -> None:
     """Recompute each block's activations in the backward pass instead of keeping them.
 
     On an accelerator a recomputed block keeps its dense matrices for the backward pass, which

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fedtune.model.backbone import Backbone
-from fedtune.model.loss import TokenisedSample, collate, loss_sum, loss_units
+from fedtune.model.loss import TokenisedSample, loss_sum, loss_units, prepare
 from fedtune.records import TaskName
 from fedtune.train.batches import micro_batches
 
@@ -34,7 +34,7 @@ def accumulate(
     # Summed where it is computed: reading it would make an accelerator wait at every micro-batch.
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for part in micro_batches(batch, micro_batch):
-        total = loss_sum(backbone.model, collate(part, pad_id, device), task).total
+        total = loss_sum(backbone.model, prepare(backbone.model, part, pad_id, task), task).total
         (total * (loss_factor / units)).backward()  # type: ignore[no-untyped-call]  # torch's
         loss += total.detach()
     return float(loss) / units

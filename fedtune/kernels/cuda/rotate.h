@@ -29,24 +29,24 @@ DEVICE void rotate(const Team& team, const Rotate& given) {
             const int i = job % runs * V, count = half - i;
             T* const x = static_cast<T*>(given.x) + token * given.token_stride +
                          job / runs * given.head_stride + i;
-            float first[V], second[V], cos_first[V], cos_second[V], sin_first[V], sin_second[V];
+            // The transpose takes the sine of the other half, with the other sign.
+            const C* const sin_of_first = given.inverse ? sin + half : sin;
+            const C* const sin_of_second = given.inverse ? sin : sin + half;
+            const float sign = given.inverse ? -1.0f : 1.0f;
+            float first[V], second[V], turned[V], cosine[V], sine[V];
             read(x, count, given.aligned, first);
             read(x + half, count, given.aligned, second);
-            read_run<V>(cos + i, count, given.aligned, cos_first);
-            read_run<V>(cos + half + i, count, given.aligned, cos_second);
-            read_run<V>(sin + i, count, given.aligned, sin_first);
-            read_run<V>(sin + half + i, count, given.aligned, sin_second);
+            read_run<V>(cos + i, count, given.aligned, cosine);
+            read_run<V>(sin_of_first + i, count, given.aligned, sine);
             UNROLL for (int j = 0; j < V; j++) {
-                const float a = first[j], b = second[j];
-                if (given.inverse) {
-                    first[j] = a * cos_first[j] + b * sin_second[j];
-                    second[j] = b * cos_second[j] - a * sin_first[j];
-                } else {
-                    first[j] = a * cos_first[j] - b * sin_first[j];
-                    second[j] = b * cos_second[j] + a * sin_second[j];
-                }
+                turned[j] = first[j] * cosine[j] - sign * second[j] * sine[j];
             }
-            write(x, count, given.aligned, first);
+            read_run<V>(cos + half + i, count, given.aligned, cosine);
+            read_run<V>(sin_of_second + i, count, given.aligned, sine);
+            UNROLL for (int j = 0; j < V; j++) {
+                second[j] = second[j] * cosine[j] + sign * first[j] * sine[j];
+            }
+            write(x, count, given.aligned, turned);
             write(x + half, count, given.aligned, second);
         }
     }

@@ -24,7 +24,7 @@ from fedtune_server.distortion import Measure
 from fedtune_server.ledger import Ledger
 from fedtune_server.metrics import MetricsWriter
 from fedtune_server.run_folder import RunFolder
-from fedtune_server.simulation.grid import run_inprocess
+from fedtune_server.simulation.grid import Together, run_inprocess
 from fedtune_server.simulation.ray import run_ray
 
 Watcher = Callable[[Event], None]
@@ -41,6 +41,7 @@ def simulate(
     overwrite: bool = False,
     warnings: Sequence[str] = (),
     measure: Measure | None = None,
+    together: Together | None = None,
 ) -> Path:
     """Play a run and return its folder.
 
@@ -53,6 +54,7 @@ def simulate(
         overwrite: replace a run that the folder already holds.
         warnings: to record at the start of the run.
         measure: measures the base's distortion table, if the plan can use one.
+        together: lets devices of the in-process backend work in one pass.
 
     Raises:
         FedtuneError: as the coordinator or `finish` raised it; the folder says so, as it does
@@ -78,7 +80,7 @@ def simulate(
         try:
             for warning in warnings:
                 emit(Event("warning", {"text": warning}))
-            _play(config, coordinator, client_app, devices)
+            _play(config, coordinator, client_app, devices, together)
             finish(folder.path, emit)
             folder.write_status("finished", reached)
         except KeyboardInterrupt:
@@ -93,7 +95,13 @@ def simulate(
     return config.folder
 
 
-def _play(config: RunConfig, coordinator: Coordinator, client_app: ClientApp, devices: int) -> None:
+def _play(
+    config: RunConfig,
+    coordinator: Coordinator,
+    client_app: ClientApp,
+    devices: int,
+    together: Together | None,
+) -> None:
     def job(grid: Grid) -> None:
         coordinator.run(grid, devices)
 
@@ -110,7 +118,7 @@ def _play(config: RunConfig, coordinator: Coordinator, client_app: ClientApp, de
             accelerators_per_device=_gpu_share(config),
         )
     else:
-        run_inprocess(server_app, client_app, devices, workers=1)
+        run_inprocess(server_app, client_app, devices, workers=1, together=together)
 
 
 def _gpu_share(config: RunConfig) -> float:

@@ -9,6 +9,10 @@ With one worker, devices take turns in the caller's own thread, in the order in 
 messages were pushed, while the caller waits in `pull_messages` or `send_and_receive`. So a run is
 reproducible, and Ctrl-C stops the device at work at once.
 
+Devices whose work is alike can do it in one pass over the base that they share: `together` says
+which messages those are and answers them all. It is for one worker only, and not for messages that
+a fault befalls.
+
 A message's time to live counts from the moment at which its device starts on it, not from when it
 was pushed: devices that take turns here would work at the same time in a fleet.
 """
@@ -19,9 +23,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from flwr.app import DEFAULT_TTL, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -46,6 +50,26 @@ error reply at once), a delay in seconds before the device starts, or None."""
 FaultHook: TypeAlias = Callable[[int, Message], Fault]
 """Node id and message -> what befalls it; for tests."""
 
+
+class Together(Protocol):
+    """Answers the messages of several devices in one pass, each as its device alone would."""
+
+    @property
+    def most(self) -> int:
+        """Devices in one pass."""
+        ...
+
+    def key(self, message: Message) -> Hashable:
+        """Messages of equal keys may go together; None: this one goes alone."""
+        ...
+
+    def __call__(
+        self, messages: Sequence[Message], contexts: Sequence[Context]
+    ) -> Sequence[Message | Exception]:
+        """A reply, or what its device would have raised, for each message in turn."""
+        ...
+
+
 FIRST_NODE_ID = 1000
 _RUN_ID = 1
 _POLL_S = 0.05
@@ -63,6 +87,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr has no types that mypy 
         workers: devices that work at the same time.
         run_config: what every device finds in `Context.run_config`.
         fault: what befalls which message; default: nothing.
+        together: lets devices work in one pass; default: they take turns.
 
     Attributes:
         bytes_down: size of all messages delivered to devices.
@@ -77,12 +102,15 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr has no types that mypy 
         workers: int = 1,
         run_config: Mapping[str, bool | int | float | str] | None = None,
         fault: FaultHook | None = None,
+        together: Together | None = None,
     ) -> None:
         become_coordinator(_RUN_ID)
         self.bytes_down = 0
         self.bytes_up = 0
         self._app = client_app
         self._fault = fault
+        self._together = together if workers == 1 and fault is None else None
+        self._keys: dict[str, Hashable] = {}
         self._run = Run.create_empty(_RUN_ID)
         self._contexts = {
             FIRST_NODE_ID + i: Context(
@@ -237,23 +265,30 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr has no types that mypy 
     def _run_next(self, among: Iterable[str] | None = None) -> bool:
         """Let the first device that is idle and has a message do its work, if there is one.
 
+        Those that can work together with it do theirs in the same pass.
+
         Args:
             among: ids of the messages that count; default: all.
         """
         with self._changed:
-            message = self._take(None if among is None else frozenset(among))
-        if message is None:
-            return False
-        node = message.metadata.dst_node_id
+            asked = None if among is None else frozenset(among)
+            first = self._take(asked)
+            if first is None:
+                return False
+            taken = [first, *self._take_alike(first, asked)]
         try:
-            reply = self._deliver(node, message)
+            if len(taken) > 1:
+                replies = self._deliver_together(taken)
+            else:
+                replies = [self._deliver(first.metadata.dst_node_id, first)]
         finally:
             with self._changed:
-                self._busy.discard(node)
+                self._busy -= {message.metadata.dst_node_id for message in taken}
         with self._changed:
-            if reply is not None:
-                set_message_id(reply, f"reply-to-{message.metadata.message_id}")
-                self._replies[message.metadata.message_id] = reply
+            for message, reply in zip(taken, replies, strict=True):
+                if reply is not None:
+                    set_message_id(reply, f"reply-to-{message.metadata.message_id}")
+                    self._replies[message.metadata.message_id] = reply
             self._changed.notify_all()
         return True
 
@@ -265,6 +300,46 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr has no types that mypy 
                 self._busy.add(node)
                 return message
         return None
+
+    def _take_alike(self, first: Message, among: frozenset[str] | None) -> list[Message]:
+        """Queued messages that can be answered in one pass with `first`."""
+        together = self._together
+        if together is None or (key := self._key(together, first)) is None:
+            return []
+        alike: list[Message] = []
+        for message in list(self._queue):
+            if len(alike) + 1 >= together.most:
+                break
+            node, message_id = message.metadata.dst_node_id, message.metadata.message_id
+            if node in self._busy or (among is not None and message_id not in among):
+                continue
+            if self._key(together, message) == key:
+                self._queue.remove(message)
+                self._busy.add(node)
+                alike.append(message)
+        return alike
+
+    def _key(self, together: Together, message: Message) -> Hashable:
+        message_id = message.metadata.message_id
+        if message_id not in self._keys:
+            self._keys[message_id] = together.key(message)
+        return self._keys[message_id]
+
+    def _deliver_together(self, messages: Sequence[Message]) -> list[Message]:
+        """Replies to messages that are answered in one pass, which may take all their time."""
+        assert self._together is not None
+        nodes = [message.metadata.dst_node_id for message in messages]
+        end = time.monotonic() + sum(m.metadata.ttl or DEFAULT_TTL for m in messages)
+        arrived = [self._arrive(message) for message in messages]
+        found = self._together(arrived, [self._contexts[node] for node in nodes])
+        if time.monotonic() >= end:
+            return [_expired(message) for message in messages]
+        return [
+            _failure(node, message, reply)
+            if isinstance(reply, Exception)
+            else self._returned(reply)
+            for node, message, reply in zip(nodes, messages, found, strict=True)
+        ]
 
     def _deliver(self, node: int, message: Message) -> Message | None:
         """The reply to a message, or None while it is lost."""
@@ -286,20 +361,27 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr has no types that mypy 
 
     def _call(self, node: int, message: Message) -> Message:
         """Run the ClientApp on one message; both ways go through bytes."""
+        arrived = self._arrive(message)
+        try:
+            return self._returned(self._app(arrived, self._contexts[node]))
+        except Exception as error:  # noqa: BLE001  # the edge of a device: Flower replies so too
+            return _failure(node, message, error)
+
+    def _arrive(self, message: Message) -> Message:
+        """The message as its device gets it."""
         arrived, size = copy_over_wire(message)
         arrived.metadata.created_at = time.time()
         with self._changed:
             self.bytes_down += size
-        try:
-            reply, size = copy_over_wire(self._app(arrived, self._contexts[node]))
-        except Exception as error:  # noqa: BLE001  # the edge of a device: Flower replies so too
-            _log_failure(node, message, error)
-            reason = f"{type(error)}:<'{error}'>"
-            failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
-            return Message(failure, reply_to=message)
+            self._keys.pop(message.metadata.message_id, None)
+        return arrived
+
+    def _returned(self, reply: Message) -> Message:
+        """The reply as the coordinator gets it."""
+        returned, size = copy_over_wire(reply)
         with self._changed:
             self.bytes_up += size
-        return reply
+        return returned
 
     def _withdraw(self, message_ids: Iterable[str]) -> None:
         withdrawn = set(message_ids)
@@ -326,12 +408,15 @@ def _link_error(message: Message, code: int, reason: str) -> Message:
     return reply
 
 
-def _log_failure(node: int, message: Message, error: Exception) -> None:
+def _failure(node: int, message: Message, error: Exception) -> Message:
+    """The error reply of a device whose app raised; the cause goes to the log."""
     kind = message.metadata.message_type
     if isinstance(error, FedtuneError):
         _log.info("device %d refused %s: %s", node, kind, error)
     else:
         _log.error("device %d failed at %s", node, kind, exc_info=error)
+    reason = f"{type(error)}:<'{error}'>"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
 def run_inprocess(
@@ -342,6 +427,7 @@ def run_inprocess(
     workers: int = 1,
     run_config: Mapping[str, bool | int | float | str] | None = None,
     fault: FaultHook | None = None,
+    together: Together | None = None,
 ) -> None:
     """Run a coordinator and its devices in this process, until the coordinator returns.
 
@@ -352,11 +438,17 @@ def run_inprocess(
         workers: devices that work at the same time.
         run_config: what coordinator and devices find in `Context.run_config`.
         fault: what befalls which message, for tests; default: nothing.
+        together: lets devices work in one pass; default: they take turns.
     """
     with (
         quiet_flower(),
         InProcessGrid(
-            client_app, devices, workers=workers, run_config=run_config, fault=fault
+            client_app,
+            devices,
+            workers=workers,
+            run_config=run_config,
+            fault=fault,
+            together=together,
         ) as grid,
     ):
         context = Context(

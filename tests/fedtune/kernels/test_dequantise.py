@@ -12,7 +12,7 @@ from oracle import random_packed, values_of
 from tolerances import DTYPES, off_by_one
 
 from fedtune.errors import KernelError
-from fedtune.kernels import dispatch, launches
+from fedtune.kernels import dispatch, launches, reference
 from fedtune.kernels.packed import Bits
 
 SHAPES = ((1, 1), (3, 85), (16, 16), (7, 1000), (130, 257))
@@ -35,6 +35,8 @@ def test_every_path_gives_the_bits_of_the_oracle(
         out = torch.full((packed.weights,), float("nan"), dtype=dtype, device=device)
         assert dispatch.dequantise(packed.to(device), 0, out) is out
         assert_same_bits(out, expected)
+        plain = reference.dequantise(packed.to(device), 0, torch.empty_like(out))
+        assert_same_bits(plain, expected)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

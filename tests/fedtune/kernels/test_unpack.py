@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,14 @@ def test_the_result_may_lie_anywhere_in_memory(bits: Bits) -> None:
         out = torch.zeros(512 + offset)[offset:]
         assert dequantise(packed, 0, out) is out
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_codes_may_begin_at_an_odd_byte(bits: Bits) -> None:
+    packed = random_packed(bits, (8, 64))
+    codes = torch.cat([packed.codes.new_zeros(1), packed.codes])[1:]
+    found = dequantise(replace(packed, codes=codes), 0, torch.empty(512))
+    assert torch.equal(found, dequantise(packed, 0, torch.empty(512)))
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

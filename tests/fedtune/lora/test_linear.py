@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fedtune.kernels import dispatch
+from fedtune.kernels.packed import PackedWeights
 from fedtune.lora.linear import (
     AdaptedLinear,
     Correction,
@@ -17,6 +19,7 @@ from fedtune.lora.linear import (
     attach,
     detach,
 )
+from fedtune.quant.block import BlockMatrix
 from fedtune.quant.storage import store
 from fedtune.records import BACKBONE_FORMATS, FormatName, MatrixForm
 
@@ -270,6 +273,24 @@ def test_micro_batches_of_a_step_share_the_stacked_factors() -> None:
     layers = {str(i): layer for i, layer in enumerate(group.layers)}
     detach(layers)
     assert all(layer._stacked is None for layer in group.layers)
+
+
+def test_few_tokens_are_multiplied_by_the_packed_weights_where_that_wins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = AdaptedLinear(store(_random(OUT, IN, seed=0), MatrixForm("q4")), _random(OUT, seed=5))
+    layer.factors = _factors()
+    x = _random(3, IN, seed=6)
+    expected, asked = layer(x), []
+
+    def wins(tokens: int, packed: PackedWeights, dtype: torch.dtype) -> bool:
+        asked.append((tokens, packed.shape, dtype))
+        return True
+
+    monkeypatch.setattr(dispatch, "packed_product_wins", wins)
+    monkeypatch.setattr(BlockMatrix, "panels", None)
+    torch.testing.assert_close(layer(x), expected)
+    assert asked == [(3, (OUT, IN), torch.float32)]
 
 
 def test_a_bias_that_is_trained_gets_its_gradient() -> None:

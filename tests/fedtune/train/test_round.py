@@ -18,6 +18,7 @@ from fedtune.lora.linear import AdaptedLinear
 from fedtune.model.backbone import Backbone, BackboneShelf
 from fedtune.model.load import dense_shapes, tensor_names
 from fedtune.model.loss import LossSum, collate, loss_sum, loss_units
+from fedtune.model.packing import packs
 from fedtune.model.shapes import read_shapes
 from fedtune.records import (
     BACKBONE_FORMATS,
@@ -181,8 +182,10 @@ def test_checkpointing_recomputes_the_blocks(llama: World, monkeypatch: pytest.M
     )
     counts = []
     for checkpointing in (False, True):
+        backbone = llama.backbone()
+        packs(backbone.model)  # which runs it
         passes.clear()
-        llama.train(llama.backbone(), llama.dispatch(), batches(1), plan(4, checkpointing))
+        llama.train(backbone, llama.dispatch(), batches(1), plan(4, checkpointing))
         counts.append(len(passes))
     assert counts == [len(llama.shapes), 2 * len(llama.shapes)]
 
@@ -277,6 +280,7 @@ def test_gradients_stop_below_the_first_trained_block(
         return y
 
     monkeypatch.setattr(AdaptedLinear, "forward", watch)
+    packs(backbone.model)  # which runs it
     for checkpointing in (False, True):
         recorded.clear()
         dispatch = replace(whole, trained=upper)

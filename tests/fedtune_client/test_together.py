@@ -1,0 +1,122 @@
+"""Devices that answer together answer as they would alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from flwr.app import Message
+
+from fedtune.wire import messages
+from fedtune.wire.flower import EVALUATE, TRAIN, from_record, to_record
+from fedtune_client import together as together_module
+from fedtune_client.app import make_simulated_client_app
+from fedtune_client.site import SimulatedFleet
+from fedtune_client.together import SideBySide, make_side_by_side
+from fedtune_server.simulation.grid import InProcessGrid
+
+Desk = Any  # tests/fedtune_client/conftest.py; test folders are not importable packages
+NAMES = ("east", "north", "south", "west")
+
+
+def side_by_side(desk: Desk, most: int = 8) -> SideBySide:
+    return SideBySide(SimulatedFleet(desk.config.model_dump_json()), most)
+
+
+def order(desk: Desk, partition: int, **changes: Any) -> Message:
+    plan = desk.plan(NAMES[partition], **changes)
+    packed = desk.tensors(plan)
+    body = messages.encode_train_instruction(desk.order(plan, packed))
+    return Message(to_record(TRAIN, body, packed), 1000 + partition, TRAIN)
+
+
+def ask(desk: Desk, together: SideBySide | None, **changes: Any) -> dict[int, Message]:
+    """Replies of all four devices, by node id."""
+    app = make_simulated_client_app(desk.config)
+    with InProcessGrid(app, 4, together=together) as grid:
+        asked = [order(desk, partition, **changes) for partition in range(4)]
+        replies = grid.send_and_receive(asked)
+    nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in asked}
+    return {nodes[reply.metadata.reply_to_message_id]: reply for reply in replies}
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of devices of every pass."""
+    seen: list[int] = []
+    real = together_module.train_side_by_side
+
+    def count(backbone: Any, shares: Any, *rest: Any, **named: Any) -> Any:
+        seen.append(len(shares))
+        return real(backbone, shares, *rest, **named)
+
+    monkeypatch.setattr(together_module, "train_side_by_side", count)
+    return seen
+
+
+def without_seconds(reply: Message) -> tuple[object, bytes | None]:
+    body, tensors = from_record(reply.content, TRAIN)
+    report = messages.decode_train_report(body)
+    metrics = {name: value for name, value in report.metrics.items() if name != "seconds"}
+    return replace(report, metrics=metrics), tensors
+
+
+def test_together_and_alone_answer_with_the_same_bytes(desk: Desk, passes: list[int]) -> None:
+    alone, together = ask(desk, None), ask(desk, side_by_side(desk))
+    assert passes == [4]
+    assert sorted(alone) == sorted(together) == [1000, 1001, 1002, 1003]
+    for node, reply in alone.items():
+        assert without_seconds(reply) == without_seconds(together[node])
+
+
+def test_no_more_devices_than_allowed_go_together(desk: Desk, passes: list[int]) -> None:
+    ask(desk, side_by_side(desk, most=3))
+    assert passes == [3]  # the fourth is alone, and goes the ordinary way
+
+
+def test_a_pass_does_not_grow_past_its_tokens(
+    desk: Desk, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(together_module, "_PASS_TOKENS", 1)
+    assert len(ask(desk, side_by_side(desk))) == 4
+    assert passes == [1, 1, 1, 1]
+
+
+def test_a_device_that_is_refused_fails_alone(desk: Desk, passes: list[int]) -> None:
+    app = make_simulated_client_app(desk.config)
+    plan = desk.plan("north")
+    packed = desk.tensors(plan)
+    wrong = replace(desk.order(plan, packed), tensors_digest="0" * 64)
+    body = messages.encode_train_instruction(wrong)
+    with InProcessGrid(app, 4, together=side_by_side(desk)) as grid:
+        replies = grid.send_and_receive(
+            [
+                order(desk, 0),
+                Message(to_record(TRAIN, body, packed), 1001, TRAIN),
+                order(desk, 2),
+            ]
+        )
+    assert passes == [2]
+    (failed,) = [reply for reply in replies if reply.has_error()]
+    assert "north: the tensors do not have the sha256" in str(failed.error.reason)
+
+
+def test_plans_that_cut_batches_otherwise_do_not_go_together(desk: Desk) -> None:
+    together = side_by_side(desk)
+    key = together.key(order(desk, 0))
+    assert key is not None
+    assert together.key(order(desk, 1)) == key
+    assert together.key(order(desk, 1, micro_batch=4)) != key
+    assert together.key(order(desk, 1, format="q4")) != key
+    assert together.key(Message(to_record(EVALUATE, b""), 1000, EVALUATE)) is None
+    assert together.key(Message(to_record(TRAIN, b"no order"), 1000, TRAIN)) is None
+
+
+def test_a_run_can_ask_for_one_device_at_a_time(desk: Desk) -> None:
+    config = desk.config
+    assert make_side_by_side(config) is not None
+    one = config.model_copy(
+        update={"simulation": config.simulation.model_copy(update={"devices_per_pass": 1})}
+    )
+    assert make_side_by_side(one) is None
