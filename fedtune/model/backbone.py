@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.lora.linear import AdaptedLinear, Correction
+from fedtune.model.blocks import fuse
 from fedtune.model.load import dense_shapes, load_base, module_path, tensor_names
 from fedtune.model.packed_cache import Finished, PackedCache
 from fedtune.model.precision import compute_in
@@ -121,6 +122,7 @@ class BackboneShelf:
                         head = backbone.parameter(name)
                         head.data = head.data.float()
                     compute_in(backbone.model, self._compute, trained_whole=heads)
+                fuse(backbone.model)
                 self._backbones[key] = backbone
             return self._backbones[key]
 

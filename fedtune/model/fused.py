@@ -163,6 +163,7 @@ class _Inside:
         return any(self.without)
 
     def restore(self, kept: Sequence[Tensor | None], made: Tensor | None) -> None:
+        """Put what was kept, and what was made again as (rows, size), in their places."""
         self.saved_tensors = tuple(
             made if gone else t for t, gone in zip(kept, self.without, strict=True)
         )
@@ -216,7 +217,9 @@ class _GatedProduct(torch.autograd.Function):
             )
         ctx.inside = None
         gate, up, *kept = ctx.saved_tensors
-        made = _activated(gate, up, ctx.activation) if inside.misses else None
+        made = None
+        if inside.misses:
+            made = _activated(gate, up, ctx.activation).view(-1, gate.shape[-1])
         inside.restore(kept, made)
         found, _, *pairs = _Products.backward(inside, gradient)  # type: ignore[no-untyped-call]
         inside.saved_tensors = ()

@@ -189,14 +189,19 @@ def test_gradients_are_those_of_transformers_under_autograd(
         )
 
 
-def test_a_dense_batch_has_the_gradients_of_transformers_under_autograd() -> None:
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("lengths", [(16, 16, 16, 16), (9, 14, 3)], ids=["dense", "ragged"])
+def test_a_batch_of_either_form_has_the_gradients_of_transformers(
+    lengths: Sequence[int], packed: bool
+) -> None:
     model = built(LlamaConfig(**_SMALL))
     factors = random_factors(model, ())
-    chosen = samples([16] * 4, prompt=100)
+    chosen = samples(lengths, prompt=100)
     _, expected = plain_gradients(built(LlamaConfig(**_SMALL)), factors, chosen)
     attach(adapted(model), factors)
     fuse(model)
-    loss_sum(model, prepare(model, chosen, 0, "causal-lm"), "causal-lm").total.backward()
+    batch = prepare(model, chosen, 0, "causal-lm") if packed else collate(chosen, 0, CPU)
+    loss_sum(model, batch, "causal-lm").total.backward()
     for name, gradient in gradients(factors).items():
         scale = float(expected[name].abs().max())
         torch.testing.assert_close(gradient / scale, expected[name] / scale, rtol=0, atol=1e-5)

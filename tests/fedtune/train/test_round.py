@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune.errors import ModelError, ProtocolError
+from fedtune.lora import linear
 from fedtune.lora.linear import AdaptedLinear
 from fedtune.model.backbone import Backbone, BackboneShelf
 from fedtune.model.load import dense_shapes, tensor_names
@@ -174,16 +175,18 @@ def test_checkpointing_does_not_change_the_result(world: World) -> None:
     assert not any(module.training for module in backbone.model.modules())
 
 
+def counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    """The function, which notes the arguments of its calls."""
+    return lambda *arguments: (calls.append(arguments), function(*arguments))[1]
+
+
 def test_checkpointing_recomputes_the_blocks(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    forward = AdaptedLinear.forward
-    monkeypatch.setattr(
-        AdaptedLinear, "forward", lambda self, x: (passes.append(self), forward(self, x))[1]
-    )
+    monkeypatch.setattr(linear, "_frozen_product", counted(linear._frozen_product, passes))
     counts = []
     for checkpointing in (False, True):
         backbone = llama.backbone()
-        packs(backbone.model)  # which runs it
+        packs(backbone.model)  # which runs the model, the first time it is asked
         passes.clear()
         llama.train(backbone, llama.dispatch(), batches(1), plan(4, checkpointing))
         counts.append(len(passes))
@@ -270,23 +273,16 @@ def test_gradients_stop_below_the_first_trained_block(
     upper = {n: pair for n, pair in whole.trained.items() if llama.shapes[n].layer == 1}
     backbone = llama.backbone()
     lower = {id(layer) for n, layer in backbone.layers.items() if llama.shapes[n].layer == 0}
-    recorded: list[bool] = []
-    forward = AdaptedLinear.forward
-
-    def watch(self: AdaptedLinear, x: Tensor) -> Tensor:
-        y = forward(self, x)
-        if id(self) in lower:
-            recorded.append(y.requires_grad)
-        return y
-
-    monkeypatch.setattr(AdaptedLinear, "forward", watch)
-    packs(backbone.model)  # which runs it
+    recorded: list[tuple[object, ...]] = []
+    monkeypatch.setattr(linear, "_frozen_gradient", counted(linear._frozen_gradient, recorded))
     for checkpointing in (False, True):
         recorded.clear()
         dispatch = replace(whole, trained=upper)
         result = llama.train(backbone, dispatch, batches(1), plan(4, checkpointing))
         assert result.factors.keys() == upper.keys()
-        assert recorded == [False] * len(lower)
+        through = {id(layer) for _, layers, _ in recorded for layer in layers}
+        assert through
+        assert not through & lower
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
