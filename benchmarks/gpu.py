@@ -52,8 +52,8 @@ SMOKE_SHAPES = {"tiny": Shape(64, 2, 4, 2, 128, 300)}
 WORKLOADS = ("512", "2048", "8192", "ragged", "grouped")
 SMOKE_WORKLOADS = ("64", "ragged", "grouped")
 BATCH_SIZE = 16
-CHECKPOINTED = frozenset({("8B", "8192"), ("8B", "ragged"), ("8B", "grouped")})
-"""Cells in which PEFT's activations would not fit; everyone recomputes there."""
+CHECKPOINTED = frozenset({("8B", "8192"), ("8B", "ragged"), ("8B", "grouped"), ("tiny", "ragged")})
+"""Cells in which PEFT's activations would not fit, so that everyone recomputes; `tiny` tries it."""
 
 WARM_UP = 3
 STEPS = 10
@@ -253,7 +253,7 @@ def run_cell(card: Card, trainer: Trainer, cell: Cell, shape: Shape) -> Cell:
 def predicted_bytes(cell: Cell, shape: Shape, batches: Sequence[Sequence[Sample]]) -> int:
     """The planner's peak for the largest of the batches."""
     from fedtune.plan.cost import Load, peak_bytes
-    from fedtune.records import MatrixShape, ModelShapes
+    from fedtune.records import MatrixForm, MatrixShape, ModelShapes
 
     matrices = tuple(
         MatrixShape(name, out, into, int(name.split(".")[2]))
@@ -279,8 +279,9 @@ def predicted_bytes(cell: Cell, shape: Shape, batches: Sequence[Sequence[Sample]
         0,
         RANK * sum(m.out_features + m.in_features for m in matrices),
         RANK * len(matrices),
+        whole_matrices=True,
     )
-    return peak_bytes(shapes, {m.name: "nf4" for m in matrices}, load).total
+    return peak_bytes(shapes, {m.name: MatrixForm("nf4") for m in matrices}, load).total
 
 
 # ---------------------------------------------------------------- all cells
@@ -291,13 +292,13 @@ def run_contender(
 ) -> Iterator[Cell]:
     """Every cell of a contender in turn, each model freed before the next."""
     for name, shape in shapes.items():
-        cells = [cell for cell in _cells(contender, name, card) if only in cell.key]
+        cells = [cell for cell in _cells(contender, name, card.smoke) if only in cell.key]
         if cells:
             yield from _run_model(card, CONTENDERS[contender], cells, shape)
 
 
-def _cells(contender: str, shape: str, card: Card) -> list[Cell]:
-    workloads = SMOKE_WORKLOADS if card.smoke else WORKLOADS
+def _cells(contender: str, shape: str, smoke: bool) -> list[Cell]:
+    workloads = SMOKE_WORKLOADS if smoke else WORKLOADS
     if contender == OURS:  # nothing to gain by grouping where nothing is padded
         workloads = tuple(w for w in workloads if w != "grouped")
     if contender == CAPTURED:  # a graph has one shape
@@ -439,7 +440,11 @@ def _run(arguments: Namespace) -> int:
     """Every contender in its own process."""
     ends_at = time.perf_counter() + arguments.limit
     cells: list[Cell] = []
+    shapes = SMOKE_SHAPES if arguments.smoke else SHAPES
     for contender in CONTENDERS:
+        planned = (c for s in shapes for c in _cells(contender, s, arguments.smoke))
+        if not any(arguments.only in cell.key for cell in planned):
+            continue
         command = [sys.executable, __file__, "--contender", contender, "--only", arguments.only]
         command += ["--limit", f"{ends_at - time.perf_counter():.0f}"]
         command += ["--smoke"] if arguments.smoke else []

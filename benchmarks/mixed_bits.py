@@ -12,7 +12,7 @@ full-precision base, on held-out rows that no device has: stories260k on e2e_nlg
 restaurants as sites, loss per response token) and MiniLM on the demo's topics (loss per text).
 Everything runs through the same simulation as `fedtune simulate`; all ranks are 8.
 
-`--quick` takes a third of MiniLM's matrices, one seed, 4 devices and fewer rounds of
+`--quick` takes a third of MiniLM's matrices, and for repair one seed, 4 devices and fewer rounds of
 stories260k alone.
 """
 

@@ -50,6 +50,7 @@ def launch_all() -> None:
             _dequantise(bits, dtype)
         _cross_entropy(dtype)
         _swiglu(dtype)
+        _low_rank_gradient(dtype)
     for dtype, bits in product(DTYPES[1:], WIDTHS):
         _packed_product(bits, dtype)
     for dtype, other in product(DTYPES, DTYPES):
@@ -123,13 +124,17 @@ def _packed_product(bits: Bits, dtype: torch.dtype) -> None:
 
 
 def _low_rank(dtype: torch.dtype, factor_dtype: torch.dtype) -> None:
-    groups = groups_of((0, 5, 1, 60, 3), (3, 128, 0, 17, 8), (1.0,) * 5, GPU)
-    for columns, out in ((1, 1), (37, 65), (600, 1100)):
-        x, y = _numbers(69, columns, dtype=dtype), torch.zeros(69, out, dtype=dtype, device=GPU)
-        a = _numbers(groups.rank, columns, dtype=factor_dtype)
-        b = torch.zeros(groups.rank, out, dtype=factor_dtype, device=GPU)
-        low = dispatch.grouped_low_rank_(y, x, a, b, groups)
-        dispatch.grouped_low_rank_gradient(low, x, groups)
+    for columns, out in ((40, 24), (301, 205)):
+        groups = groups_of((0, 5, 27, 1), (4, 3, 40, 0), (1.0, 0.5, 2.0, 1.0), GPU)
+        y, x = _numbers(33, out, dtype=dtype), _numbers(33, columns, dtype=dtype)
+        a = _numbers(47, columns, dtype=factor_dtype)
+        dispatch.grouped_low_rank_(y, x, a, _numbers(47, out, dtype=factor_dtype), groups)
+
+
+def _low_rank_gradient(dtype: torch.dtype) -> None:
+    groups = groups_of((0, 5, 27, 1), (4, 3, 40, 0), (1.0, 0.5, 2.0, 1.0), GPU)
+    left = _numbers(33, groups.max_rank, dtype=dtype)
+    dispatch.grouped_low_rank_gradient(left, _numbers(33, 205, dtype=dtype), groups)
 
 
 @contextmanager

@@ -12,12 +12,13 @@ import torch
 from contenders.workloads import LEARNING_RATE, SCALE, Sample, first_factors
 from fedtune.lora.linear import AdaptedLinear
 from fedtune.model.backbone import Backbone, BackboneShelf
+from fedtune.model.blocks import fuse
 from fedtune.model.shapes import read_shapes
 from fedtune.quant.storage import store
 from fedtune.records import ComputeName, Dispatch, FormatName, LoraFactors, MatrixForm
 from fedtune.train.compute import compute_dtype
 from fedtune.train.optimizer import RoundOptimizer
-from fedtune.train.round import _set_checkpointing, mount, unmount
+from fedtune.train.round import mount, set_checkpointing, unmount
 from fedtune.train.step import accumulate
 from fedtune.wire.messages import OptimizerSpec
 
@@ -44,7 +45,7 @@ class DeviceTrainer:
 
     def set_checkpointing(self, on: bool) -> None:
         """Recompute each block's activations in the backward pass, or keep them."""
-        _set_checkpointing(self.backbone, on)
+        set_checkpointing(self.backbone, on)
 
     def step(self, batch: Sequence[Sample]) -> float:
         """Train on a batch and give its loss before the step."""
@@ -74,4 +75,5 @@ def quantise(base: Any, names: Sequence[str], form: MatrixForm) -> Backbone:
         layers[name] = AdaptedLinear(store(linear.weight, form), None).eval()
         base.set_submodule(name, layers[name])
     base.requires_grad_(False)
+    fuse(base)
     return Backbone(base.eval(), layers, threading.Lock())

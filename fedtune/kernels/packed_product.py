@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedtune.errors import KernelError
-from fedtune.kernels import reference
+from fedtune.kernels import unpack
 from fedtune.kernels.driver import Launcher
 from fedtune.kernels.launches import MOST_TEAMS, SUFFIX
 from fedtune.kernels.packed import GROUP, PackedWeights
@@ -38,7 +38,7 @@ def packed_product(
 ) -> Float[Tensor, "tokens out"]:
     """x W^T: weights rounded to the dtype of x, float32 sums, the result rounded once."""
     dense = torch.empty(packed.shape, dtype=x.dtype, device=x.device)
-    return x @ reference.dequantise(packed, 0, dense).t()
+    return x @ unpack.dequantise(packed, 0, dense).t()
 
 
 def launchable(tokens: int, packed: PackedWeights, dtype: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""Unpack block-quantised weights with torch alone: what every other path must equal.
+"""Unpack block-quantised weights with torch alone, fast: bit for bit `reference.dequantise`.
 
 The codes of two or four neighbouring weights are one index into a table of all their values
 (bitwise: a pair of float32 is one float64, four are one complex128), so that a gather moves 8 or

@@ -40,18 +40,6 @@ DEVICE int warps_of(const Team& team) {
 }
 #endif
 
-// From sm_100 on the compiler would rather spill than give a thread more than 128 registers; a
-// kernel of this kind may have as many as fit one block.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-#define ROOMY_KERNEL(NAME, ARGUMENTS, THREADS, ...)                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const ARGUMENTS given) { \
-        __VA_ARGS__(Block{}, given);                                                         \
-    }
-#else
-#define ROOMY_KERNEL(NAME, ARGUMENTS, THREADS, ...) \
-    KERNEL(NAME, ARGUMENTS, Block, THREADS, __VA_ARGS__)
-#endif
-
 // ---------------------------------------------------------------- operands
 
 template <class T>

@@ -45,11 +45,11 @@ FOR_PAIRS(RMS_NORM)
 #define ROTATE(T, C, NAME) KERNEL(rotate_##NAME, Rotate, Block, 256, rotate<T, C>)
 FOR_PAIRS(ROTATE)
 
-ROOMY_KERNEL(low_rank_f32, LowRank, 128, low_rank<float, float>)
-ROOMY_KERNEL(low_rank_bf16, LowRank, 256, low_rank<bf16, bf16>)
-ROOMY_KERNEL(low_rank_f16, LowRank, 256, low_rank<f16, f16>)
-ROOMY_KERNEL(low_rank_bf16_f32, LowRank, 256, low_rank<bf16, float>)
-ROOMY_KERNEL(low_rank_f16_f32, LowRank, 256, low_rank<f16, float>)
+KERNEL(low_rank_f32, LowRank, Block, 128, low_rank<float, float>)
+KERNEL(low_rank_bf16, LowRank, Block, 256, low_rank<bf16, bf16>)
+KERNEL(low_rank_f16, LowRank, Block, 256, low_rank<f16, f16>)
+KERNEL(low_rank_bf16_f32, LowRank, Block, 256, low_rank<bf16, float>)
+KERNEL(low_rank_f16_f32, LowRank, Block, 256, low_rank<f16, float>)
 
 #define LOW_RANK_GRADIENT(T, NAME) \
     KERNEL(low_rank_gradient_##NAME, LowRankGradient, Block, 128, low_rank_gradient<T>)
@@ -57,8 +57,8 @@ FOR_DTYPES(LOW_RANK_GRADIENT)
 
 // Of 16 and of 32 tokens at most.
 #define PACKED_PRODUCT(BITS, T, NAME)                                                        \
-    ROOMY_KERNEL(packed_product_##BITS##_1_##NAME, PackedProduct, 256, packed_product<BITS, 1, T>) \
-    ROOMY_KERNEL(packed_product_##BITS##_2_##NAME, PackedProduct, 256, packed_product<BITS, 2, T>)
+    KERNEL(packed_product_##BITS##_1_##NAME, PackedProduct, Block, 256, packed_product<BITS, 1, T>) \
+    KERNEL(packed_product_##BITS##_2_##NAME, PackedProduct, Block, 256, packed_product<BITS, 2, T>)
 #define PACKED_PRODUCTS(T, NAME) \
     PACKED_PRODUCT(2, T, NAME)   \
     PACKED_PRODUCT(3, T, NAME)   \

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.kernels import unpack
+from fedtune.kernels import reference, unpack
 from fedtune.kernels.packed import GROUP, SUPERBLOCK, Bits, PackedWeights, padded
 from fedtune.kernels.unpack import dequantise
 
@@ -59,6 +59,7 @@ def test_every_bit_is_where_the_layout_says(bits: Bits, block: int, shape: tuple
     found = dequantise(packed, 0, torch.empty(shape))
     expected = by_the_words(packed)[: packed.weights].reshape(shape)
     np.testing.assert_array_equal(found.numpy(), expected)
+    assert torch.equal(reference.dequantise(packed, 0, torch.empty(shape)), found)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

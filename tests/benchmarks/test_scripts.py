@@ -1,0 +1,48 @@
+"""The step benchmarks run from end to end, on models that are as small as can be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, *options: str) -> str:
+    paths = [str(ROOT), str(ROOT / "server"), str(ROOT / "client")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *options]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran.stdout
+
+
+def test_the_quick_step_benchmark_gives_its_figures_and_the_same_loss() -> None:
+    found = json.loads(run("train_step.py", "--quick", "--json").splitlines()[-1])
+    assert set(found) == {
+        "speedup_ragged",
+        "speedup_small",
+        "speedup_dense",
+        "memory_ratio",
+        "loss_gap",
+    }
+    assert found["loss_gap"] < 1e-4
+    assert found["memory_ratio"] < 0.5
+
+
+@pytest.mark.parametrize("contender", ["fedtune/", "graph/", "bitsandbytes/"])
+def test_the_gpu_benchmark_runs_on_a_cpu(contender: str) -> None:
+    lines = run("gpu.py", "--smoke", "--only", contender).splitlines()
+    cells = [json.loads(line) for line in lines if line.startswith("{")]
+    assert cells
+    assert all(cell["problem"] == "" and cell["tokens_per_s"] > 0 for cell in cells)
+    # The models are the same, so all contenders start from one loss but for bf16 and block scales.
+    dense = [cell["first_loss"] for cell in cells if cell["workload"] == "64"]
+    assert dense == pytest.approx([5.71], abs=0.03)
