@@ -248,7 +248,7 @@ def test_a_second_start_reads_no_matrix_of_the_base(
     def refuse(*arguments: object) -> None:
         raise AssertionError("a matrix was quantised again")
 
-    monkeypatch.setattr(backbone_module, "store", refuse)
+    monkeypatch.setattr(backbone_module, "store_corrected", refuse)
     assert torch.equal(logits(tiny_llama, cache, "q4"), expected)
 
 
