@@ -141,6 +141,10 @@ def random_model(kind: str, folder: Path) -> Path:
 
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     sizes |= {"intermediate_size": 176, "vocab_size": 500, "max_position_embeddings": 256}
+    if kind == "gpt2":
+        sizes["n_inner"] = sizes.pop("intermediate_size")
+    elif kind in ("qwen3", "gemma2"):
+        sizes |= {"num_key_value_heads": 2, "head_dim": 16}
     names = {name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = transformers.AutoConfig.for_model(kind, **sizes, **names)
     auto = (
