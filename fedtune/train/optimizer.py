@@ -82,9 +82,8 @@ class RoundOptimizer:
                 _decay(group["params"], group["lr"] * settings.weight_decay)
         self.inner.step()
         self._moved += 1
-        for parameter in self._parameters:
-            # bitsandbytes writes behind autograd's back, and stacked factors rest on the versions.
-            torch.autograd.graph.increment_version(parameter)
+        # bitsandbytes writes behind autograd's back, and stacked factors rest on the versions.
+        torch.autograd.graph.increment_version(self._parameters)
 
 
 @torch.no_grad()
