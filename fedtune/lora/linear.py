@@ -304,9 +304,7 @@ class _Stacked:
         return torch.cat([part[:, :count] for part, count in parts], dim=1)
 
 
-def _stacked(
-    layers: tuple[AdaptedLinear, ...], held: _Held, dtype: torch.dtype
-) -> list[_Stacked]:
+def _stacked(layers: tuple[AdaptedLinear, ...], held: _Held, dtype: torch.dtype) -> list[_Stacked]:
     """The stack of each device's factors, made anew only when something in it has changed.
 
     Kept by the first layer, for the micro-batches of a step and for recomputed blocks.
@@ -361,7 +359,11 @@ def _stack(
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The rows of all parts; the very tensor where there is but one and of that dtype."""
-    held = [part.to(dtype) for part in parts if part.shape[0]]
+    held = [
+        part if part.dtype is dtype else part.to(dtype, memory_format=torch.contiguous_format)
+        for part in parts
+        if part.shape[0]
+    ]
     if not held:
         return torch.empty(0, 0, dtype=dtype)
     return held[0] if len(held) == 1 else torch.cat(held)
@@ -484,7 +486,7 @@ def _frozen_product(
     rows: Tensor, parts: Sequence[Part], layer: AdaptedLinear, dense: Tensor | None
 ) -> Tensor:
     """x W^T + c, panel by panel."""
-    bias = layer.bias
+    bias: Tensor | None = layer.bias
     if bias is not None:
         bias = None if bias.requires_grad else bias.to(rows.dtype)
     packed = getattr(layer.matrix, "packed", None)

@@ -107,7 +107,7 @@ def run_blocks(
     if blocks is None:
         return None
     hidden: Tensor = body.get_input_embeddings()(tokens)
-    embeddings = body.get_submodule("rotary_emb")(hidden, position_ids=positions)
+    embeddings = body.get_submodule("rotary_emb")(hidden, positions)
     for block in blocks:
         if block.gradient_checkpointing and block.training:
             hidden = block._gradient_checkpointing_func(

@@ -203,8 +203,9 @@ def loss_sums(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LossSum]
         segments=segments(lengths, device),
     )
     hidden = _hidden(model.base_model, whole)
+    sizes = [batch.tokens.shape[1] for batch in batches]
     sums = []
-    for batch, own in zip(batches, hidden.split([b.tokens.shape[1] for b in batches]), strict=True):
+    for batch, own in zip(batches, torch.split_with_sizes(hidden, sizes), strict=True):
         found = head_loss(own, head, batch.loss_rows, batch.targets, batch.weights)
         sums.append(LossSum(found.total, len(batch.targets), found.hits))
     return sums
