@@ -203,7 +203,7 @@ def _rms_norm(
     gradient = gradient if _has_runs(gradient) else gradient.contiguous()
     weight = _contiguous(weight, x.dtype if weight.dtype is x.dtype else torch.float32)
     runs = -(-columns // (16 // x.element_size()))
-    short = runs <= 2 * 32  # a warp is enough, and waits for no other
+    short = runs <= 4 * 32  # a warp is enough, and waits for no other
     launcher.launch(
         f"{kernel}{'_short' if short else ''}_{suffix}_{_suffix(weight, 'weight')}",
         min(-(-rows // 8) if short else rows, MOST_TEAMS),
@@ -249,7 +249,7 @@ def rotate_(
     launcher.launch(
         f"rotate_{suffix}_{_suffix(cos, 'cos')}",
         min(tokens, MOST_TEAMS),
-        _threads(heads * -(-half // run), 1, 256),
+        _threads(heads * -(-half // run), 2, 256),
         _ROTATE,
         x.data_ptr(),
         cos.data_ptr(),
