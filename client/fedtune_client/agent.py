@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -40,6 +40,9 @@ from fedtune.wire.messages import (
 from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune.wire.tensors import unpack_dispatch, update_tensors
 from fedtune_client.site import SiteSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EVALUATION_BATCH = 32
 """Samples in one forward pass without gradients; chosen, little faster above it on two cores."""
@@ -102,7 +105,7 @@ class Agent:
     def __init__(self, site: SiteSettings) -> None:
         self._site = site
         self._folder = resolve_model(site.model_path, site.model_revision)
-        self._tokenizer = load_tokenizer(self._folder)
+        self._tokenizer = _tokenizer(self._folder)
         self.pad_id = pad_id(self._tokenizer)
         self._samples: dict[tuple[str, ...], tuple[SampleSet, SampleSet]] = {}
         self._memories: dict[str, OptimizerMemory] = {}
@@ -360,6 +363,12 @@ def _train_metrics(result: RoundResult) -> dict[str, float]:
         "train_units": float(result.units),
         "seconds": result.seconds,
     }
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """One tokenizer per process and base: reading it takes longer than a small site's rows."""
+    return load_tokenizer(folder)
 
 
 @lru_cache(maxsize=8)
