@@ -41,7 +41,7 @@ WAYS: Mapping[str, tuple[str, ...]] = {
     ONE_BY_ONE: ("simulation.devices_per_pass=1",),
     RAY: ("simulation.backend=ray", "simulation.workers=2"),
 }
-FULL = {8: 12, 64: 6, 1000: 3}
+FULL = {8: 12, 64: 6, 1000: 2}
 """Devices -> rounds, the first of which is not timed."""
 QUICK = {8: 5, 64: 3}
 LARGEST_FOR_RAY = {True: 8, False: 64}
