@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
-from fedtune.errors import MissingExtraError
+from fedtune.quant.bnb import import_bitsandbytes
 from fedtune.train.compute import LossScale
 from fedtune.train.memory import OptimizerMemory
 from fedtune.wire.messages import OptimizerSpec
@@ -125,16 +124,7 @@ def _build(groups: list[dict[str, Any]], settings: OptimizerSpec) -> Optimizer:
 
 def _eight_bit(groups: list[dict[str, Any]], adam: dict[str, Any], on_cuda: bool) -> Optimizer:
     """AdamW with 8-bit moments (arXiv 2110.02861); on CUDA they may be paged out to the host."""
-    # Its import logs that an optional hub kernel is absent; that is no news to a user.
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        from bitsandbytes import optim
-    except ImportError:
-        raise MissingExtraError("bitsandbytes", "train", "the optimiser adamw-8bit") from None
-    finally:
-        logger.setLevel(level)
+    optim = import_bitsandbytes("the optimiser adamw-8bit").optim
     kind = optim.PagedAdamW8bit if on_cuda else optim.AdamW8bit
     optimizer: Optimizer = kind(groups, **adam)
     return optimizer
