@@ -280,6 +280,7 @@ def predicted_bytes(cell: Cell, shape: Shape, batches: Sequence[Sequence[Sample]
         RANK * sum(m.out_features + m.in_features for m in matrices),
         RANK * len(matrices),
         whole_matrices=True,
+        itemsize=2,
     )
     return peak_bytes(shapes, {m.name: MatrixForm("nf4") for m in matrices}, load).total
 

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from fedtune.kernels import dispatch
 from fedtune.kernels.low_rank import Groups
-from fedtune.lora.beside import sides_of
+from fedtune.lora.one_launch import sides_of
 
 PANEL_WEIGHTS = 1 << 20
 """Weights of a frozen matrix that are dense at one time on a CPU: 4 MB in float32, which stays in
@@ -98,7 +98,7 @@ class Rows:
 
     Attributes:
         bounds: device i has the rows from bounds[i] up to bounds[i + 1].
-        groups: how a GPU was told of such bounds; see `fedtune.lora.beside`.
+        groups: how a GPU was told of such bounds; see `fedtune.lora.one_launch`.
     """
 
     bounds: tuple[int, ...] = ()
@@ -444,7 +444,7 @@ class _Products(torch.autograd.Function):
 
 
 def _in_one_launch(rows: Tensor) -> bool:
-    """Whether several devices' products go together, as `fedtune.lora.beside` says why."""
+    """Whether several devices' products go together, as `fedtune.lora.one_launch` says why."""
     return rows.is_cuda
 
 
