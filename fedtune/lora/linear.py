@@ -16,7 +16,7 @@ its bits are the same; what is shared is the unpacking of the frozen matrix, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -256,6 +256,12 @@ def attach(
     for name, layer in layers.items():
         layer.factors = factors.get(name)
         layer._held.clear()
+        layer._stacked.clear()
+
+
+def forget_stacks(layers: Iterable[AdaptedLinear]) -> None:
+    """Let the next pass stack the factors anew; around a recording, which owns what it makes."""
+    for layer in layers:
         layer._stacked.clear()
 
 
