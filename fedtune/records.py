@@ -37,6 +37,9 @@ double-quantised scales (`nf4`: QLoRA's levels; `q2` to `q8`: the better of two 
 ComputeName: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 """In which dtype a device multiplies; `auto` is measured there."""
 
+GraphUse: TypeAlias = Literal["auto", "on", "off"]
+"""Whether a device records its training step as CUDA graphs."""
+
 BACKBONE_FORMATS: tuple[FormatName, ...] = (
     "fp32",
     "bf16",

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from fedtune.records import ComputeName, FormatName, TaskName
+from fedtune.records import ComputeName, FormatName, GraphUse, TaskName
 
 _UNITS = {
     "B": 1,
@@ -193,6 +193,11 @@ class TrainSection(Section):
         "auto",
         description="dtype of activations and products; `auto` is measured on the device, and "
         "`fp32` in a simulation, so that a seed gives one result on every machine",
+    )
+    cuda_graph: GraphUse = Field(
+        "off",
+        description="record training steps on a GPU as CUDA graphs and replay them; `auto`: where "
+        "it can be done, for micro-batches whose form comes again; `on`: all, or refuse",
     )
     tune_allocator: bool = Field(
         True, description="keep freed memory in a training process for its next step (glibc)"

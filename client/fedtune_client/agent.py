@@ -159,6 +159,7 @@ class Agent:
             pad_id=self.pad_id,
             memory=work.memory,
             loss_scale=self._loss_scale if self._compute == torch.float16 else None,
+            cuda_graph=self._site.cuda_graph,
         )
         return self.report(order, result, metrics)
 

@@ -24,6 +24,8 @@ class RoundOptimizer:
         memory: what earlier rounds left, and where this one leaves its own; None: begin anew.
         loss_scale: by which the losses were multiplied; None: they were not.
         rate_shares: name -> factor of its learning rate; 1 for names that are absent.
+        keeps_gradients: set gradients to zero after a step instead of dropping them, because a
+            recorded step writes to where they are.
 
     Raises:
         MissingExtraError: the optimiser needs bitsandbytes and it is not installed.
@@ -38,11 +40,12 @@ class RoundOptimizer:
         memory: OptimizerMemory | None = None,
         loss_scale: LossScale | None = None,
         rate_shares: Mapping[str, float] | None = None,
+        keeps_gradients: bool = False,
     ) -> None:
         self._named, self._parameters = dict(parameters), list(parameters.values())
         self._settings, self._steps, self._loss_scale = settings, steps, loss_scale
         self._taken = self._moved = 0  # a step that is skipped is taken and moves nothing
-        self._memory = memory
+        self._memory, self._keeps_gradients = memory, keeps_gradients
         # AdamW alone: the mean of SGD is dropped between rounds, and it has no squares.
         kept = set(memory.squares) if memory is not None and settings.name == "adamw" else set()
         self.inner = _build(_groups(self._named, rate_shares or {}, kept), settings)
@@ -53,7 +56,7 @@ class RoundOptimizer:
         """Clip, take one step at the current learning rate, and clear the gradients."""
         if self._loss_scale is None or self._loss_scale.unscale(self._parameters):
             self._move()
-        self.inner.zero_grad(set_to_none=True)
+        self.inner.zero_grad(set_to_none=not self._keeps_gradients)
         self._taken += 1
 
     def keep(self) -> None:
