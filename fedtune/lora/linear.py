@@ -16,7 +16,7 @@ its bits are the same; what is shared is the unpacking of the frozen matrix, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -69,7 +69,8 @@ class Factors:
     Attributes:
         a: (rank, in), trained. Change it in place, never through `.data`: the layer keeps a
             stacked copy for as long as autograd's version counters stand still.
-        b: (out, rank), trained.
+        b: (out, rank), trained. It may be trained alone, beside a fixed `a`; the input of the layer
+            is then not kept for the backward pass.
         tail_a: (tail, in), frozen; the part of the global adapter that the device does not train.
         tail_b: (out, tail), frozen.
         scale: alpha / rank, the same for the trained and the frozen part.
@@ -83,7 +84,7 @@ class Factors:
 
     @property
     def trains(self) -> bool:
-        return self.a.requires_grad
+        return self.b.requires_grad
 
 
 @dataclass(slots=True)
@@ -132,6 +133,7 @@ class AdaptedLinear(nn.Module):
             unpacking it again. For blocks that are recomputed (checkpointing): what is saved in
             their first pass is dropped, so that one block at a time is dense, and the second of
             three unpackings is the last.
+        observe: called with the inputs (tokens, in) of every product; None: nobody looks.
     """
 
     def __init__(self, matrix: FrozenMatrix, bias: Tensor | None) -> None:
@@ -142,6 +144,7 @@ class AdaptedLinear(nn.Module):
         self.factors: Factors | FactorsSideBySide | None = None
         self.correction: Correction | None = None
         self.keeps_values = False
+        self.observe: Callable[[Tensor], None] | None = None
         self._stacked: dict[int, _Stacked] = {}
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
@@ -231,6 +234,7 @@ class _Stacked:
             all of it.
         rows: where each layer's rows lie in `a`.
         trained: where the trained ones of them lie.
+        trains_a: whether any A is trained, and not B alone.
     """
 
     key: tuple[object, ...]
@@ -239,6 +243,7 @@ class _Stacked:
     scales: tuple[float, ...]
     rows: tuple[slice, ...]
     trained: tuple[slice, ...]
+    trains_a: bool
 
     @property
     def trains(self) -> bool:
@@ -301,7 +306,10 @@ def _stack(
         trained.append(slice(start, start + (f.a.shape[0] if f is not None and f.trains else 0)))
         start = end
     a_rows = _joined(every_a, dtype)
-    return _Stacked(key, a_rows, tuple(every_b), tuple(scales), tuple(rows), tuple(trained))
+    trains_a = any(f is not None and f.a.requires_grad for f in factors)
+    return _Stacked(
+        key, a_rows, tuple(every_b), tuple(scales), tuple(rows), tuple(trained), trains_a
+    )
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -324,6 +332,9 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, *pairs):  # type: ignore[no-untyped-def]  # torch's protocol
         rows = x.reshape(-1, x.shape[-1])
+        for layer in layers:
+            if layer.observe is not None:
+                layer.observe(rows)
         devices, parts = _devices(layers)
         stacks = [_stacked(layers, f, i, x.dtype) for i, f in enumerate(devices)]
         # (tokens of the device, rows of its stack)
@@ -341,13 +352,13 @@ class _Products(torch.autograd.Function):
                     y[part].addmm_(low[:, of_layer], stack.b[i], alpha=stack.scales[i])
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
             dense.append(kept)
-        trains = any(stack.trains for stack in stacks)
+        trains_a = any(stack.trains_a for stack in stacks)
         kept_lows = [
             stack.trained_columns(low) if stack.trains and low is not None else None
             for stack, low in zip(stacks, lows, strict=True)
         ]
         held = [tensor for stack in stacks for tensor in (stack.a, *stack.b)]
-        ctx.save_for_backward(rows if trains else None, *kept_lows, *held, *dense)
+        ctx.save_for_backward(rows if trains_a else None, *kept_lows, *held, *dense)
         ctx.layers, ctx.stacks, ctx.parts, ctx.x_shape = layers, stacks, parts, x.shape
         ctx.factor_dtypes = [f.dtype if f is not None else None for f in pairs]
         return tuple(outputs)
@@ -368,7 +379,7 @@ class _Products(torch.autograd.Function):
             g_low = _low_gradient(own, stack)
             if grad_x is not None and stack.a.numel():
                 grad_x[part].addmm_(g_low, stack.a)
-            taken = rows[part] if low is not None else None
+            taken = rows[part] if stack.trains_a else None
             dtypes = ctx.factor_dtypes[len(pairs) : len(pairs) + 2 * len(layers)]
             pairs += _factor_gradients(own, taken, low, g_low, stack, dtypes)
         if grad_x is not None:
@@ -395,9 +406,11 @@ def _factor_gradients(
 ) -> list[Tensor | None]:
     """Gradients of A and B of each layer in turn; None for what is not trained."""
     pairs: list[Tensor | None] = [None] * (2 * len(gradients))
-    if rows is None or low is None:
+    if low is None:
         return pairs
-    grad_a = stack.trained_columns(g_low).t() @ rows  # (trained rows, in)
+    grad_a = None
+    if rows is not None:
+        grad_a = stack.trained_columns(g_low).t() @ rows  # (trained rows, in)
     start = 0
     for i, (g, part) in enumerate(zip(gradients, stack.trained, strict=True)):
         end = start + part.stop - part.start
@@ -405,7 +418,8 @@ def _factor_gradients(
             # This way round: a tall result of the same product takes up to ten times as long on
             # a CPU.
             grad_b = (low[:, start:end].t() @ g).t()  # (out, rank)
-            pairs[2 * i] = grad_a[start:end].to(dtypes[2 * i])
+            if grad_a is not None:
+                pairs[2 * i] = grad_a[start:end].to(dtypes[2 * i])
             pairs[2 * i + 1] = grad_b.to(dtypes[2 * i + 1]) * stack.scales[i]
         start = end
     return pairs
