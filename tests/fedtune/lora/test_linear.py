@@ -267,12 +267,14 @@ def test_an_update_in_place_is_seen_by_the_next_product() -> None:
 def test_micro_batches_of_a_step_share_the_stacked_factors() -> None:
     group = Group(torch.float32)
     adapted_products(group.x, group.layers)
-    first = group.layers[0]._stacked
+    first = dict(group.layers[0]._stacked)
+    assert first
     adapted_products(group.x, group.layers)
-    assert group.layers[0]._stacked is first
+    again = group.layers[0]._stacked
+    assert all(again[key] is stack for key, stack in first.items())
     layers = {str(i): layer for i, layer in enumerate(group.layers)}
     detach(layers)
-    assert all(layer._stacked is None for layer in group.layers)
+    assert not any(layer._stacked for layer in group.layers)
 
 
 def test_few_tokens_are_multiplied_by_the_packed_weights_where_that_wins(
