@@ -101,7 +101,8 @@ class SideBySide:
     def _alone(self, agent: Agent, order: TrainInstruction) -> bool:
         backbone = agent.backbone(order.plan, order.labels)
         with backbone.lock:
-            return not (agent.trains_side_by_side and sums_together(backbone.model))
+            together = order.optimizer.way.shares_a_pass and agent.trains_side_by_side
+            return not (together and sums_together(backbone.model))
 
 
 def make_side_by_side(config: RunConfig) -> SideBySide | None:

@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from fedtune.errors import MissingExtraError
 from fedtune.train.compute import LossScale
 from fedtune.train.memory import OptimizerMemory
+from fedtune.train.rates import RowRates
 from fedtune.wire.messages import OptimizerSpec
 
 
@@ -49,6 +50,8 @@ class RoundOptimizer:
         self.inner = _build(_groups(self._named, rate_shares or {}, kept), settings)
         if memory is not None:
             memory.restore(self.inner, self._named)
+        allora = settings.way.name == "allora"
+        self._rows = RowRates(self._named, settings.way.allora_eta) if allora else None
 
     def step(self) -> None:
         """Clip, take one step at the current learning rate, and clear the gradients."""
@@ -80,7 +83,10 @@ class RoundOptimizer:
         if isinstance(self.inner, SGD):  # AdamW decays by itself
             for group in self.inner.param_groups:
                 _decay(group["params"], group["lr"] * settings.weight_decay)
-        self.inner.step()
+        if self._rows is None:
+            self.inner.step()
+        else:
+            self._rows.step(self.inner)
         self._moved += 1
         for parameter in self._parameters:
             # bitsandbytes writes behind autograd's back, and stacked factors rest on the versions.
@@ -92,7 +98,8 @@ def _decay(parameters: Sequence[Tensor], share: float) -> None:
     """Decoupled weight decay; SGD's own would run through its momentum."""
     if share > 0:
         for parameter in parameters:
-            parameter.mul_(1.0 - share)
+            if parameter.grad is not None:  # as AdamW does: what is not trained does not shrink
+                parameter.mul_(1.0 - share)
 
 
 def _groups(
