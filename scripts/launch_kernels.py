@@ -19,7 +19,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from fedtune.kernels import dispatch
+from fedtune.kernels import dispatch, low_rank
 from fedtune.kernels.driver import RECORD, Launcher
 from fedtune.kernels.low_rank import groups_of
 from fedtune.kernels.packed import SUPERBLOCK, Bits, PackedWeights, padded
@@ -133,8 +133,15 @@ def _low_rank(dtype: torch.dtype, factor_dtype: torch.dtype) -> None:
 
 def _low_rank_gradient(dtype: torch.dtype) -> None:
     groups = groups_of((0, 5, 27, 1), (4, 3, 40, 0), (1.0, 0.5, 2.0, 1.0), GPU)
-    left = _numbers(33, groups.max_rank, dtype=dtype)
-    dispatch.grouped_low_rank_gradient(left, _numbers(33, 205, dtype=dtype), groups)
+    for left in (
+        _numbers(33, groups.max_rank, dtype=dtype),
+        torch.randn(33, groups.max_rank, device=GPU).to(dtype),
+    ):
+        right = _numbers(33, 205, dtype=dtype)
+        launcher = dispatch.launcher_of(right)
+        assert launcher is not None
+        # Not by way of dispatch, which leaves few products to torch.
+        low_rank.launch_grouped_low_rank_gradient(launcher, left, right, groups)
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def grouped_low_rank_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, groups: Groups
 def grouped_low_rank_gradient(left: Tensor, right: Tensor, groups: Groups) -> Tensor:
     """See `low_rank.grouped_low_rank_gradient`."""
     launcher = launcher_of(right)
-    if launcher is None or not low_rank.launchable(right.dtype, right.device):
+    if launcher is None or not low_rank.takes_gradient(right, groups):
         return low_rank.grouped_low_rank_gradient(left, right, groups)
     return low_rank.launch_grouped_low_rank_gradient(launcher, left, right, groups)
 

@@ -16,11 +16,10 @@ import json
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from struct import Struct
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -75,6 +74,8 @@ class Driver:
         self._context = self._primary_context()
         self._scratch = threading.local()
         self._current_stream = _stream_reader(device_index)
+        # torch's own function first asks whether CUDA is initialised, which it is.
+        self._current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
         self._launch = self._library.cuLaunchKernel
         record = json.loads(RECORD.read_text(encoding="utf-8"))
         image = FATBIN.read_bytes()
@@ -102,18 +103,26 @@ class Driver:
             buffer = scratch.buffer = ctypes.create_string_buffer(LARGEST_ARGUMENTS)
             pointers = scratch.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
         layout.pack_into(buffer, 0, *arguments)
-        elsewhere = torch.cuda.current_device() != self._index
-        with torch.cuda.device(self._index) if elsewhere else nullcontext():
-            function, stream = self._functions[name], self._current_stream()
-            code = self._launch(function, teams, 1, 1, threads, 1, 1, 0, stream, pointers, None)
-            if code == _INVALID_CONTEXT:
-                self._call("cuCtxSetCurrent", self._context)
-                code = self._launch(function, teams, 1, 1, threads, 1, 1, 0, stream, pointers, None)
+        if self._current_device() == self._index:  # entering a context costs as much as a launch
+            code = self._start(self._functions[name], teams, threads, pointers)
+        else:
+            with torch.cuda.device(self._index):
+                code = self._start(self._functions[name], teams, threads, pointers)
         if code != 0:
             raise KernelError(
                 f"launching {name} with {teams} blocks of {threads} threads on cuda:{self._index} "
                 f"failed: {self._error_name(code)}"
             )
+
+    def _start(
+        self, function: ctypes.c_void_p, teams: int, threads: int, pointers: ctypes.Array[Any]
+    ) -> int:
+        stream = self._current_stream()
+        code: int = self._launch(function, teams, 1, 1, threads, 1, 1, 0, stream, pointers, None)
+        if code == _INVALID_CONTEXT:
+            self._call("cuCtxSetCurrent", self._context)
+            code = self._launch(function, teams, 1, 1, threads, 1, 1, 0, stream, pointers, None)
+        return code
 
     def _primary_context(self) -> ctypes.c_void_p:
         device, context = ctypes.c_int(), ctypes.c_void_p()
@@ -160,5 +169,5 @@ def _stream_reader(device_index: int) -> Callable[[], int]:
     """What gives the handle of torch's current stream, in a tenth of the public way's time."""
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     if raw is not None:
-        return lambda: int(raw(device_index))
+        return partial(raw, device_index)
     return lambda: int(torch.cuda.current_stream(device_index).cuda_stream)

@@ -25,7 +25,8 @@ _CROSS_ENTROPY = Struct("@PPPPqqq")
 _SWIGLU = Struct("@PPPqqqqqi")
 _RMS_NORM = Struct("@PPPPPqqqqffi")
 _ROTATE = Struct("@PPPqqqiiii")
-_DEQUANTISE_STEPS = 4  # of 16 bytes of output for each thread, as in dequantise.h
+# Weights of a team: 256 threads with 4 times 16 bytes of output each, as in dequantise.h.
+_DEQUANTISE_TILE = {"f32": 4096, "bf16": 8192, "f16": 8192}
 _SWIGLU_STEPS = 2
 
 
@@ -39,32 +40,34 @@ def dequantise(launcher: Launcher, packed: PackedWeights, first: int, out: Tenso
         )
     if not out.is_contiguous():
         raise KernelError(f"out must be contiguous, got strides {out.stride()}")
-    scales = (packed.scale_codes, packed.scale_steps, packed.scale_offset)
-    _require_one_device(out, packed.codes, *scales, packed.codebook)
+    codes, codebook, bits = packed.codes, packed.codebook, packed.bits
+    scale_codes, steps, offset = packed.scale_codes, packed.scale_steps, packed.scale_offset
+    _require_one_device(out, codes, scale_codes, steps, offset, codebook)
     if count == 0:
         return out
-    codes = _at_multiple_of(packed.codes, 8)
-    third_bits = packed.codes.numel() // 3 * 2 if packed.bits == 3 else 0
-    tile = 256 * (16 // out.element_size()) * _DEQUANTISE_STEPS
-    teams = -(-count // tile)
-    if packed.bits == 8:  # 32 KB of codebook for each team: few teams, with more to do
+    start, target = codes.data_ptr(), out.data_ptr()
+    if start % 8:
+        codes = codes.clone()
+        start = codes.data_ptr()
+    teams = -(-count // _DEQUANTISE_TILE[suffix])
+    if bits == 8:  # 32 KB of codebook for each team: few teams, with more to do
         teams = min(teams, 8 * launcher.processors)
     launcher.launch(
-        f"dequantise_{packed.bits}_{suffix}",
-        min(teams, MOST_TEAMS),
+        f"dequantise_{bits}_{suffix}",
+        teams if teams < MOST_TEAMS else MOST_TEAMS,
         256,
         _DEQUANTISE,
-        codes.data_ptr(),
-        packed.scale_codes.data_ptr(),
-        packed.scale_steps.data_ptr(),
-        packed.scale_offset.data_ptr(),
-        packed.codebook.data_ptr(),
-        out.data_ptr(),
-        third_bits,
+        start,
+        scale_codes.data_ptr(),
+        steps.data_ptr(),
+        offset.data_ptr(),
+        codebook.data_ptr(),
+        target,
+        codes.numel() // 3 * 2 if bits == 3 else 0,
         first,
         count,
         packed.block.bit_length() - 1,
-        out.data_ptr() % 16 == 0,
+        target % 16 == 0,
     )
     return out
 
@@ -203,7 +206,7 @@ def _rms_norm(
     gradient = gradient if _has_runs(gradient) else gradient.contiguous()
     weight = _contiguous(weight, x.dtype if weight.dtype is x.dtype else torch.float32)
     runs = -(-columns // (16 // x.element_size()))
-    short = runs <= 2 * 32  # a warp is enough, and waits for no other
+    short = runs <= 4 * 32  # a warp is enough, and waits for no other
     launcher.launch(
         f"{kernel}{'_short' if short else ''}_{suffix}_{_suffix(weight, 'weight')}",
         min(-(-rows // 8) if short else rows, MOST_TEAMS),
@@ -249,7 +252,7 @@ def rotate_(
     launcher.launch(
         f"rotate_{suffix}_{_suffix(cos, 'cos')}",
         min(tokens, MOST_TEAMS),
-        _threads(heads * -(-half // run), 1, 256),
+        _threads(heads * -(-half // run), 2, 256),
         _ROTATE,
         x.data_ptr(),
         cos.data_ptr(),
@@ -341,8 +344,3 @@ def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype is dtype and tensor.is_contiguous():
         return tensor
     return tensor.to(dtype).contiguous()
-
-
-def _at_multiple_of(tensor: Tensor, size: int) -> Tensor:
-    """The tensor, or a copy if it starts where wide loads cannot."""
-    return tensor if tensor.data_ptr() % size == 0 else tensor.clone()

@@ -24,6 +24,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedtune.kernels import dispatch
 
@@ -87,6 +88,10 @@ class Factors:
         return self.b.requires_grad
 
 
+Part: TypeAlias = slice | None
+"""Rows of a pass; None for all of them, which costs no view."""
+
+
 @dataclass(slots=True)
 class Rows:
     """Which rows of a pass belong to which device; set before each pass, read in it.
@@ -97,7 +102,7 @@ class Rows:
 
     bounds: tuple[int, ...] = ()
 
-    def parts(self) -> tuple[slice, ...]:
+    def parts(self) -> tuple[Part, ...]:
         return tuple(slice(*pair) for pair in pairwise(self.bounds))
 
 
@@ -145,7 +150,8 @@ class AdaptedLinear(nn.Module):
         self.correction: Correction | None = None
         self.keeps_values = False
         self.observe: Callable[[Tensor], None] | None = None
-        self._stacked: dict[int, _Stacked] = {}
+        self._held: dict[int, _Held] = {}
+        self._stacked: dict[tuple[int, int], _Stacked] = {}
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return adapted_products(x, (self,))[0]
@@ -173,28 +179,67 @@ _DeviceFactors: TypeAlias = tuple[Factors | None, ...]
 """What one device adds to each of some layers."""
 
 
-def _devices(
-    layers: Sequence[AdaptedLinear],
-) -> tuple[tuple[_DeviceFactors, ...], tuple[slice, ...]]:
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What is on some layers, sorted by device; made anew only when it is replaced.
+
+    Attributes:
+        of: what it was made of, by identity: each layer's factors and correction.
+        devices: each device's factors of all layers.
+        rows: of each device; None where one device has them all.
+        tensors: a and b of each layer in turn, for one device after another; None where absent.
+    """
+
+    of: tuple[object, ...]
+    devices: tuple[_DeviceFactors, ...]
+    rows: Rows | None
+    tensors: tuple[Tensor | None, ...]
+
+    def parts(self) -> tuple[Part, ...]:
+        return _ALL_ROWS if self.rows is None else self.rows.parts()
+
+
+_ALL_ROWS: tuple[Part, ...] = (None,)
+
+
+def _held(layers: Sequence[AdaptedLinear]) -> _Held:
+    """What is on these layers. Kept by the first of them, beside sets of another size."""
+    found = layers[0]._held.get(len(layers))
+    if found is not None:
+        of = iter(found.of)
+        # Identity, layer by layer: another set of layers has other factors.
+        if all(layer.factors is next(of) and layer.correction is next(of) for layer in layers):
+            return found
+    devices, rows = _devices(layers)
+    every = [f for factors in devices for f in factors]
+    found = layers[0]._held[len(layers)] = _Held(
+        tuple(part for layer in layers for part in (layer.factors, layer.correction)),
+        devices,
+        rows,
+        tuple(t for f in every for t in ((None, None) if f is None else (f.a, f.b))),
+    )
+    return found
+
+
+def _devices(layers: Sequence[AdaptedLinear]) -> tuple[tuple[_DeviceFactors, ...], Rows | None]:
     """The devices on these layers, and the rows of each; one device has them all."""
     held = [layer.factors for layer in layers]
     beside = next((f for f in held if isinstance(f, FactorsSideBySide)), None)
     if beside is None:
-        return (tuple(f for f in held if not isinstance(f, FactorsSideBySide)),), (slice(None),)
+        return (tuple(f for f in held if not isinstance(f, FactorsSideBySide)),), None
     every = [
         f.devices if isinstance(f, FactorsSideBySide) else (None,) * len(beside.devices)
         for f in held
     ]
-    return tuple(zip(*every, strict=True)), beside.rows.parts()
+    return tuple(zip(*every, strict=True)), beside.rows
 
 
-def factor_tensors(layers: Sequence[AdaptedLinear]) -> list[Tensor | None]:
+def factor_tensors(layers: Sequence[AdaptedLinear]) -> tuple[Tensor | None, ...]:
     """a and b of each layer in turn, for one device after another; None for absent factors.
 
     What a step of autograd over these layers takes, and gives gradients to.
     """
-    every = [f for factors in _devices(layers)[0] for f in factors]
-    return [t for f in every for t in ((None, None) if f is None else (f.a, f.b))]
+    return _held(layers).tensors
 
 
 def attach(
@@ -210,6 +255,7 @@ def attach(
         raise KeyError(f"no adapted matrix named {sorted(unknown)[0]}")
     for name, layer in layers.items():
         layer.factors = factors.get(name)
+        layer._held.clear()
         layer._stacked.clear()
 
 
@@ -228,68 +274,75 @@ class _Stacked:
     Each layer has consecutive rows of `a`: its trained rows, its tail and its correction.
 
     Attributes:
-        key: what it was made of, by identity, and at which version.
+        held: what it was made of.
+        versions: of every trained tensor, when it was made.
         b: (rows, out) of each layer: its B, turned, which makes its two products up to twice as
             fast. The correction's part is divided by the layer's scale, so that one factor serves
             all of it.
-        rows: where each layer's rows lie in `a`.
-        trained: where the trained ones of them lie.
+        sizes: how many rows each layer has in `a`.
+        trained: how many of them, from each layer's first, are trained.
         trains_a: whether any A is trained, and not B alone.
     """
 
-    key: tuple[object, ...]
+    held: _Held
+    versions: tuple[int, ...]
     a: Tensor
     b: tuple[Tensor, ...]
     scales: tuple[float, ...]
-    rows: tuple[slice, ...]
-    trained: tuple[slice, ...]
+    sizes: tuple[int, ...]
+    trained: tuple[int, ...]
     trains_a: bool
 
     @property
     def trains(self) -> bool:
-        return any(part.start < part.stop for part in self.trained)
+        return any(self.trained)
+
+    def of_layers(self, low: Tensor) -> Sequence[Tensor]:
+        """(tokens, rows) cut into the columns of each layer."""
+        return (low,) if len(self.sizes) == 1 else torch.split_with_sizes(low, self.sizes, 1)
 
     def trained_columns(self, low: Tensor) -> Tensor:
         """(tokens, trained rows) out of (tokens, rows)."""
-        if sum(part.stop - part.start for part in self.trained) == low.shape[1]:
+        if self.trained == self.sizes:
             return low
-        return torch.cat([low[:, part] for part in self.trained], dim=1)
+        parts = zip(self.of_layers(low), self.trained, strict=True)
+        return torch.cat([part[:, :count] for part, count in parts], dim=1)
 
 
-def _stacked(
-    layers: tuple[AdaptedLinear, ...], factors: _DeviceFactors, device: int, dtype: torch.dtype
-) -> _Stacked:
-    """The stack of one device's factors, made anew only when something in it has changed.
+def _stacked(layers: tuple[AdaptedLinear, ...], held: _Held, dtype: torch.dtype) -> list[_Stacked]:
+    """The stack of each device's factors, made anew only when something in it has changed.
 
     Kept by the first layer, for the micro-batches of a step and for recomputed blocks.
     """
-    key: list[object] = [dtype]
-    for layer, f in zip(layers, factors, strict=True):
-        versions = (None, None) if f is None else (f.a._version, f.b._version)
-        key += [f, *versions, layer.correction]
-    kept = layers[0]._stacked.get(device)
-    if kept is None or not _same(kept.key, key):
-        kept = _stack(tuple(key), layers, factors, dtype)
-        layers[0]._stacked[device] = kept
-    return kept
-
-
-def _same(left: Sequence[object], right: Sequence[object]) -> bool:
-    """Equal numbers, and the very same objects: comparing tensors would compare their values."""
-    return len(left) == len(right) and all(
-        x is y or (type(x) is int and x == y) for x, y in zip(left, right, strict=True)
-    )
+    stacks = []
+    kept_by, count = layers[0]._stacked, len(layers)
+    for device, factors in enumerate(held.devices):
+        # Tensors are not compared: that would compare their values.
+        versions = tuple(
+            [v for f in factors if f is not None for v in (f.a._version, f.b._version)]
+        )
+        kept = kept_by.get((device, count))
+        if (
+            kept is None
+            or kept.held is not held
+            or kept.versions != versions
+            or kept.a.dtype is not dtype
+        ):
+            kept = _stack(held, versions, layers, factors, dtype)
+            kept_by[(device, count)] = kept
+        stacks.append(kept)
+    return stacks
 
 
 def _stack(
-    key: tuple[object, ...],
+    held: _Held,
+    versions: tuple[int, ...],
     layers: tuple[AdaptedLinear, ...],
     factors: _DeviceFactors,
     dtype: torch.dtype,
 ) -> _Stacked:
     every_a: list[Tensor] = []
-    every_b, scales, rows, trained = [], [], [], []
-    start = 0
+    every_b, scales, sizes, trained = [], [], [], []
     for layer, f in zip(layers, factors, strict=True):
         correction = layer.correction
         scale = 1.0 if f is None else f.scale
@@ -298,23 +351,32 @@ def _stack(
         if correction is not None:
             a.append(correction.a)
             b.append(correction.b / scale)
-        end = start + sum(part.shape[0] for part in a)
         every_a += a
         every_b.append(_joined([part.t() for part in b], dtype).contiguous())
         scales.append(scale)
-        rows.append(slice(start, end))
-        trained.append(slice(start, start + (f.a.shape[0] if f is not None and f.trains else 0)))
-        start = end
+        sizes.append(sum(part.shape[0] for part in a))
+        trained.append(f.a.shape[0] if f is not None and f.trains else 0)
     a_rows = _joined(every_a, dtype)
     trains_a = any(f is not None and f.a.requires_grad for f in factors)
     return _Stacked(
-        key, a_rows, tuple(every_b), tuple(scales), tuple(rows), tuple(trained), trains_a
+        held,
+        versions,
+        a_rows,
+        tuple(every_b),
+        tuple(scales),
+        tuple(sizes),
+        tuple(trained),
+        trains_a,
     )
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The rows of all parts; the very tensor where there is but one and of that dtype."""
-    held = [part.to(dtype) for part in parts if part.shape[0]]
+    held = [
+        part if part.dtype is dtype else part.to(dtype, memory_format=torch.contiguous_format)
+        for part in parts
+        if part.shape[0]
+    ]
     if not held:
         return torch.empty(0, 0, dtype=dtype)
     return held[0] if len(held) == 1 else torch.cat(held)
@@ -331,36 +393,39 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, layers, *pairs):  # type: ignore[no-untyped-def]  # torch's protocol
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         for layer in layers:
             if layer.observe is not None:
                 layer.observe(rows)
-        devices, parts = _devices(layers)
-        stacks = [_stacked(layers, f, i, x.dtype) for i, f in enumerate(devices)]
+        held = _held(layers)
+        parts, stacks = held.parts(), _stacked(layers, held, x.dtype)
         # (tokens of the device, rows of its stack)
         lows = [
-            rows[part] @ stack.a.t() if stack.a.numel() else None
+            torch.mm(_cut(rows, part), stack.a.t()) if stack.a.numel() else None
             for part, stack in zip(parts, stacks, strict=True)
+        ]
+        by_layer = [
+            None if low is None else stack.of_layers(low)
+            for low, stack in zip(lows, stacks, strict=True)
         ]
         outputs, dense = [], []
         for i, layer in enumerate(layers):
             kept = layer.matrix.values(x.dtype) if layer.keeps_values else None
             y = _frozen_product(rows, parts, layer, kept)
-            for part, stack, low in zip(parts, stacks, lows, strict=True):
-                of_layer = stack.rows[i]
-                if low is not None and of_layer.start < of_layer.stop:
-                    y[part].addmm_(low[:, of_layer], stack.b[i], alpha=stack.scales[i])
-            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+            for part, stack, low in zip(parts, stacks, by_layer, strict=True):
+                if low is not None and stack.sizes[i]:
+                    _cut(y, part).addmm_(low[i], stack.b[i], alpha=stack.scales[i])
+            outputs.append(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]))
             dense.append(kept)
         trains_a = any(stack.trains_a for stack in stacks)
         kept_lows = [
             stack.trained_columns(low) if stack.trains and low is not None else None
             for stack, low in zip(stacks, lows, strict=True)
         ]
-        held = [tensor for stack in stacks for tensor in (stack.a, *stack.b)]
-        ctx.save_for_backward(rows if trains_a else None, *kept_lows, *held, *dense)
+        of_stacks = [tensor for stack in stacks for tensor in (stack.a, *stack.b)]
+        ctx.save_for_backward(rows if trains_a else None, *kept_lows, *of_stacks, *dense)
         ctx.layers, ctx.stacks, ctx.parts, ctx.x_shape = layers, stacks, parts, x.shape
-        ctx.factor_dtypes = [f.dtype if f is not None else None for f in pairs]
+        ctx.factor_dtypes = [None if f is None else f.dtype for f in pairs]
         return tuple(outputs)
 
     @staticmethod
@@ -369,30 +434,36 @@ class _Products(torch.autograd.Function):
         rows, *rest = ctx.saved_tensors
         # The stacks are held by the context; saving their tensors lets autograd see a change.
         lows, dense = rest[: len(parts)], rest[len(rest) - len(layers) :]
-        flat = [g.reshape(-1, g.shape[-1]) for g in gradients]
+        flat = [g if g.dim() == 2 else g.reshape(-1, g.shape[-1]) for g in gradients]
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _frozen_gradient(flat, parts, layers, dense)
         pairs: list[Tensor | None] = []
         for part, stack, low in zip(parts, stacks, lows, strict=True):
-            own = [g[part] for g in flat]
+            own = flat if part is None else [g[part] for g in flat]
             g_low = _low_gradient(own, stack)
             if grad_x is not None and stack.a.numel():
-                grad_x[part].addmm_(g_low, stack.a)
-            taken = rows[part] if stack.trains_a else None
+                _cut(grad_x, part).addmm_(g_low, stack.a)
+            taken = _cut(rows, part) if stack.trains_a else None
             dtypes = ctx.factor_dtypes[len(pairs) : len(pairs) + 2 * len(layers)]
             pairs += _factor_gradients(own, taken, low, g_low, stack, dtypes)
-        if grad_x is not None:
+        if grad_x is not None and grad_x.shape != ctx.x_shape:
             grad_x = grad_x.view(ctx.x_shape)
         return grad_x, None, *pairs
+
+
+def _cut(rows: Tensor, part: Part) -> Tensor:
+    """A device's rows of a pass."""
+    return rows if part is None else rows[part]
 
 
 def _low_gradient(gradients: Sequence[Tensor], stack: _Stacked) -> Tensor:
     """s (dL/dy) B, of every row of the stack: (tokens, rows of the stack)."""
     g_low = gradients[0].new_empty(gradients[0].shape[0], stack.a.shape[0])
-    for g, b, scale, part in zip(gradients, stack.b, stack.scales, stack.rows, strict=True):
-        if part.start < part.stop:
-            _scaled_product(g, b.t(), scale, g_low[:, part])
+    parts = stack.of_layers(g_low)
+    for g, b, scale, part in zip(gradients, stack.b, stack.scales, parts, strict=True):
+        if part.numel():
+            _scaled_product(g, b.t(), scale, part)
     return g_low
 
 
@@ -410,48 +481,57 @@ def _factor_gradients(
         return pairs
     grad_a = None
     if rows is not None:
-        grad_a = stack.trained_columns(g_low).t() @ rows  # (trained rows, in)
+        grad_a = torch.mm(stack.trained_columns(g_low).t(), rows)  # (trained rows, in)
+    turned = low.t()
     start = 0
-    for i, (g, part) in enumerate(zip(gradients, stack.trained, strict=True)):
-        end = start + part.stop - part.start
-        if start < end:
+    for i, (g, count) in enumerate(zip(gradients, stack.trained, strict=True)):
+        if count:
+            whole = count == len(turned)
+            own_low = turned if whole else turned[start : start + count]
             # This way round: a tall result of the same product takes up to ten times as long on
             # a CPU.
-            grad_b = (low[:, start:end].t() @ g).t()  # (out, rank)
+            grad_b = torch.mm(own_low, g).t()  # (out, rank)
+            if grad_b.dtype is not dtypes[2 * i + 1]:
+                grad_b = grad_b.to(dtypes[2 * i + 1])
             if grad_a is not None:
-                pairs[2 * i] = grad_a[start:end].to(dtypes[2 * i])
-            pairs[2 * i + 1] = grad_b.to(dtypes[2 * i + 1]) * stack.scales[i]
-        start = end
+                own_a = grad_a if whole else grad_a[start : start + count]
+                pairs[2 * i] = own_a if own_a.dtype is dtypes[2 * i] else own_a.to(dtypes[2 * i])
+            pairs[2 * i + 1] = grad_b if stack.scales[i] == 1.0 else grad_b * stack.scales[i]
+        start += count
     return pairs
 
 
 def _frozen_product(
-    rows: Tensor, parts: Sequence[slice], layer: AdaptedLinear, dense: Tensor | None
+    rows: Tensor, parts: Sequence[Part], layer: AdaptedLinear, dense: Tensor | None
 ) -> Tensor:
     """x W^T + c, panel by panel."""
-    bias = None
-    if layer.bias is not None and not layer.bias.requires_grad:
-        bias = layer.bias.to(rows.dtype)
+    bias: Tensor | None = layer.bias
+    if bias is not None:
+        bias = None if bias.requires_grad else bias.to(rows.dtype)
     packed = getattr(layer.matrix, "packed", None)
     if packed is not None and dispatch.packed_product_wins(rows.shape[0], packed, rows.dtype):
         # Few tokens on an accelerator: reading the packed weights is most of the work.
         y = dispatch.packed_product(rows, packed)
         return y if bias is None else y.add_(bias)
-    y = rows.new_empty(rows.shape[0], layer.out_features)
+    empty: Tensor | None = None
     for first, panel in _panels(layer.matrix, rows.dtype, dense):
+        if parts is _ALL_ROWS and panel.shape[0] == layer.out_features:
+            return functional.linear(rows, panel, bias)
+        if empty is None:
+            empty = rows.new_empty(rows.shape[0], layer.out_features)
         columns = slice(first, first + panel.shape[0])
         for part in parts:
-            out = y[part, columns]
+            out = _cut(empty, part)[:, columns]
             if bias is None:
-                torch.mm(rows[part], panel.t(), out=out)
+                torch.mm(_cut(rows, part), panel.t(), out=out)
             else:
-                torch.addmm(bias[columns], rows[part], panel.t(), out=out)
-    return y
+                torch.addmm(bias[columns], _cut(rows, part), panel.t(), out=out)
+    return rows.new_empty(rows.shape[0], layer.out_features) if empty is None else empty
 
 
 def _frozen_gradient(
     gradients: Sequence[Tensor],
-    parts: Sequence[slice],
+    parts: Sequence[Part],
     layers: Sequence[AdaptedLinear],
     dense: Sequence[Tensor | None],
 ) -> Tensor:
@@ -459,15 +539,17 @@ def _frozen_gradient(
     grad_x: Tensor | None = None
     for g, layer, kept in zip(gradients, layers, dense, strict=True):
         for first, panel in _panels(layer.matrix, g.dtype, kept):
+            whole = panel.shape[0] == g.shape[1]
+            of_panel = g if whole else g[:, first : first + panel.shape[0]]
             begun = grad_x is not None
             if grad_x is None:
                 grad_x = g.new_empty(g.shape[0], layer.in_features)
             for part in parts:
-                of_panel = g[part, first : first + panel.shape[0]]
+                into, own = _cut(grad_x, part), _cut(of_panel, part)
                 if begun:
-                    grad_x[part].addmm_(of_panel, panel)
+                    into.addmm_(own, panel)
                 else:
-                    torch.mm(of_panel, panel, out=grad_x[part])
+                    torch.mm(own, panel, out=into)
     assert grad_x is not None
     return grad_x
 

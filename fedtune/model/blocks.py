@@ -6,6 +6,9 @@ nothing of the library is changed for other models, and the inherited `forward` 
 call that is out of the ordinary: generation with a cache, padded batches, weights that are trained
 whole, layers that are not adapted.
 
+`run_blocks` runs such a model from its embeddings to its last norm, with none of the library's
+steps in between, which on a small model take as long as the arithmetic.
+
 A norm that stands before an attention or an MLP hands its input on untouched; the module behind
 it applies the norm inside its own step, so that the norm's output need not be kept.
 """
@@ -14,8 +17,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedtune.lora.linear import AdaptedLinear
@@ -50,10 +55,12 @@ class _Family:
     Attributes:
         prefix: of its class names.
         offset: of its norms' weights.
+        plain_body: the model is embeddings, blocks and a norm, with nothing in between.
     """
 
     prefix: str
     offset: float = 0.0
+    plain_body: bool = True
 
 
 _FAMILIES: Final = {
@@ -61,7 +68,7 @@ _FAMILIES: Final = {
     "mistral": _Family("Mistral"),
     "qwen2": _Family("Qwen2"),
     "qwen3": _Family("Qwen3"),
-    "gemma": _Family("Gemma", offset=1.0),
+    "gemma": _Family("Gemma", offset=1.0, plain_body=False),
 }
 """By the config's model_type: blocks of norm, attention, norm, gated MLP, read and compared."""
 
@@ -81,6 +88,75 @@ def fuse(model: PreTrainedModel) -> int:
             _become(module, _FusedNorm, offset=family.offset)
     _log.info("%s: %d blocks run by fused steps", type(model).__name__, fused)
     return fused
+
+
+def run_blocks(
+    body: PreTrainedModel,
+    tokens: Int[Tensor, "1 tokens"],
+    positions: Int[Tensor, "1 tokens"],
+    where: Segments,
+) -> Float[Tensor, "1 tokens hidden"] | None:
+    """The last hidden states of packed samples; None where the model's own forward is needed.
+
+    Equal bit for bit to the model's own: the same blocks in the same order.
+
+    Args:
+        body: the `base_model` of a model that `packs`.
+    """
+    blocks = _plain_blocks(body)
+    if blocks is None:
+        return None
+    hidden: Tensor = body.get_input_embeddings()(tokens)
+    embeddings = body.get_submodule("rotary_emb")(hidden, positions)
+    for block in blocks:
+        if block.gradient_checkpointing and block.training:
+            hidden = block._gradient_checkpointing_func(
+                partial(_run_block, block, embeddings, where), hidden
+            )
+        else:
+            hidden = _run_block(block, embeddings, where, hidden)
+    found: Tensor = body.get_submodule("norm")(hidden)
+    return found
+
+
+def _run_block(
+    block: Any,  # transformers is untyped
+    embeddings: tuple[Tensor, Tensor],
+    where: Segments,
+    hidden: Tensor,
+) -> Tensor:
+    # The norms are inside the two parts.
+    attended, _ = block.self_attn.forward(hidden, embeddings, segments=where)
+    hidden = hidden + attended
+    found: Tensor = hidden + block.mlp.forward(hidden)
+    return found
+
+
+def _plain_blocks(body: Any) -> list[Any] | None:  # transformers is untyped
+    """The blocks of a model that is fused throughout and that nobody listens to."""
+    family = _FAMILIES.get(body.config.model_type)
+    if family is None or not family.plain_body or type(body).__name__ != f"{family.prefix}Model":
+        return None
+    blocks = list(body.layers)
+    if len(blocks) != body.config.num_hidden_layers or _has_hooks(body):
+        return None
+    for block in blocks:
+        attention, mlp = block.self_attn, block.mlp
+        if not isinstance(attention, _FusedAttention) or not isinstance(mlp, _FusedMlp):
+            return None
+        before = (attention.norm_before, mlp.norm_before)
+        if any(_has_hooks(module) for module in (block, attention, mlp, *before)):
+            return None
+    return blocks
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _fuse_block(block: nn.Module, family: _Family) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedtune.model.attention import Segments, segments
+from fedtune.model.blocks import run_blocks
 from fedtune.model.head import Head, frozen_head, head_loss
 from fedtune.model.packing import packs, restarting, run_packed
 from fedtune.records import TaskName
@@ -181,7 +182,7 @@ def loss_sum(model: PreTrainedModel, batch: Batch, task: TaskName) -> LossSum:
     head = _head_of(model)
     if head is None:
         return _plain_loss(_chosen_logits(model, batch), batch.targets, batch.weights)
-    hidden = _run(model.base_model, batch).last_hidden_state.flatten(0, 1)
+    hidden = _hidden(model.base_model, batch)
     found = head_loss(hidden, head, batch.loss_rows, batch.targets, batch.weights)
     return LossSum(found.total, len(batch.targets), found.hits)
 
@@ -201,9 +202,10 @@ def loss_sums(model: PreTrainedModel, batches: Sequence[Batch]) -> list[LossSum]
         positions=restarting(tuple(lengths)).to(device, non_blocking=True),
         segments=segments(lengths, device),
     )
-    hidden = _run(model.base_model, whole).last_hidden_state.flatten(0, 1)
+    hidden = _hidden(model.base_model, whole)
+    sizes = [batch.tokens.shape[1] for batch in batches]
     sums = []
-    for batch, own in zip(batches, hidden.split([b.tokens.shape[1] for b in batches]), strict=True):
+    for batch, own in zip(batches, torch.split_with_sizes(hidden, sizes), strict=True):
         found = head_loss(own, head, batch.loss_rows, batch.targets, batch.weights)
         sums.append(LossSum(found.total, len(batch.targets), found.hits))
     return sums
@@ -236,10 +238,20 @@ def _chosen_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "targe
     if capped or not _whole_head(model):
         full: Tensor = _run(model, batch).logits
         return full.flatten(0, 1).index_select(0, batch.loss_rows)
-    hidden = _run(model.base_model, batch).last_hidden_state.flatten(0, 1)
+    hidden = _hidden(model.base_model, batch)
     head = model.get_output_embeddings()
     logits: Tensor = head(hidden.index_select(0, batch.loss_rows))
     return logits
+
+
+def _hidden(body: PreTrainedModel, batch: Batch) -> Float[Tensor, "tokens hidden"]:
+    """The last hidden states of all rows, padding among them."""
+    found: Tensor | None = None
+    if batch.segments is not None and batch.positions is not None:
+        found = run_blocks(body, batch.tokens, batch.positions, batch.segments)
+    if found is None:
+        found = _run(body, batch).last_hidden_state
+    return found.flatten(0, 1)
 
 
 def _run(body: PreTrainedModel, batch: Batch) -> Any:  # the models' output classes are untyped

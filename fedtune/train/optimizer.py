@@ -88,9 +88,8 @@ class RoundOptimizer:
         else:
             self._rows.step(self.inner)
         self._moved += 1
-        for parameter in self._parameters:
-            # bitsandbytes writes behind autograd's back, and stacked factors rest on the versions.
-            torch.autograd.graph.increment_version(parameter)
+        # bitsandbytes writes behind autograd's back, and stacked factors rest on the versions.
+        torch.autograd.graph.increment_version(self._parameters)
 
 
 @torch.no_grad()

@@ -28,17 +28,17 @@ DEVICE Codes read_codes(const uint8_t* codes, int64_t third_bits, int64_t weight
     const uint8_t* from = codes + weight / 8 * LOW_BITS + weight % 8 * LOW_BITS / 8;
     Codes read{0, 0};
     if constexpr (V * LOW_BITS == 64) {
-        read.low = read_once(reinterpret_cast<const uint32_t*>(from));
-        read.high = read_once(reinterpret_cast<const uint32_t*>(from) + 1);
+        read.low = read_once<uint32_t>(from);
+        read.high = read_once<uint32_t>(from + 4);
     } else if constexpr (V * LOW_BITS == 32) {
-        read.low = read_once(reinterpret_cast<const uint32_t*>(from));
+        read.low = read_once<uint32_t>(from);
     } else if constexpr (V * LOW_BITS == 16) {
-        read.low = read_once(reinterpret_cast<const uint16_t*>(from));
+        read.low = read_once<uint16_t>(from);
     } else {
-        read.low = read_once(from);
+        read.low = read_once<uint8_t>(from);
     }
     if constexpr (BITS == 3) {
-        const uint32_t byte = read_once(codes + third_bits + weight / 8);
+        const uint32_t byte = read_once<uint8_t>(codes + third_bits + weight / 8);
         read.high = V == 8 || weight % 8 != 0 ? byte : byte >> 4;
     }
     return read;

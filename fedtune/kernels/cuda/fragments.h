@@ -106,7 +106,7 @@ DEVICE bool in_sixteens(const void* start, int64_t row_bytes) {
 
 template <class V>
 DEVICE V read_as(const uint8_t* from) {  // at a multiple of V's size
-    return *reinterpret_cast<const V*>(from);
+    return as<V>(from);
 }
 
 // Eight consecutive values, of which the first `valid` are there; the others are zero, unread.
@@ -114,7 +114,7 @@ template <class T, class F>
 DEVICE Eight<T> load_eight(const F* from, int64_t valid, bool aligned) {
     Eight<T> out;
     if (aligned && valid >= 8) {
-        const Eight<F> raw = *reinterpret_cast<const Eight<F>*>(from);
+        const Eight<F> raw = as<Eight<F>>(from);
         if constexpr (sizeof(T) == sizeof(F)) {
             memcpy(&out, &raw, sizeof(out));
         } else {
@@ -136,7 +136,7 @@ DEVICE Eight<T> load_eight(const F* from, int64_t valid, bool aligned) {
 template <class T>
 DEVICE void store_eight(T* to, const Eight<T>& from, int64_t valid, bool aligned) {
     if (aligned && valid >= 8) {
-        *reinterpret_cast<Eight<T>*>(to) = from;
+        as<Eight<T>>(to) = from;
     } else {
         UNROLL for (int i = 0; i < 8; i++) {
             if (i < valid) to[i] = from.at[i];

@@ -35,11 +35,11 @@ FOR_DTYPES(CROSS_ENTROPY)
     KERNEL(swiglu_backward_##NAME, Swiglu, Block, 256, swiglu_backward<T>)
 FOR_DTYPES(SWIGLU)
 
-#define RMS_NORM(T, W, NAME)                                                              \
-    KERNEL(rms_norm_##NAME, RmsNorm, Block, 512, rms_norm<T, W>)                         \
-    KERNEL(rms_norm_short_##NAME, RmsNorm, Warp, 256, rms_norm<T, W>)                     \
-    KERNEL(rms_norm_backward_##NAME, RmsNorm, Block, 512, rms_norm_backward<T, W>)       \
-    KERNEL(rms_norm_backward_short_##NAME, RmsNorm, Warp, 256, rms_norm_backward<T, W>)
+#define RMS_NORM(T, W, NAME)                                                                \
+    KERNEL(rms_norm_##NAME, RmsNorm, Block, 512, rms_norm<T, W, 2>)                        \
+    KERNEL(rms_norm_short_##NAME, RmsNorm, Warp, 256, rms_norm<T, W, 4>)                    \
+    KERNEL(rms_norm_backward_##NAME, RmsNorm, Block, 512, rms_norm_backward<T, W, 2>)      \
+    KERNEL(rms_norm_backward_short_##NAME, RmsNorm, Warp, 256, rms_norm_backward<T, W, 4>)
 FOR_PAIRS(RMS_NORM)
 
 #define ROTATE(T, C, NAME) KERNEL(rotate_##NAME, Rotate, Block, 256, rotate<T, C>)

@@ -183,7 +183,7 @@ DEVICE void expand(const LowRankShared<T>& shared, int64_t part, int64_t parts, 
             FOR_LANES(lane) {
                 const int g = lane / 4, q = lane % 4;
                 UNROLL for (int p = 0; p < 4; p++) {
-                    left[lane].pair[p] = *reinterpret_cast<const Pair<T>*>(
+                    left[lane].pair[p] = as<Pair<T>>(
                         &shared.low[g + p % 2 * 8][r + 2 * q + p / 2 * 8]);
                     const int rank = r + 2 * q + p % 2 + p / 2 * 8;
                     const int64_t column = start + 8 * g;
@@ -280,7 +280,7 @@ struct LowRankGradient {
 
 template <class T>
 DEVICE Pair<T> load_pair(const T* from, int valid, bool aligned) {
-    if (aligned && valid >= 2) return *reinterpret_cast<const Pair<T>*>(from);
+    if (aligned && valid >= 2) return as<Pair<T>>(from);
     const T zero = rounded<T>(0.0f);
     return Pair<T>{valid > 0 ? from[0] : zero, valid > 1 ? from[1] : zero};
 }
@@ -350,7 +350,8 @@ DEVICE void low_rank_gradient_tiles(const Team& team, const LowRankGradient& giv
     const T* const left = static_cast<const T*>(given.left);
     const T* const right = static_cast<const T*>(given.right);
     const bool aligned = in_sixteens(right, given.columns * int64_t(sizeof(T)));
-    const bool paired = given.max_rank % 2 == 0;
+    const bool paired = given.max_rank % 2 == 0 &&
+                        reinterpret_cast<uintptr_t>(left) % sizeof(Pair<T>) == 0;
     const int warp = warp_of(team), warps = warps_of(team);
     const int64_t tiles = (given.columns + LOW_RANK_COLUMNS - 1) / LOW_RANK_COLUMNS;
     const int64_t passes = (given.max_rank + GRADIENT_RANKS - 1) / GRADIENT_RANKS;

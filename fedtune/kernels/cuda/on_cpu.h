@@ -1,6 +1,7 @@
 // The compiler's part for g++: teams are threads of the operating system, one team at a time.
 #pragma once
 
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <thread>
@@ -52,9 +53,25 @@ DEVICE float root(float x) { return std::sqrt(x); }
 DEVICE float quotient(float a, float b) { return a / b; }
 DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 
+// Memory as a V, at a multiple of V's alignment. A GPU stops at any other address; a CPU does not,
+// so they are counted, and the tests look at the count.
+extern "C" {
+inline std::atomic<int> misaligned{0};
+}
+template <class V>
+DEVICE V& as(void* address) {
+    if (reinterpret_cast<uintptr_t>(address) % alignof(V) != 0) misaligned++;
+    return *reinterpret_cast<V*>(address);
+}
+template <class V>
+DEVICE const V& as(const void* address) {
+    if (reinterpret_cast<uintptr_t>(address) % alignof(V) != 0) misaligned++;
+    return *reinterpret_cast<const V*>(address);
+}
+
 template <class T>
-DEVICE T read_once(const T* from) {
-    return *from;
+DEVICE T read_once(const void* from) {
+    return as<T>(from);
 }
 
 struct Meeting {  // what the threads of the running team share

@@ -37,9 +37,18 @@ DEVICE float root(float x) { return sqrtf(x); }
 DEVICE float quotient(float a, float b) { return __fdividef(a, b); }  // 0 if b is above 2 ** 126
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 
+template <class V>
+DEVICE V& as(void* address) {  // memory as a V, at a multiple of V's alignment
+    return *reinterpret_cast<V*>(address);
+}
+template <class V>
+DEVICE const V& as(const void* address) {
+    return *reinterpret_cast<const V*>(address);
+}
+
 template <class T>
-DEVICE T read_once(const T* from) {  // leaves the caches to what is read again
-    return __ldcs(from);
+DEVICE T read_once(const void* from) {  // leaves the caches to what is read again
+    return __ldcs(reinterpret_cast<const T*>(from));
 }
 
 DEVICE float sum_of_warp(float value) {

@@ -88,43 +88,49 @@ DEVICE Words encode(const float (&value)[8], f16) {
     return words;
 }
 
-// A run of WIDTH<T> values. `count` are there, the others are `fill`; one 16-byte access where all
-// are there and `aligned` says that the address is a multiple of 16.
+// 16 bytes of memory, to be decoded later: a thread that fetches several runs before it decodes the
+// first waits for memory once. `count` values are there, the others are zero.
 template <class T>
-DEVICE void read(const T* from, int64_t count, bool aligned, float (&value)[WIDTH<T>],
-                 float fill = 0.0f) {
-    if (aligned && count >= WIDTH<T>) {
-        decode(*reinterpret_cast<const Words*>(from), value, T{});
-    } else {
-        UNROLL for (int i = 0; i < WIDTH<T>; i++) {
-            value[i] = i < count ? to_float(from[i]) : fill;
-        }
-    }
-}
-
-template <class T>
-DEVICE void write(T* to, int64_t count, bool aligned, const float (&value)[WIDTH<T>]) {
-    if (aligned && count >= WIDTH<T>) {
-        *reinterpret_cast<Words*>(to) = encode(value, T{});
-    } else {
-        UNROLL for (int i = 0; i < WIDTH<T>; i++) {
-            if (i < count) to[i] = rounded<T>(value[i]);
-        }
-    }
+DEVICE Words fetch(const T* from, int64_t count, bool aligned) {
+    if (aligned && count >= WIDTH<T>) return as<Words>(from);
+    float value[WIDTH<T>];
+    UNROLL for (int i = 0; i < WIDTH<T>; i++) value[i] = i < count ? to_float(from[i]) : 0.0f;
+    return encode(value, T{});
 }
 
 // V values of a dtype of which 16 bytes hold V or half as many.
 template <int V, class T>
-DEVICE void read_run(const T* from, int64_t count, bool aligned, float (&value)[V]) {
-    if constexpr (V == WIDTH<T>) {
-        read(from, count, aligned, value);
+struct Fetched {
+    Words words[V / WIDTH<T>];
+};
+
+template <int V, class T>
+DEVICE Fetched<V, T> fetch_run(const T* from, int64_t count, bool aligned) {
+    Fetched<V, T> run;
+    UNROLL for (int part = 0; part < V / WIDTH<T>; part++) {
+        const int start = part * WIDTH<T>;
+        run.words[part] = fetch(from + start, count - start, aligned);
+    }
+    return run;
+}
+
+template <int V, class T>
+DEVICE void decode(const Fetched<V, T>& run, float (&value)[V]) {
+    UNROLL for (int part = 0; part < V / WIDTH<T>; part++) {
+        float some[WIDTH<T>];
+        decode(run.words[part], some, T{});
+        UNROLL for (int i = 0; i < WIDTH<T>; i++) value[part * WIDTH<T> + i] = some[i];
+    }
+}
+
+// One 16-byte access where all of the `count` are there and the address is a multiple of 16.
+template <class T>
+DEVICE void write(T* to, int64_t count, bool aligned, const float (&value)[WIDTH<T>]) {
+    if (aligned && count >= WIDTH<T>) {
+        as<Words>(to) = encode(value, T{});
     } else {
-        static_assert(V == 2 * WIDTH<T>);
-        float half[V / 2];
-        UNROLL for (int part = 0; part < 2; part++) {
-            const int start = part * V / 2;
-            read(from + start, count - start, aligned, half);
-            UNROLL for (int j = 0; j < V / 2; j++) value[start + j] = half[j];
+        UNROLL for (int i = 0; i < WIDTH<T>; i++) {
+            if (i < count) to[i] = rounded<T>(value[i]);
         }
     }
 }
@@ -133,7 +139,7 @@ DEVICE void read_run(const T* from, int64_t count, bool aligned, float (&value)[
 // below 0, and i + WIDTH<T> above n: such values are `fill`, and are not written.
 template <class T>
 DEVICE Words read_within(const T* row, int64_t i, int64_t n, float fill) {
-    if (i >= 0 && i + WIDTH<T> <= n) return *reinterpret_cast<const Words*>(row + i);
+    if (i >= 0 && i + WIDTH<T> <= n) return as<Words>(row + i);
     float value[WIDTH<T>];
     UNROLL for (int j = 0; j < WIDTH<T>; j++) {
         value[j] = i + j >= 0 && i + j < n ? to_float(row[i + j]) : fill;
@@ -144,7 +150,7 @@ DEVICE Words read_within(const T* row, int64_t i, int64_t n, float fill) {
 template <class T>
 DEVICE void write_within(T* row, int64_t i, int64_t n, const float (&value)[WIDTH<T>]) {
     if (i >= 0 && i + WIDTH<T> <= n) {
-        *reinterpret_cast<Words*>(row + i) = encode(value, T{});
+        as<Words>(row + i) = encode(value, T{});
     } else {
         UNROLL for (int j = 0; j < WIDTH<T>; j++) {
             if (i + j >= 0 && i + j < n) row[i + j] = rounded<T>(value[j]);

@@ -18,26 +18,51 @@ struct RmsNorm {
     int32_t aligned;  // every row, and the weight, start at a multiple of 16 bytes
 };
 
-// A team takes a row. The second pass reads what the first left in the cache.
-template <class T, class W, class Team>
+// The runs of 16 bytes of a row that a thread keeps between the two passes. A thread with more reads
+// the others again, from the cache.
+template <int KEPT, class Team, class Work>
+DEVICE void for_kept(const Team& team, int64_t n, int width, Work work) {
+    UNROLL for (int s = 0; s < KEPT; s++) {
+        const int64_t i = (int64_t(s) * team.threads() + team.thread()) * width;
+        if (i < n) work(s, i);
+    }
+}
+template <int KEPT, class Team, class Work>
+DEVICE void for_others(const Team& team, int64_t n, int width, Work work) {
+    const int64_t stride = int64_t(team.threads()) * width;
+    for (int64_t i = KEPT * stride + int64_t(team.thread()) * width; i < n; i += stride) work(i);
+}
+
+// A team takes a row.
+template <class T, class W, int KEPT, class Team>
 DEVICE void rms_norm(const Team& team, const RmsNorm& given) {
     constexpr int V = WIDTH<T>;
     const W* const weights = static_cast<const W*>(given.weight);
-    const int64_t n = given.columns, stride = int64_t(team.threads()) * V;
+    const int64_t n = given.columns;
     for (int64_t row = team.index(); row < given.rows; row += team.count()) {
         const T* const x = static_cast<const T*>(given.x) + row * given.x_stride;
         T* const out = static_cast<T*>(given.out) + row * n;
-        float value[V], weight[V];
+        Words kept[KEPT];
+        Fetched<V, W> kept_weights[KEPT];
         float squares = 0.0f;
-        for (int64_t i = int64_t(team.thread()) * V; i < n; i += stride) {
-            read(x + i, n - i, given.aligned, value);
+        const auto measure = [&](const Words& words) {
+            float value[V];
+            decode(words, value, T{});
             UNROLL for (int j = 0; j < V; j++) squares += value[j] * value[j];
-        }
+        };
+        for_kept<KEPT>(team, n, V, [&](int s, int64_t i) {
+            kept[s] = fetch(x + i, n - i, given.aligned);
+            kept_weights[s] = fetch_run<V>(weights + i, n - i, given.aligned);
+        });
+        for_kept<KEPT>(team, n, V, [&](int s, int64_t) { measure(kept[s]); });
+        for_others<KEPT>(
+            team, n, V, [&](int64_t i) { measure(fetch(x + i, n - i, given.aligned)); });
         const float inverse = 1.0f / root(team.sum(squares) / float(n) + given.epsilon);
         if (team.thread() == 0) given.inverse_rms[row] = inverse;
-        for (int64_t i = int64_t(team.thread()) * V; i < n; i += stride) {
-            read(x + i, n - i, given.aligned, value);
-            read_run<V>(weights + i, n - i, given.aligned, weight);
+        const auto normalise = [&](int64_t i, const Words& words, const Fetched<V, W>& factors) {
+            float value[V], weight[V];
+            decode(words, value, T{});
+            decode(factors, weight);
             UNROLL for (int j = 0; j < V; j++) {
                 // As in transformers: Llama rounds before it multiplies, Gemma after.
                 const float normal = value[j] * inverse;
@@ -46,43 +71,59 @@ DEVICE void rms_norm(const Team& team, const RmsNorm& given) {
                                : normal * (given.weight_offset + weight[j]);
             }
             write(out + i, n - i, given.aligned, value);
-        }
+        };
+        for_kept<KEPT>(team, n, V, [&](int s, int64_t i) { normalise(i, kept[s], kept_weights[s]); });
+        for_others<KEPT>(team, n, V, [&](int64_t i) {
+            normalise(i, fetch(x + i, n - i, given.aligned),
+                      fetch_run<V>(weights + i, n - i, given.aligned));
+        });
     }
 }
 
 // With h = gradient * (weight_offset + weight) and s = inverse_rms:
 // dx = s * (h - x * s * s * mean(h * x)).
-template <class T, class W, class Team>
+template <class T, class W, int KEPT, class Team>
 DEVICE void rms_norm_backward(const Team& team, const RmsNorm& given) {
     constexpr int V = WIDTH<T>;
+    struct Run {
+        Words x, gradient;
+        Fetched<V, W> weight;
+    };
     const W* const weights = static_cast<const W*>(given.weight);
-    const int64_t n = given.columns, stride = int64_t(team.threads()) * V;
+    const int64_t n = given.columns;
     for (int64_t row = team.index(); row < given.rows; row += team.count()) {
         const T* const x = static_cast<const T*>(given.x) + row * given.x_stride;
         const T* const gradient =
             static_cast<const T*>(given.gradient) + row * given.gradient_stride;
         T* const out = static_cast<T*>(given.out) + row * n;
-        const float inverse = given.inverse_rms[row];
+        const auto fetch_all = [&](int64_t i) {
+            return Run{fetch(x + i, n - i, given.aligned), fetch(gradient + i, n - i, given.aligned),
+                       fetch_run<V>(weights + i, n - i, given.aligned)};
+        };
+        Run kept[KEPT];
         float value[V], weight[V], h[V];
+        const auto decode_all = [&](const Run& run) {
+            decode(run.x, value, T{});
+            decode(run.gradient, h, T{});
+            decode(run.weight, weight);
+            UNROLL for (int j = 0; j < V; j++) h[j] *= given.weight_offset + weight[j];
+        };
         float products = 0.0f;
-        for (int64_t i = int64_t(team.thread()) * V; i < n; i += stride) {
-            read(x + i, n - i, given.aligned, value);
-            read(gradient + i, n - i, given.aligned, h);
-            read_run<V>(weights + i, n - i, given.aligned, weight);
-            UNROLL for (int j = 0; j < V; j++) {
-                products += h[j] * (given.weight_offset + weight[j]) * value[j];
-            }
-        }
+        const auto measure = [&](const Run& run) {
+            decode_all(run);
+            UNROLL for (int j = 0; j < V; j++) products += h[j] * value[j];
+        };
+        for_kept<KEPT>(team, n, V, [&](int s, int64_t i) { kept[s] = fetch_all(i); });
+        const float inverse = given.inverse_rms[row];
+        for_kept<KEPT>(team, n, V, [&](int s, int64_t) { measure(kept[s]); });
+        for_others<KEPT>(team, n, V, [&](int64_t i) { measure(fetch_all(i)); });
         const float along = team.sum(products) / float(n) * inverse * inverse;
-        for (int64_t i = int64_t(team.thread()) * V; i < n; i += stride) {
-            read(x + i, n - i, given.aligned, value);
-            read(gradient + i, n - i, given.aligned, h);
-            read_run<V>(weights + i, n - i, given.aligned, weight);
-            UNROLL for (int j = 0; j < V; j++) {
-                value[j] =
-                    inverse * (h[j] * (given.weight_offset + weight[j]) - value[j] * along);
-            }
+        const auto finish = [&](int64_t i, const Run& run) {
+            decode_all(run);
+            UNROLL for (int j = 0; j < V; j++) value[j] = inverse * (h[j] - value[j] * along);
             write(out + i, n - i, given.aligned, value);
-        }
+        };
+        for_kept<KEPT>(team, n, V, [&](int s, int64_t i) { finish(i, kept[s]); });
+        for_others<KEPT>(team, n, V, [&](int64_t i) { finish(i, fetch_all(i)); });
     }
 }

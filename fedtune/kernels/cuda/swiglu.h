@@ -36,16 +36,19 @@ DEVICE void swiglu(const Team& team, const Swiglu& given) {
         const T* const gates = static_cast<const T*>(given.gate) + row * given.gate_stride;
         const T* const ups = static_cast<const T*>(given.up) + row * given.up_stride;
         T* const out = static_cast<T*>(given.other) + row * given.other_stride;
-        float gate[STEPS][V], up[STEPS][V];
+        Words gate_words[STEPS], up_words[STEPS];
         UNROLL for (int s = 0; s < STEPS; s++) {
             const int64_t i = column + s * stride;
-            read(gates + i, given.columns - i, given.aligned, gate[s]);
-            read(ups + i, given.columns - i, given.aligned, up[s]);
+            gate_words[s] = fetch(gates + i, given.columns - i, given.aligned);
+            up_words[s] = fetch(ups + i, given.columns - i, given.aligned);
         }
         UNROLL for (int s = 0; s < STEPS; s++) {
             const int64_t i = column + s * stride;
-            UNROLL for (int j = 0; j < V; j++) gate[s][j] *= sigmoid(gate[s][j]) * up[s][j];
-            write(out + i, given.columns - i, given.aligned, gate[s]);
+            float gate[V], up[V];
+            decode(gate_words[s], gate, T{});
+            decode(up_words[s], up, T{});
+            UNROLL for (int j = 0; j < V; j++) gate[j] *= sigmoid(gate[j]) * up[j];
+            write(out + i, given.columns - i, given.aligned, gate);
         }
     });
 }
@@ -59,22 +62,26 @@ DEVICE void swiglu_backward(const Team& team, const Swiglu& given) {
         T* const gates = static_cast<T*>(given.gate) + row * given.gate_stride;
         T* const ups = static_cast<T*>(given.up) + row * given.up_stride;
         const T* const gradients = static_cast<const T*>(given.other) + row * given.other_stride;
-        float gate[STEPS][V], up[STEPS][V], gradient[STEPS][V];
+        Words gate_words[STEPS], up_words[STEPS], gradient_words[STEPS];
         UNROLL for (int s = 0; s < STEPS; s++) {
             const int64_t i = column + s * stride;
-            read(gates + i, given.columns - i, given.aligned, gate[s]);
-            read(ups + i, given.columns - i, given.aligned, up[s]);
-            read(gradients + i, given.columns - i, given.aligned, gradient[s]);
+            gate_words[s] = fetch(gates + i, given.columns - i, given.aligned);
+            up_words[s] = fetch(ups + i, given.columns - i, given.aligned);
+            gradient_words[s] = fetch(gradients + i, given.columns - i, given.aligned);
         }
         UNROLL for (int s = 0; s < STEPS; s++) {
             const int64_t i = column + s * stride;
+            float gate[V], up[V], gradient[V];
+            decode(gate_words[s], gate, T{});
+            decode(up_words[s], up, T{});
+            decode(gradient_words[s], gradient, T{});
             UNROLL for (int j = 0; j < V; j++) {
-                const float x = gate[s][j], share = sigmoid(x), times = gradient[s][j];
-                gate[s][j] = times * up[s][j] * share * (1.0f + x * (1.0f - share));
-                up[s][j] = times * x * share;
+                const float x = gate[j], share = sigmoid(x), times = gradient[j];
+                gate[j] = times * up[j] * share * (1.0f + x * (1.0f - share));
+                up[j] = times * x * share;
             }
-            write(gates + i, given.columns - i, given.aligned, gate[s]);
-            write(ups + i, given.columns - i, given.aligned, up[s]);
+            write(gates + i, given.columns - i, given.aligned, gate);
+            write(ups + i, given.columns - i, given.aligned, up);
         }
     });
 }

@@ -12,7 +12,10 @@ from fedtune.kernels.driver import FOLDER
 
 
 class HostLauncher:
-    """Runs each kernel with few threads, so that every team and thread has several turns."""
+    """Runs each kernel with few threads, so that every team and thread has several turns.
+
+    A read or write at an address that a GPU would refuse fails the test.
+    """
 
     processors = 2
     most_teams = 3
@@ -36,6 +39,9 @@ class HostLauncher:
             ctypes.c_int(min(threads, self.most_threads)),
             packed,
         )
+        misaligned = ctypes.c_int.in_dll(self._library, "misaligned")
+        found, misaligned.value = misaligned.value, 0
+        assert found == 0, f"{name} read or wrote {found} times at an address that is not aligned"
 
 
 def compile_for_host(folder: Path) -> Path | None:

@@ -82,7 +82,7 @@ def gpu(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctype
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 3, False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda i: 0x7FFF2000_0000 + i, False)
     monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: library)
     driver._library.cache_clear()

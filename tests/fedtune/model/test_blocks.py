@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from fedtune.lora.linear import AdaptedLinear, Factors, attach, detach
-from fedtune.model.blocks import fuse
+from fedtune.model.blocks import fuse, run_blocks
 from fedtune.model.loss import collate, loss_sum, prepare
+from fedtune.model.packing import run_packed
 from fedtune.quant.storage import store
 from fedtune.records import MatrixForm
 
@@ -221,6 +222,38 @@ def test_bfloat16_stays_as_near_as_the_plain_modules(config: PretrainedConfig) -
             for m in (plain, fused)
         ]
     assert off[1] <= 2 * off[0] + 5e-3 * right
+
+
+@pytest.mark.parametrize("config", FUSED, ids=lambda c: c.model_type)
+def test_blocks_one_after_another_are_the_models_own_pass(config: PretrainedConfig) -> None:
+    model = built(config)
+    adapted(model)
+    fuse(model)
+    batch = prepare(model, samples((9, 6)), 0, "causal-lm")
+    assert batch.positions is not None
+    assert batch.segments is not None
+    where = (batch.tokens, batch.positions, batch.segments)
+    own = run_packed(model.base_model, *where).last_hidden_state
+    found = run_blocks(model.base_model, *where)
+    if config.model_type == "gemma":  # which scales its embeddings
+        assert found is None
+    else:
+        assert found is not None
+        assert torch.equal(found, own)
+
+
+def test_a_hook_on_a_block_is_still_called() -> None:
+    model = built(FUSED[0])
+    adapted(model)
+    fuse(model)
+    batch = prepare(model, samples((9, 6)), 0, "causal-lm")
+    called = []
+    hook = model.base_model.layers[1].mlp.register_forward_hook(lambda *_: called.append(1))
+    loss_sum(model, batch, "causal-lm")
+    assert called == [1]
+    hook.remove()
+    loss_sum(model, batch, "causal-lm")
+    assert called == [1]
 
 
 def test_names_and_parameters_stay() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -322,3 +322,74 @@ def test_an_exception_of_the_coordinator_leaves_the_call() -> None:
 
     with pytest.raises(PlanError, match="no plan fits"):
         run_inprocess(server, app(), 2)
+
+
+class Choir:
+    """Answers in one voice all messages whose bodies begin alike; one device can be unwell."""
+
+    most = 3
+
+    def __init__(self, unwell: int | None = None) -> None:
+        self.sang: list[int] = []
+        self._unwell = unwell
+
+    def key(self, message: Message) -> Hashable:
+        return from_record(message.content, TRAIN)[0][:1] or None
+
+    def __call__(
+        self, messages: Sequence[Message], contexts: Sequence[Context]
+    ) -> list[Message | Exception]:
+        self.sang.append(len(messages))
+        assert [m.metadata.dst_node_id for m in messages] == [c.node_id for c in contexts]
+        return [
+            PlanError("hoarse") if c.node_id == self._unwell else echo(m, c)
+            for m, c in zip(messages, contexts, strict=True)
+        ]
+
+
+def test_messages_of_equal_keys_are_answered_together_and_no_more_than_allowed() -> None:
+    choir = Choir()
+    with InProcessGrid(app(), 5, together=choir) as grid:
+        assert bodies(grid.send_and_receive(ask(grid))) == [b"hello!"] * 5
+    assert choir.sang == [3, 2]
+
+
+def test_a_message_without_a_key_or_a_fellow_goes_the_ordinary_way() -> None:
+    choir = Choir()
+    with InProcessGrid(app(), 2, together=choir) as grid:
+        messages = [Message(to_record(TRAIN, body), node, TRAIN) for node, body in
+                    zip(grid.get_node_ids(), (b"", b"alone"), strict=True)]  # fmt: skip
+        assert sorted(bodies(grid.send_and_receive(messages))) == [b"!", b"alone!"]
+    assert choir.sang == []
+
+
+def test_a_device_that_fails_among_others_fails_alone() -> None:
+    with InProcessGrid(app(), 3, together=Choir(unwell=1001)) as grid:
+        replies = grid.send_and_receive(ask(grid))
+    (failed,) = [reply for reply in replies if reply.has_error()]
+    assert failed.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    assert "hoarse" in str(failed.error.reason)
+    assert bodies([reply for reply in replies if not reply.has_error()]) == [b"hello!"] * 2
+
+
+def test_messages_that_take_longer_together_than_all_their_time_are_late() -> None:
+    class Slow(Choir):
+        def __call__(
+            self, messages: Sequence[Message], contexts: Sequence[Context]
+        ) -> list[Message | Exception]:
+            time.sleep(0.2)
+            return super().__call__(messages, contexts)
+
+    with InProcessGrid(app(), 2, together=Slow()) as grid:
+        replies = grid.send_and_receive(ask(grid, ttl=0.05))
+        assert [reply.error.code for reply in replies] == [ErrorCode.MESSAGE_UNAVAILABLE] * 2
+        assert len(grid.send_and_receive(ask(grid, ttl=5.0))) == 2
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_with_workers_or_faults_devices_take_turns(several: bool) -> None:
+    choir = Choir()
+    fault = None if several else lambda node, message: None
+    with InProcessGrid(app(), 3, workers=2 if several else 1, fault=fault, together=choir) as grid:
+        assert len(grid.send_and_receive(ask(grid))) == 3
+    assert choir.sang == []
