@@ -7,8 +7,9 @@ Two tasks. Text: e2e_nlg on stories260k, 40 steps of 16 samples, loss per respon
 new head (as `fedtune demo --classification`), 20 steps of 8 samples of at most 48 tokens, loss per
 sample on 240 others. Everyone trains rank 8 on every linear matrix of a float32 backbone through
 the device's own `train_round`, AdamW, a constant learning rate, clipping at 1, from what the rule
-`delta` sends in a first round; QST goes through `train_side`. Each way has the better of two
-learning rates on seed 0, and the seeds draw samples, order and start.
+`delta` sends in a first round; QST goes through `train_side`. Learning rates were chosen on seed 0:
+on the text the best of 3e-3, 1e-2 and 3e-2 for each way, on the classes 3e-3, the best for plain
+LoRA, and 1e-2 for QST. The seeds draw samples, order and start.
 
 `kept` is what one forward pass keeps for its backward pass beside the base's weights, in the first
 step and, where that is another number, in later ones; `trained` is 16 bytes for each number that
@@ -67,27 +68,27 @@ class Way:
 
 
 WAYS = (
-    Way("lora", "LoRA", (1e-2, 5e-3)),
-    Way("decay", "LoRA, layer rates falling by 0.8", (1e-2, 5e-3), {"layer_rate_decay": 0.8}),
-    Way("allora", "ALLoRA, eta 2", (1e-2, 5e-3), {"name": "allora", "allora_eta": 2.0}),
-    Way("rslora", "rsLoRA, alpha 8", (1e-2, 5e-3), alpha=8.0),
-    Way("eva", "start: EVA", (1e-2, 5e-3), {"start": "eva"}),
-    Way("corda", "start: CorDA", (1e-2, 5e-3), {"start": "corda"}),
-    Way("pissa", "start: PiSSA", (1e-2, 5e-3), {"start": "pissa"}),
-    Way("s2ft", "S2FT, random channels", (1e-2, 5e-3), {"name": "s2ft"}),
+    Way("lora", "LoRA", (1e-2, 3e-3)),
+    Way("decay", "LoRA, layer rates falling by 0.8", (1e-2, 3e-3), {"layer_rate_decay": 0.8}),
+    Way("allora", "ALLoRA, eta 2", (1e-2, 3e-3), {"name": "allora", "allora_eta": 2.0}),
+    Way("rslora", "rsLoRA, alpha 8", (3e-3, 3e-3), alpha=8.0),
+    Way("eva", "start: EVA", (1e-2, 3e-3), {"start": "eva"}),
+    Way("corda", "start: CorDA", (1e-2, 3e-3), {"start": "corda"}),
+    Way("pissa", "start: PiSSA", (1e-2, 3e-3), {"start": "pissa"}),
+    Way("s2ft", "S2FT, random channels", (1e-2, 3e-3), {"name": "s2ft"}),
     Way(
         "s2ft_activation",
         "S2FT, channels of largest inputs",
-        (1e-2, 5e-3),
+        (1e-2, 3e-3),
         {"name": "s2ft", "channels": "activation"},
     ),
     Way(
         "greentrainer",
         "GreenTrainer, half of the backward pass",
-        (1e-2, 5e-3),
+        (1e-2, 3e-3),
         {"name": "greentrainer", "flops_share": 0.5},
     ),
-    Way("qst", "QST, a side network", (1e-2, 5e-3)),
+    Way("qst", "QST, a side network", (3e-2, 1e-2)),
 )
 QUICK_KEYS = ("lora", "allora", "eva", "s2ft", "greentrainer", "qst")
 
@@ -139,6 +140,8 @@ def run_cell(task: str, key: str, rate: float, seed: int, size: Size, shared: st
     bench.train(size.steps)
     seconds = time.perf_counter() - started
     loss = bench.held_out_loss()
+    if seed:  # bytes are those of seed 0
+        return Cell(loss, seconds, (0, 0), 0)
     with kept_bytes(bench.backbone) as kept:
         trained = bench.train(2, new_step=kept.new_step)
     return Cell(loss, seconds, (kept.of_step[0], kept.of_step[1]), trained)
