@@ -31,6 +31,7 @@ from fedtune.train.compute import LossScale
 from fedtune.train.inputs import layer_inputs
 from fedtune.train.round import RoundResult, mount, train_round, unmount
 from fedtune.train.side_by_side import Share, train_side_by_side
+from fedtune.train.step import accumulate
 from fedtune.wire.messages import OptimizerSpec
 
 PAD = 2
@@ -364,3 +365,20 @@ def test_ways_of_the_optimiser_are_the_same_side_by_side(llama: World, key: str)
 @pytest.mark.parametrize("key", ["eva", "corda", "pissa", "s2ft", "greentrainer"])
 def test_ways_that_choose_what_trains_go_alone(key: str) -> None:
     assert not WAYS[key].shares_a_pass
+
+
+@pytest.mark.parametrize("key", ["s2ft-activation", "greentrainer"])
+def test_no_stack_of_factors_outlives_a_choice_of_what_trains(llama: World, key: str) -> None:
+    """It would go on keeping inputs, and making gradients, for what does not train any more."""
+    llama.round(WAYS["lora"], 0)
+    sent = llama.sent(20)
+    mounted = mount(llama.backbone, sent, trainable=True)
+    course = ways.Course(llama.backbone, mounted.factors, spec(WAYS[key]))
+    batch = batches(steps=1)[0]
+    course.begin(batch, 2, llama.task, PAD)
+    if key == "greentrainer":
+        accumulate(llama.backbone, batch, 2, llama.task, PAD)
+        assert any(layer._stacked for layer in llama.backbone.layers.values())
+        course.narrow()
+    assert not any(layer._stacked for layer in llama.backbone.layers.values())
+    unmount(llama.backbone, mounted)
