@@ -55,7 +55,10 @@ BATCH_SIZE = 16
 CHECKPOINTED = frozenset({("8B", "8192"), ("8B", "ragged"), ("8B", "grouped"), ("tiny", "ragged")})
 """Cells in which PEFT's activations would not fit, so that everyone recomputes; `tiny` tries it."""
 
-WARM_UP = 3
+BATCHES = 4
+"""Different ones, in turn."""
+WARM_UP = BATCHES
+"""Each batch once: a graph is recorded for every form that they have."""
 STEPS = 10
 CELL_SECONDS = 4.0
 """Timed steps of a cell stop here; the least is `FEWEST`."""
@@ -215,14 +218,14 @@ class Card:
 
 def run_cell(card: Card, trainer: Trainer, cell: Cell, shape: Shape) -> Cell:
     """Warm up, time some steps, and say what they took."""
-    count = 4
+    count = BATCHES
     batches = make_batches(cell.workload, shape.vocabulary, count, BATCH_SIZE)
     trainer.restart()
     trainer.set_checkpointing(cell.checkpointing)
     card.settle()
     first = trainer.step(batches[0])
     for index in range(1, WARM_UP):
-        trainer.step(batches[index % count])
+        trainer.step(batches[index])
     card.wait()
     seconds: list[float] = []
     tokens = 0
@@ -280,6 +283,7 @@ def predicted_bytes(cell: Cell, shape: Shape, batches: Sequence[Sequence[Sample]
         RANK * sum(m.out_features + m.in_features for m in matrices),
         RANK * len(matrices),
         whole_matrices=True,
+        itemsize=2,
     )
     return peak_bytes(shapes, {m.name: MatrixForm("nf4") for m in matrices}, load).total
 
@@ -299,10 +303,8 @@ def run_contender(
 
 def _cells(contender: str, shape: str, smoke: bool) -> list[Cell]:
     workloads = SMOKE_WORKLOADS if smoke else WORKLOADS
-    if contender == OURS:  # nothing to gain by grouping where nothing is padded
+    if contender in (OURS, CAPTURED):  # nothing to gain by grouping where nothing is padded
         workloads = tuple(w for w in workloads if w != "grouped")
-    if contender == CAPTURED:  # a graph has one shape
-        workloads = tuple(w for w in workloads if w.isdigit())
     return [Cell(contender, shape, w, (shape, w) in CHECKPOINTED) for w in workloads]
 
 

@@ -9,7 +9,7 @@ growth is the peak of resident memory, mapped files included, over what the proc
 imports. Allowed is what the backbone keeps, plus its largest adapted matrix in float32, plus 300
 MB. The second start finds the packed matrices of the first. Embeddings are held in float32.
 
-`--quick` takes a model of 80 million parameters, and leaves out the start without a cache.
+`--quick` takes a model of 65 million parameters, and leaves out the start without a cache.
 """
 
 from __future__ import annotations

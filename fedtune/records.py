@@ -46,6 +46,8 @@ ChannelChoice: TypeAlias = Literal["random", "weight", "activation"]
 """Which input channels S2FT trains: drawn by the run's seed, or those of the largest norm."""
 ScalingName: TypeAlias = Literal["constant", "rank-stabilised"]
 """How the factor of an update depends on its rank."""
+GraphUse: TypeAlias = Literal["auto", "on", "off"]
+"""Whether a device records its training step as CUDA graphs."""
 
 BACKBONE_FORMATS: tuple[FormatName, ...] = (
     "fp32",

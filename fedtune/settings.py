@@ -17,6 +17,7 @@ from fedtune.records import (
     ChannelChoice,
     ComputeName,
     FormatName,
+    GraphUse,
     ScalingName,
     StartName,
     TaskName,
@@ -240,6 +241,11 @@ class TrainSection(Section):
         "auto",
         description="dtype of activations and products; `auto` is measured on the device, and "
         "`fp32` in a simulation, so that a seed gives one result on every machine",
+    )
+    cuda_graph: GraphUse = Field(
+        "off",
+        description="record training steps on a GPU as CUDA graphs and replay them; `auto`: where "
+        "it can be done, for micro-batches whose form comes again; `on`: all, or refuse",
     )
     tune_allocator: bool = Field(
         True, description="keep freed memory in a training process for its next step (glibc)"

@@ -18,7 +18,7 @@ import torch
 
 from fedtune.data.samples import Sample, SampleBuilder, SampleSet, build_samples, site_labels
 from fedtune.errors import ModelError, ProtocolError
-from fedtune.evaluate.perplexity import held_out_loss
+from fedtune.evaluate.perplexity import EvaluationReport, held_out_loss
 from fedtune.model.backbone import Backbone, BackboneShelf
 from fedtune.model.load import dense_shapes, tensor_names
 from fedtune.model.packed_cache import PackedCache
@@ -41,7 +41,7 @@ from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune.wire.tensors import unpack_dispatch, update_tensors
 from fedtune_client.site import SiteSettings
 
-_EVALUATION_BATCH = 32
+EVALUATION_BATCH = 32
 """Samples in one forward pass without gradients; chosen, little faster above it on two cores."""
 
 
@@ -63,20 +63,30 @@ class Order(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What an accepted instruction to train comes down to.
+class Measuring:
+    """What an accepted instruction to evaluate comes down to.
 
     Attributes:
-        batches: one optimiser step's samples each.
-        memory: what earlier rounds left of the optimiser; None: nothing is kept.
-        metrics: measured before the round.
+        held_out: samples to measure; may be none.
     """
 
     backbone: Backbone
     dispatch: Dispatch
+    held_out: Sequence[Sample]
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Measuring):
+    """What an accepted instruction to train comes down to.
+
+    Attributes:
+        held_out: samples to measure before the round; none if it is not asked for.
+        batches: one optimiser step's samples each.
+        memory: what earlier rounds left of the optimiser; None: nothing is kept.
+    """
+
     batches: Sequence[Sequence[Sample]]
     memory: OptimizerMemory | None
-    metrics: Mapping[str, float]
 
 
 class Agent:
@@ -131,7 +141,11 @@ class Agent:
         Raises:
             ProtocolError: the instruction or its tensors do not fit each other or the site.
         """
-        work = self.accept(order, packed)
+        return self.perform(order, self.accept(order, packed))
+
+    def perform(self, order: TrainInstruction, work: Work) -> tuple[TrainReport, bytes]:
+        """Do what an accepted instruction asks for; returns the report and the packed factors."""
+        metrics = self.measure(work)
         result = train_round(
             work.backbone,
             work.batches,
@@ -142,8 +156,9 @@ class Agent:
             pad_id=self.pad_id,
             memory=work.memory,
             loss_scale=self._loss_scale if self._compute == torch.float16 else None,
+            cuda_graph=self._site.cuda_graph,
         )
-        return self.report(order, result, work.metrics)
+        return self.report(order, result, metrics)
 
     def accept(self, order: TrainInstruction, packed: bytes) -> Work:
         """Check an instruction to train, and have ready what it asks for.
@@ -155,9 +170,6 @@ class Agent:
         train, held_out = self._tokenised(order.labels)
         if not train.samples:
             raise ProtocolError(f"{self.name}: there is no sample to train on; plan without it")
-        metrics: dict[str, float] = {}
-        if order.evaluate:
-            metrics |= self._measure(backbone, dispatch, held_out.samples)
         plan = order.plan
         taken = plan.batch_size * plan.local_steps
         picked = stream(
@@ -171,7 +183,7 @@ class Agent:
             dispatch=dispatch,
             batches=_batches(train.samples, picked, plan.batch_size),
             memory=self._memory(order) if order.optimizer.keep else None,
-            metrics=metrics,
+            held_out=held_out.samples if order.evaluate else (),
         )
 
     def report(
@@ -197,10 +209,32 @@ class Agent:
         Raises:
             ProtocolError: as for `train`.
         """
-        dispatch, backbone = self._accept(order, packed)
-        held_out = self._tokenised(order.labels)[1]
-        metrics = self._measure(backbone, dispatch, held_out.samples)
+        metrics = self.measure(self.accept_evaluation(order, packed))
         return EvaluateReport(order.run, order.round, self.name, metrics)
+
+    def accept_evaluation(self, order: EvaluateInstruction, packed: bytes) -> Measuring:
+        """Check an instruction to evaluate, and have ready what it asks for.
+
+        Raises:
+            ProtocolError: as for `train`.
+        """
+        dispatch, backbone = self._accept(order, packed)
+        return Measuring(backbone, dispatch, self._tokenised(order.labels)[1].samples)
+
+    def measure(self, work: Measuring) -> dict[str, float]:
+        """Held-out metrics of the sent adapter; none without samples."""
+        if not work.held_out:
+            return {}
+        backbone = work.backbone
+        with backbone.lock:
+            mounted = mount(backbone, work.dispatch, trainable=False)
+            try:
+                found = held_out_loss(
+                    backbone.model, work.held_out, EVALUATION_BATCH, self.pad_id, self._task
+                )
+            finally:
+                unmount(backbone, mounted)
+        return held_out_metrics(found)
 
     @property
     def _task(self) -> TaskName:
@@ -307,23 +341,13 @@ class Agent:
             return {}
         return {"peak_bytes": float(torch.cuda.max_memory_allocated())}
 
-    def _measure(
-        self, backbone: Backbone, dispatch: Dispatch, samples: Sequence[Sample]
-    ) -> dict[str, float]:
-        if not samples:
-            return {}
-        with backbone.lock:
-            mounted = mount(backbone, dispatch, trainable=False)
-            try:
-                found = held_out_loss(
-                    backbone.model, samples, _EVALUATION_BATCH, self.pad_id, self._task
-                )
-            finally:
-                unmount(backbone, mounted)
-        metrics = {"held_out_loss": found.loss, "held_out_units": float(found.tokens)}
-        if found.accuracy is not None:
-            metrics["accuracy"] = found.accuracy
-        return metrics
+
+def held_out_metrics(found: EvaluationReport) -> dict[str, float]:
+    """A measurement as it is reported."""
+    metrics = {"held_out_loss": found.loss, "held_out_units": float(found.tokens)}
+    if found.accuracy is not None:
+        metrics["accuracy"] = found.accuracy
+    return metrics
 
 
 def _batches(samples: Sequence[Sample], picked: Sequence[int], size: int) -> list[list[Sample]]:

@@ -11,7 +11,7 @@ from typing import Protocol
 from fedtune.config import cache_folder
 from fedtune.data.sites import Sites, open_sites
 from fedtune.devices.simulated import simulated_profiles
-from fedtune.records import ComputeName, DeviceProfile
+from fedtune.records import ComputeName, DeviceProfile, GraphUse
 from fedtune.settings import DataSection, RunConfig
 
 
@@ -25,6 +25,7 @@ class SiteSettings:
         threads: torch threads to compute with; 0 leaves torch's choice.
         shares_backbone: other sites live in this process and use the same base.
         compute: dtype of activations and products; `auto` is measured in this process.
+        cuda_graph: whether training steps are recorded as CUDA graphs.
         tune_allocator: whether this process, which is the site's own, may keep freed memory.
         cache_folder: where what was made of the base is kept between processes; None: nowhere.
     """
@@ -38,6 +39,7 @@ class SiteSettings:
     threads: int = 0
     shares_backbone: bool = False
     compute: ComputeName = "auto"
+    cuda_graph: GraphUse = "off"
     tune_allocator: bool = True
     cache_folder: Path | None = None
 
@@ -81,6 +83,7 @@ class SimulatedFleet:
             shares_backbone=True,
             # Measured, one seed would give other results on other machines.
             compute="fp32" if config.train.compute == "auto" else config.train.compute,
+            cuda_graph=config.train.cuda_graph,
             tune_allocator=config.train.tune_allocator,
             cache_folder=cache_folder(),
         )

@@ -89,7 +89,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tenso
 def grouped_low_rank_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, groups: Groups) -> Tensor:
     """See `low_rank.grouped_low_rank_`."""
     launcher = launcher_of(x)
-    if launcher is None or not low_rank.takes(x, a, b, groups):
+    if launcher is None or not (low_rank.wins(groups) and low_rank.takes(x, a, b, groups)):
         return low_rank.grouped_low_rank_(y, x, a, b, groups)
     return low_rank.launch_grouped_low_rank_(launcher, y, x, a, b, groups)
 

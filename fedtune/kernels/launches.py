@@ -25,8 +25,7 @@ _CROSS_ENTROPY = Struct("@PPPPqqq")
 _SWIGLU = Struct("@PPPqqqqqi")
 _RMS_NORM = Struct("@PPPPPqqqqffi")
 _ROTATE = Struct("@PPPqqqiiii")
-# Weights of a team: 256 threads with 4 times 16 bytes of output each, as in dequantise.h.
-_DEQUANTISE_TILE = {"f32": 4096, "bf16": 8192, "f16": 8192}
+_DEQUANTISE_BYTES = 32  # of output that a thread takes at a time, as in dequantise.h
 _SWIGLU_STEPS = 2
 
 
@@ -49,13 +48,14 @@ def dequantise(launcher: Launcher, packed: PackedWeights, first: int, out: Tenso
     if start % 8:
         codes = codes.clone()
         start = codes.data_ptr()
-    teams = -(-count // _DEQUANTISE_TILE[suffix])
-    if bits == 8:  # 32 KB of codebook for each team: few teams, with more to do
-        teams = min(teams, 8 * launcher.processors)
+    threads = 512 if bits == 8 else 128
+    teams = -(-count // (threads * _DEQUANTISE_BYTES // out.element_size()))
+    if bits == 8:  # 32 KB of codebook for each team: large ones, and few, with more to do
+        teams = min(teams, 6 * launcher.processors)
     launcher.launch(
         f"dequantise_{bits}_{suffix}",
         teams if teams < MOST_TEAMS else MOST_TEAMS,
-        256,
+        threads,
         _DEQUANTISE,
         start,
         scale_codes.data_ptr(),
@@ -207,10 +207,11 @@ def _rms_norm(
     weight = _contiguous(weight, x.dtype if weight.dtype is x.dtype else torch.float32)
     runs = -(-columns // (16 // x.element_size()))
     short = runs <= 4 * 32  # a warp is enough, and waits for no other
+    runs_each = 4 if kernel == "rms_norm" else 2  # that a thread keeps, as in kernels.h
     launcher.launch(
         f"{kernel}{'_short' if short else ''}_{suffix}_{_suffix(weight, 'weight')}",
         min(-(-rows // 8) if short else rows, MOST_TEAMS),
-        256 if short else _threads(runs, 2, 512),
+        256 if short else _threads(runs, runs_each, 512),
         _RMS_NORM,
         x.data_ptr(),
         weight.data_ptr(),
@@ -223,7 +224,9 @@ def _rms_norm(
         gradient.stride(0),
         epsilon,
         weight_offset,
-        _aligned(x, gradient, out) and weight.data_ptr() % 16 == 0,
+        columns * x.element_size() % 16 == 0
+        and _aligned(x, gradient, out)
+        and weight.data_ptr() % 16 == 0,
     )
     return out
 

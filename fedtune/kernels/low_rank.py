@@ -34,6 +34,10 @@ from fedtune.kernels.launches import MOST_TEAMS, SUFFIX
 MOST_RANK = 128
 """Ranks of one adapter that the compiled kernel takes."""
 
+FEWEST_ADAPTERS = 2
+"""Adapters from which on our product is faster than torch's: on an H200, for 4096 tokens, one takes
+1.08 times as long as torch's two products, and sixteen take 0.54 times as long."""
+
 MOST_PLAIN_PRODUCTS = 2
 """Batched products of which the gradient of the factors may consist to be left to torch."""
 
@@ -130,7 +134,10 @@ def grouped_low_rank_(
         else:
             part = torch.bmm(run.tokens_of(x), run.factors_of(a).transpose(1, 2))
             run.tokens_of(y).baddbmm_(part, run.factors_of(b), alpha=run.scale)
-        low[run.tokens, : run.rank] = part.view(-1, run.rank)
+        part = part.view(-1, run.rank)
+        if part.shape == low.shape:  # the only run
+            return part
+        low[run.tokens, : run.rank] = part
     return low
 
 
@@ -210,6 +217,11 @@ def takes(x: Tensor, a: Tensor, b: Tensor, groups: Groups) -> bool:
         and a.dtype in (x.dtype, torch.float32)
         and groups.max_rank <= MOST_RANK
     )
+
+
+def wins(groups: Groups) -> bool:
+    """Whether `launch_grouped_low_rank_` is the faster way, where it takes the product."""
+    return len(groups.ranks) >= FEWEST_ADAPTERS
 
 
 def takes_gradient(right: Tensor, groups: Groups) -> bool:

@@ -7,6 +7,8 @@ Linux 42 of 52 ms for 64 MB). What a caller finds in a buffer is what the last u
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
 import torch
@@ -16,6 +18,8 @@ Purpose: TypeAlias = Literal["panel", "values", "indices", "halves"]
 """Buffers of different purposes never overlap, so one may be filled with the help of another."""
 
 _buffers = threading.local()
+_recording: list[list[Tensor]] = []
+"""Where the buffers go that any thread is given while something is recorded."""
 
 
 def workspace(
@@ -35,7 +39,24 @@ def workspace(
             held.pop(key, None)
             del buffer
             buffer = held[key] = torch.empty(numel, dtype=dtype, device=device)
+    for taken in _recording:
+        taken.append(buffer)
     return buffer[:numel]
+
+
+@contextmanager
+def workspaces_taken() -> Iterator[list[Tensor]]:
+    """Collect the buffers that are given out meanwhile, to any thread.
+
+    A CUDA graph keeps their addresses. Whoever keeps the list keeps the memory too, even when a
+    thread has taken a larger buffer since.
+    """
+    taken: list[Tensor] = []
+    _recording.append(taken)
+    try:
+        yield taken
+    finally:
+        _recording[:] = [other for other in _recording if other is not taken]
 
 
 def release_workspaces() -> None:

@@ -16,8 +16,8 @@ its bits are the same; what is shared is the unpacking of the frozen matrix, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedtune.kernels import dispatch
+from fedtune.kernels.low_rank import Groups
+from fedtune.lora.one_launch import sides_of
 
 PANEL_WEIGHTS = 1 << 20
 """Weights of a frozen matrix that are dense at one time on a CPU: 4 MB in float32, which stays in
-the cache between unpacking and multiplying. Measured on 1024- to 5632-wide matrices: 2 ** 18 to
-2 ** 21 are within 3 %."""
+the cache between unpacking and multiplying; chosen."""
 
 
 @runtime_checkable
@@ -98,9 +99,11 @@ class Rows:
 
     Attributes:
         bounds: device i has the rows from bounds[i] up to bounds[i + 1].
+        groups: how a GPU was told of such bounds; see `fedtune.lora.one_launch`.
     """
 
     bounds: tuple[int, ...] = ()
+    groups: dict[object, Groups] = field(default_factory=dict)
 
     def parts(self) -> tuple[Part, ...]:
         return tuple(slice(*pair) for pair in pairwise(self.bounds))
@@ -259,6 +262,12 @@ def attach(
         layer._stacked.clear()
 
 
+def forget_stacks(layers: Iterable[AdaptedLinear]) -> None:
+    """Let the next pass stack the factors anew; around a recording, which owns what it makes."""
+    for layer in layers:
+        layer._stacked.clear()
+
+
 def detach(layers: Mapping[str, AdaptedLinear]) -> None:
     """Leave the bare backbone."""
     attach(layers, {})
@@ -399,6 +408,8 @@ class _Products(torch.autograd.Function):
                 layer.observe(rows)
         held = _held(layers)
         parts, stacks = held.parts(), _stacked(layers, held, x.dtype)
+        if held.rows is not None and _in_one_launch(rows):
+            return _beside(ctx, x.shape, rows, layers, held.rows, stacks, pairs)  # type: ignore[no-untyped-call]
         # (tokens of the device, rows of its stack)
         lows = [
             torch.mm(_cut(rows, part), stack.a.t()) if stack.a.numel() else None
@@ -430,6 +441,8 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
+        if ctx.parts is None:
+            return _beside_backward(ctx, gradients)  # type: ignore[no-untyped-call]
         layers, stacks, parts = ctx.layers, ctx.stacks, ctx.parts
         rows, *rest = ctx.saved_tensors
         # The stacks are held by the context; saving their tensors lets autograd see a change.
@@ -450,6 +463,49 @@ class _Products(torch.autograd.Function):
         if grad_x is not None and grad_x.shape != ctx.x_shape:
             grad_x = grad_x.view(ctx.x_shape)
         return grad_x, None, *pairs
+
+
+def _in_one_launch(rows: Tensor) -> bool:
+    """Whether several devices' products go together, as `fedtune.lora.one_launch` says why."""
+    return rows.is_cuda
+
+
+def _beside(ctx, shape, rows, layers, where, stacks, pairs):  # type: ignore[no-untyped-def]
+    """The forward pass of several devices on a GPU."""
+    counts = [end - start for start, end in pairwise(where.bounds)]
+    sides = sides_of(stacks, counts, where.groups)
+    outputs, lows, dense = [], [], []
+    for layer, side in zip(layers, sides, strict=True):
+        kept = layer.matrix.values(rows.dtype) if layer.keeps_values else None
+        y = _frozen_product(rows, _ALL_ROWS, layer, kept)
+        lows.append(None if side is None else side.add_(y, rows))
+        outputs.append(y.view(*shape[:-1], y.shape[-1]))
+        dense.append(kept)
+    ctx.save_for_backward(rows, *lows, *dense)
+    ctx.layers, ctx.sides, ctx.parts, ctx.x_shape = layers, sides, None, shape
+    ctx.factor_dtypes = [None if f is None else f.dtype for f in pairs]
+    return tuple(outputs)
+
+
+def _beside_backward(ctx, gradients):  # type: ignore[no-untyped-def]
+    """The backward pass of several devices on a GPU."""
+    layers = ctx.layers
+    rows, *rest = ctx.saved_tensors
+    lows, dense = rest[: len(layers)], rest[len(layers) :]
+    flat = [g.reshape(-1, g.shape[-1]).contiguous() for g in gradients]
+    if ctx.needs_input_grad[0]:
+        grad_x = _frozen_gradient(flat, _ALL_ROWS, layers, dense)
+    else:
+        grad_x = torch.zeros_like(rows)
+    pairs: list[Tensor | None] = [None] * len(ctx.factor_dtypes)
+    for i, (side, low, g) in enumerate(zip(ctx.sides, lows, flat, strict=True)):
+        found = [] if side is None else side.gradients(grad_x, g, rows, low)
+        for device, pair in enumerate(found):
+            first = 2 * (device * len(layers) + i)
+            for place, gradient in enumerate(pair, start=first):
+                if gradient is not None:
+                    pairs[place] = gradient.to(ctx.factor_dtypes[place])
+    return grad_x.view(ctx.x_shape) if ctx.needs_input_grad[0] else None, None, *pairs
 
 
 def _cut(rows: Tensor, part: Part) -> Tensor:

@@ -78,7 +78,7 @@ def packed_attention(
         )
         assert isinstance(result, Tensor)
         return result
-    if _flash_takes(query):
+    if one_launch(query):
         return _flash(query, key, value, where, scale, window)
     return _each_run(_plain, query, key, value, where, scale, window, None)
 
@@ -150,8 +150,11 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 # ---------------------------------------------------------------- on a GPU
 
 
-def _flash_takes(query: Tensor) -> bool:
-    """FlashAttention 2 asks for sm_80, half precision, and a head of at most 256 by eights."""
+def one_launch(query: Tensor) -> bool:
+    """Whether one launch serves samples of any lengths.
+
+    FlashAttention 2 asks for sm_80, half precision, and a head of at most 256 by eights.
+    """
     dim = query.shape[-1]
     return (
         query.device.type == "cuda"

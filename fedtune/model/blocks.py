@@ -119,6 +119,11 @@ def run_blocks(
     return found
 
 
+def runs_blocks(body: PreTrainedModel) -> bool:
+    """Whether `run_blocks` runs this body."""
+    return _plain_blocks(body) is not None
+
+
 def _run_block(
     block: Any,  # transformers is untyped
     embeddings: tuple[Tensor, Tensor],

@@ -262,15 +262,15 @@ def _train(
     generator: torch.Generator,
     progress: Progress | None,
 ) -> int:
-    """Train until the last step or the time limit; return how many steps were taken."""
+    """Train until the last step or the time limit, one step at least; return how many it were."""
     optimizers = _optimizers(model, recipe)
     batches = _batches(windows, recipe.batch, generator)
     threads = ThreadChoice()
     started = time.perf_counter()
     model.train()
     for step in range(recipe.steps):
-        share = max(step / recipe.steps, (time.perf_counter() - started) / seconds)
-        if share >= 1:
+        share = min(1.0, max(step / recipe.steps, (time.perf_counter() - started) / seconds))
+        if step > 0 and share == 1:
             return step
         factor = learning_rate_factor(step, share, recipe.warm_up)
         for optimizer in optimizers:

@@ -151,6 +151,7 @@ def load_of(
         task=task.settings.task,
         eager_attention=task.settings.eager_attention,
         whole_matrices=task.profile.accelerator != "cpu",
+        itemsize=task.settings.compute_itemsize,
     )
 
 

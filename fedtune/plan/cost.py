@@ -1,10 +1,11 @@
 """Closed-form predictions of memory, work and traffic, each from the shapes of a model.
 
 The formulas describe `fedtune.train.round` on a transformer with pre-normalised blocks: frozen
-matrices in a packed format, activations and adapters in float32, AdamW, logits on the rows that
-carry loss. Where a model differs, the prediction is meant to err to the safe side; a test holds it
-between the tensors of a real round and a quarter more. The interpreter and its libraries, and what
-the allocator keeps beyond tensors, are not counted: a budget is what training may use on top.
+matrices in a packed format, activations in the dtype of the products, adapters in float32, AdamW,
+logits on the rows that carry loss, a chunk at a time. `docs/training.md` says what a block keeps.
+Where a model differs, the prediction is meant to err to the safe side; a test holds it between the
+tensors of a real round and a quarter more. The interpreter and its libraries, and what the
+allocator keeps beyond tensors, are not counted: a budget is what training may use on top.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ GROUP = 256
 SUPERBLOCK = 256
 """Scales that share one float32 step (the same layout)."""
 PANEL_ROWS = 256
-"""Rows that a product unpacks at a time on a CPU (`fedtune.quant.panels`)."""
+"""Of which a panel on a CPU has a multiple (`fedtune.quant.panels`)."""
+PANEL_WEIGHTS = 1 << 20
+"""Weights that a product unpacks at a time on a CPU (`fedtune.lora.linear`)."""
 UNPACK_CHUNK = 1 << 19
 """Weights whose indices are held at once while they are unpacked (`fedtune.kernels.unpack`)."""
 CORRECTION_ITEMSIZE = 2
@@ -39,8 +42,24 @@ CORRECTION_BYTES = CORRECTION_ITEMSIZE + FLOAT_BYTES
 TRAINED_COPIES = 4
 """Value, gradient and the two moments of AdamW."""
 
-_UNGATED = frozenset({"bert", "roberta", "distilbert", "electra", "gpt2", "gpt_neox", "opt", "phi"})
-"""Model types whose feed-forward part is two matrices; others are taken to have a gate."""
+LOGIT_CHUNK_BYTES = {"cpu": 32 << 20, "accelerator": 128 << 20}
+FEWEST_LOGIT_ROWS = 128
+"""Logits that exist at a time (`fedtune.model.head`)."""
+ROW_BYTES = 64
+"""Bytes per token of the batch itself, as three int64 and a flag, on both sides of a copy."""
+
+FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})
+"""Model types whose blocks run by fused steps (`fedtune.model.blocks`)."""
+_BY_STEPS = frozenset({"gpt2", "gpt_neo", "gptj", "phi"})
+"""Those that compute their activation (`gelu_new`) in steps, which keep three numbers more."""
+_UNGATED = _BY_STEPS | {"bert", "roberta", "distilbert", "electra", "gpt_neox", "opt"}
+"""Those whose feed-forward part is two matrices; others are taken to have a gate."""
+_CAPPED = frozenset({"gemma2"})
+"""Those that cap attention scores, which then have to exist, and logits."""
+_FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})
+"""Those with a norm behind attention and feed-forward part as well."""
+_JOINT = frozenset({"qkv_proj", "query_key_value"})
+"""Names of one matrix for queries, keys and values, where the first two are turned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +75,7 @@ class Load:
         correction_elements: as `trained_elements`, of the pairs that repair the forms' errors.
         dense_parameters: parameters that are trained whole.
         whole_matrices: a product unpacks a whole matrix, as on an accelerator, not a panel of it.
+        itemsize: bytes of one activation: 4 in float32, 2 in bfloat16 and float16.
     """
 
     micro_batch: int
@@ -71,10 +91,11 @@ class Load:
     task: TaskName = "causal-lm"
     eager_attention: bool = False
     whole_matrices: bool = False
+    itemsize: int = FLOAT_BYTES
 
     @property
     def tokens(self) -> int:
-        """Tokens of one forward pass, padding included."""
+        """Most tokens of one forward pass; as many as it has if every sample is of full length."""
         return self.micro_batch * self.sequence_length
 
 
@@ -88,7 +109,8 @@ class PeakBytes:
         other: embeddings, norms and biases.
         adapter: trained factors with gradients and optimiser state, and the frozen tail.
         activations: what the forward pass keeps for the backward pass.
-        transient: the larger of the logits and of one block's backward pass, which take turns.
+        transient: the larger of the head's pass and of one block's backward pass, which take
+            turns.
         workspace: what is unpacked of a matrix at a time.
     """
 
@@ -168,9 +190,9 @@ def pair_bytes(matrix: MatrixShape, form: MatrixForm) -> int:
     return CORRECTION_BYTES * correction_elements(matrix, form)
 
 
-def other_bytes(shapes: ModelShapes) -> int:
-    """Bytes of the parameters outside the packed matrices, held in float32."""
-    return FLOAT_BYTES * shapes.other_parameters
+def other_bytes(shapes: ModelShapes, itemsize: int = FLOAT_BYTES) -> int:
+    """Bytes of the parameters outside the packed matrices, held in the dtype of the products."""
+    return itemsize * shapes.other_parameters
 
 
 def adapter_bytes(load: Load) -> int:
@@ -182,89 +204,199 @@ def adapter_bytes(load: Load) -> int:
 def block_activation_bytes(shapes: ModelShapes, load: Load) -> int:
     """Bytes that one transformer block keeps for its backward pass, without adapters.
 
-    Per token, in numbers of float32: 9 hidden (input of each norm and its result, query, key and
-    value as attention takes them, its result, and that result as the output matrix takes it) and
-    4 intermediate (gate before and after its activation, up, their product; 2 without a gate).
-    Eager attention also keeps heads * sequence scores and as many probabilities.
+    Per token, in numbers: the input of each of two norms and its 1 / rms; query, key and value and
+    the attention's result as wide as they are, and the logarithm of each head's sum; gate and up.
+    A model's own modules also keep each norm's result, if an adapted matrix reads it, and what
+    their activation leaves. Attention over scores keeps heads * sequence of them, twice.
     """
-    intermediate = 2 if shapes.model_type in _UNGATED else 4
-    per_token = 9 * shapes.hidden_size + intermediate * shapes.intermediate_size
-    if load.eager_attention:
-        per_token += 2 * shapes.attention_heads * load.sequence_length
-    return FLOAT_BYTES * load.tokens * per_token
+    query, key_value = _attention_widths(shapes)
+    if not _packs(shapes, load):
+        key_value = query  # shared heads are repeated
+    numbers = 2 * (shapes.hidden_size + 1) + 2 * query + 2 * key_value + shapes.attention_heads
+    if not _fused_attention(shapes, load):
+        numbers += shapes.hidden_size
+    elif shapes.model_type == "qwen3":  # norms of heads keep their inputs
+        numbers += query + key_value + 2 * shapes.attention_heads
+    if _ends(shapes) & _JOINT:  # the turned q and k beside the product that v is a part of
+        numbers += query + key_value
+    if shapes.model_type in _FOUR_NORMS:
+        numbers += 2 * shapes.hidden_size
+    if load.eager_attention or shapes.model_type in _CAPPED:
+        numbers += 2 * shapes.attention_heads * load.sequence_length
+    return load.itemsize * load.tokens * (numbers + _feed_forward_numbers(shapes))
+
+
+def _feed_forward_numbers(shapes: ModelShapes) -> int:
+    """What a block's feed-forward part keeps per token, but for the input of its norm."""
+    intermediate = shapes.intermediate_size
+    if _fused_mlp(shapes):
+        return 2 * intermediate
+    if shapes.model_type not in _UNGATED:
+        read = _ends(shapes)
+        plain = shapes.model_type in FUSED
+        result = 0 if plain and not read & {"gate_proj", "up_proj"} else shapes.hidden_size
+        product = 0 if plain and "down_proj" not in read else intermediate
+        return result + 3 * intermediate + product
+    return shapes.hidden_size + (5 if shapes.model_type in _BY_STEPS else 2) * intermediate
 
 
 def adapter_activation_bytes(load: Load) -> int:
     """Bytes that the adapters keep for the backward pass, over all matrices.
 
-    One number per rank and token, and the trained and frozen factors side by side.
+    One number per rank and token, and the factors side by side (`factor_stack_bytes`).
     """
     ranks = load.trained_ranks + load.tail_ranks
-    return FLOAT_BYTES * (load.tokens * ranks + load.trained_elements + load.tail_elements)
+    return load.itemsize * load.tokens * ranks + factor_stack_bytes(load)
+
+
+def factor_stack_bytes(load: Load) -> int:
+    """Bytes of the trained and frozen factors side by side, kept for a whole step."""
+    return load.itemsize * (load.trained_elements + load.tail_elements)
 
 
 def activation_bytes(shapes: ModelShapes, load: Load) -> int:
     """Bytes kept from the forward pass until the backward pass of the blocks begins.
 
     Without checkpointing: all of every block from the first trained one up. With it: only the
-    input of each of those blocks.
+    input of each of those blocks. In both, the input of the last norm, and the batch itself.
     """
     blocks = shapes.layers - load.first_trained_layer
+    ends = load.tokens * (load.itemsize * shapes.hidden_size + ROW_BYTES)
     if load.checkpointing:
-        return FLOAT_BYTES * load.tokens * shapes.hidden_size * blocks
-    return blocks * block_activation_bytes(shapes, load) + adapter_activation_bytes(load)
+        inputs = load.itemsize * load.tokens * shapes.hidden_size * blocks
+        return ends + inputs + factor_stack_bytes(load)
+    return ends + blocks * block_activation_bytes(shapes, load) + adapter_activation_bytes(load)
 
 
 def transient_bytes(shapes: ModelShapes, load: Load) -> int:
-    """Bytes of the larger of two that take turns: the logits, and one block's backward pass.
+    """Bytes of the larger of two that take turns: the head's pass, and one block's backward pass.
 
-    With checkpointing the latter holds the block's activations too, as it recomputes them; its
-    adapters are taken to be twice the mean block's, because ranks differ between blocks.
+    With checkpointing the latter holds the block's activations too, as it recomputes them from its
+    input; its adapters are taken to be twice the mean block's, because ranks differ between blocks.
     """
     block = block_gradient_bytes(shapes, load)
     if load.checkpointing:
-        adapters = adapter_activation_bytes(load)
-        block += block_activation_bytes(shapes, load) + min(adapters, 2 * adapters // shapes.layers)
-    return max(logits_bytes(shapes, load), block)
+        again = block_activation_bytes(shapes, load)
+        again -= load.itemsize * load.tokens * shapes.hidden_size
+        ranks = load.itemsize * load.tokens * (load.trained_ranks + load.tail_ranks)
+        block += again + min(ranks, 2 * ranks // shapes.layers)
+    return max(head_bytes(shapes, load), block)
 
 
-def logits_bytes(shapes: ModelShapes, load: Load) -> int:
-    """Bytes of logits, log-probabilities and their gradient, if every row carries loss.
+def head_bytes(shapes: ModelShapes, load: Load) -> int:
+    """Bytes of a chunk of logits and of the hidden states around it, if every row carries loss.
 
-    A classifier has one row per sample and few columns: nothing next to a block.
+    On a CPU the loss of narrow logits is computed on a float32 copy, and a cap keeps its slope. A
+    classifier has one row per sample and few columns: nothing next to a block.
     """
     if load.task != "causal-lm":
         return 0
-    return 3 * FLOAT_BYTES * load.tokens * shapes.vocabulary
+    size = load.itemsize
+    rows = min(load.tokens, logit_rows(shapes.vocabulary, size, load.whole_matrices))
+    number = size if load.whole_matrices or size == FLOAT_BYTES else size + FLOAT_BYTES
+    if shapes.model_type in _CAPPED:
+        number += 2 * size
+    # The last norm's result, and its rows that carry loss, which become their gradient.
+    return number * rows * shapes.vocabulary + 2 * size * load.tokens * shapes.hidden_size
+
+
+def logit_rows(vocabulary: int, itemsize: int, accelerator: bool) -> int:
+    """Rows whose logits exist at a time (`fedtune.model.head.chunk_rows`)."""
+    chunk = LOGIT_CHUNK_BYTES["accelerator" if accelerator else "cpu"]
+    return max(chunk // (vocabulary * itemsize), FEWEST_LOGIT_ROWS)
 
 
 def block_gradient_bytes(shapes: ModelShapes, load: Load) -> int:
-    """Bytes of the gradients alive at once inside one block: 3 intermediate and 2 hidden."""
-    per_token = 3 * shapes.intermediate_size + 2 * shapes.hidden_size
-    return FLOAT_BYTES * load.tokens * per_token
+    """Bytes of the tensors alive at once inside one block's backward pass.
+
+    Per token: 2 hidden, which are the gradient that arrives and the one that leaves, and of the
+    feed-forward part the gradients on both sides of its activation, less what has been freed by
+    then. A fused step on an accelerator writes them over gate and up, and makes the activation
+    anew; on a CPU it works in float32, and takes three more.
+    """
+    size, hidden, intermediate = load.itemsize, shapes.hidden_size, shapes.intermediate_size
+    kind = shapes.model_type
+    if _fused_mlp(shapes):
+        wide = 0 if load.whole_matrices else FLOAT_BYTES * (3 if size == FLOAT_BYTES else 6)
+        return load.tokens * (size * (2 * hidden + 2 * intermediate) + wide * intermediate)
+    alive = 1 if kind in _UNGATED and kind not in _BY_STEPS else 3
+    return load.tokens * size * (2 * hidden + alive * intermediate)
+
+
+def _ends(shapes: ModelShapes) -> set[str]:
+    """Last parts of the names of the adapted matrices."""
+    return {matrix.name.rsplit(".", 1)[-1] for matrix in shapes.matrices}
+
+
+def _packs(shapes: ModelShapes, load: Load) -> bool:
+    """Whether samples are laid into one row; taken of every causal model, as nearly all are."""
+    return load.task == "causal-lm" and not load.eager_attention
+
+
+def _fused_attention(shapes: ModelShapes, load: Load) -> bool:
+    adapted = _ends(shapes) >= {"q_proj", "k_proj", "v_proj"}
+    return adapted and shapes.model_type in FUSED and _packs(shapes, load)
+
+
+def _fused_mlp(shapes: ModelShapes) -> bool:
+    return shapes.model_type in FUSED and _ends(shapes) >= {"gate_proj", "up_proj", "down_proj"}
+
+
+def _attention_widths(shapes: ModelShapes) -> tuple[int, int]:
+    """Numbers per token of the queries, and of the keys; the hidden size where names do not say."""
+    widths = {"q_proj": 0, "k_proj": 0}
+    for matrix in shapes.matrices:
+        end = matrix.name.rsplit(".", 1)[-1]
+        if end in widths:
+            widths[end] = max(widths[end], matrix.out_features)
+    query = widths["q_proj"] or shapes.hidden_size
+    return query, min(query, widths["k_proj"] or query)
 
 
 def workspace_bytes(
-    shapes: ModelShapes, forms: Mapping[str, MatrixForm], whole_matrices: bool = False
+    shapes: ModelShapes,
+    forms: Mapping[str, MatrixForm],
+    whole_matrices: bool = False,
+    itemsize: int = FLOAT_BYTES,
 ) -> int:
-    """Bytes of the largest panel that a product unpacks, as float32, with its indices.
+    """Bytes of the largest panel that a product unpacks, with what unpacking takes.
 
     Args:
         whole_matrices: whether a panel is the whole matrix, as on an accelerator.
+        itemsize: bytes of one number of the product.
     """
     largest = 0
     for matrix in shapes.matrices:
         format_name = forms[matrix.name].format
-        if format_name == "fp32":
+        if format_name == "fp32" and itemsize == FLOAT_BYTES:
             continue
         rows = matrix.out_features
         if not whole_matrices and not format_name.startswith("bnb-"):
-            rows = min(rows, PANEL_ROWS)
+            rows = min(rows, _panel_rows(matrix.in_features))
         panel = rows * matrix.in_features
+        chunk = min(panel, UNPACK_CHUNK)
         # Four bytes per index, which stands for 8 / bits weights, and for two at 8 bits.
-        indices = min(panel, UNPACK_CHUNK) * min(BLOCK_BITS.get(format_name, 0), 4) // 2
-        largest = max(largest, FLOAT_BYTES * panel + indices)
+        scratch = chunk * min(BLOCK_BITS.get(format_name, 0), 4) // 2
+        if itemsize != FLOAT_BYTES and format_name in BLOCK_BITS:
+            scratch += FLOAT_BYTES * chunk
+        if whole_matrices:
+            scratch = 0  # one launch
+        largest = max(largest, itemsize * panel + scratch)
     return largest
+
+
+def _panel_rows(columns: int) -> int:
+    return _ceil_div(PANEL_WEIGHTS // columns or 1, PANEL_ROWS) * PANEL_ROWS
+
+
+def dense_block_bytes(shapes: ModelShapes, load: Load) -> int:
+    """Bytes of one block's matrices, which an accelerator keeps dense while it recomputes it."""
+    if not (load.checkpointing and load.whole_matrices):
+        return 0
+    by_layer: dict[int, int] = {}
+    for matrix in shapes.matrices:
+        by_layer[matrix.layer] = by_layer.get(matrix.layer, 0) + matrix.parameters
+    return load.itemsize * max(by_layer.values(), default=0)
 
 
 def peak_bytes(shapes: ModelShapes, forms: Mapping[str, MatrixForm], load: Load) -> PeakBytes:
@@ -272,11 +404,14 @@ def peak_bytes(shapes: ModelShapes, forms: Mapping[str, MatrixForm], load: Load)
     return PeakBytes(
         backbone=backbone_bytes(shapes, forms),
         correction=CORRECTION_BYTES * load.correction_elements,
-        other=other_bytes(shapes),
+        other=other_bytes(shapes, load.itemsize),
         adapter=adapter_bytes(load),
         activations=activation_bytes(shapes, load),
         transient=transient_bytes(shapes, load),
-        workspace=workspace_bytes(shapes, forms, load.whole_matrices),
+        workspace=max(
+            workspace_bytes(shapes, forms, load.whole_matrices, load.itemsize),
+            dense_block_bytes(shapes, load),
+        ),
     )
 
 
@@ -319,7 +454,8 @@ def moved_bytes(
     total = 0.0
     for matrix in shapes.matrices:
         form = forms[matrix.name]
-        unpacked = 0 if form.format == "fp32" else 2 * FLOAT_BYTES * matrix.parameters
+        held_so = form.format == "fp32" and load.itemsize == FLOAT_BYTES
+        unpacked = 0 if held_so else 2 * load.itemsize * matrix.parameters
         once = form_bytes(matrix, form) + unpacked
         total += once * (passes if matrix.layer >= load.first_trained_layer else 1)
     return total * (batch_size / load.micro_batch)
@@ -334,11 +470,13 @@ def step_seconds(
 ) -> float:
     """Seconds of one optimiser step: arithmetic plus weight traffic, taken not to overlap.
 
-    Activations are float32, so the float32 rate counts; a rate that the device does not report
-    contributes nothing.
+    The rate is that of the products' dtype, or of float32 where a device does not report it; one
+    that it does not report at all contributes nothing.
     """
     rates = profile.matmul_flops_per_s
     flops_per_s = rates.get("fp32", max(rates.values(), default=0.0))
+    if load.itemsize != FLOAT_BYTES:
+        flops_per_s = rates.get("bf16", flops_per_s)
     seconds = 0.0
     if flops_per_s > 0:
         seconds += step_flops(shapes, load, batch_size) / flops_per_s

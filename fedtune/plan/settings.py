@@ -29,6 +29,7 @@ class PlanSettings:
             directions, and has to carry it (`flora`).
         eager_attention: whether attention scores are kept in memory (not with fused kernels).
         correction_rank: highest rank of the frozen pair that may repair a quantised matrix.
+        compute_itemsize: bytes of one activation; 4 covers devices that choose for themselves.
     """
 
     rank_max: int
@@ -46,6 +47,7 @@ class PlanSettings:
     eager_attention: bool = False
     whole_tail: bool = False
     correction_rank: int = 0
+    compute_itemsize: int = 4
 
     @property
     def tail_max(self) -> int:

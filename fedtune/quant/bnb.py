@@ -143,14 +143,22 @@ def bitsandbytes_functional() -> Any:  # the library is untyped
     Raises:
         MissingExtraError: bitsandbytes is not installed.
     """
-    # Its import logs that an optional hub kernel is absent; that is no news to a user.
+    return import_bitsandbytes("a bnb-int8 or bnb-nf4 backbone").functional
+
+
+def import_bitsandbytes(wanted_for: str) -> Any:  # the library is untyped
+    """The library, without the notice of an absent hub kernel that its import logs.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        import bitsandbytes.functional
+        import bitsandbytes
     except ImportError:
-        raise MissingExtraError("bitsandbytes", "train", "a bnb-int8 or bnb-nf4 backbone") from None
+        raise MissingExtraError("bitsandbytes", "train", wanted_for) from None
     finally:
         logger.setLevel(level)
-    return bitsandbytes.functional
+    return bitsandbytes

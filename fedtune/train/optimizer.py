@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
-from fedtune.errors import MissingExtraError
+from fedtune.quant.bnb import import_bitsandbytes
 from fedtune.train.compute import LossScale
 from fedtune.train.memory import OptimizerMemory
 from fedtune.train.rates import RowRates
@@ -26,6 +25,8 @@ class RoundOptimizer:
         memory: what earlier rounds left, and where this one leaves its own; None: begin anew.
         loss_scale: by which the losses were multiplied; None: they were not.
         rate_shares: name -> factor of its learning rate; 1 for names that are absent.
+        keeps_gradients: set gradients to zero after a step instead of dropping them, because a
+            recorded step writes to where they are.
 
     Raises:
         MissingExtraError: the optimiser needs bitsandbytes and it is not installed.
@@ -40,11 +41,12 @@ class RoundOptimizer:
         memory: OptimizerMemory | None = None,
         loss_scale: LossScale | None = None,
         rate_shares: Mapping[str, float] | None = None,
+        keeps_gradients: bool = False,
     ) -> None:
         self._named, self._parameters = dict(parameters), list(parameters.values())
         self._settings, self._steps, self._loss_scale = settings, steps, loss_scale
         self._taken = self._moved = 0  # a step that is skipped is taken and moves nothing
-        self._memory = memory
+        self._memory, self._keeps_gradients = memory, keeps_gradients
         # AdamW alone: the mean of SGD is dropped between rounds, and it has no squares.
         kept = set(memory.squares) if memory is not None and settings.name == "adamw" else set()
         self.inner = _build(_groups(self._named, rate_shares or {}, kept), settings)
@@ -57,7 +59,7 @@ class RoundOptimizer:
         """Clip, take one step at the current learning rate, and clear the gradients."""
         if self._loss_scale is None or self._loss_scale.unscale(self._parameters):
             self._move()
-        self.inner.zero_grad(set_to_none=True)
+        self.inner.zero_grad(set_to_none=not self._keeps_gradients)
         self._taken += 1
 
     def keep(self) -> None:
@@ -132,16 +134,7 @@ def _build(groups: list[dict[str, Any]], settings: OptimizerSpec) -> Optimizer:
 
 def _eight_bit(groups: list[dict[str, Any]], adam: dict[str, Any], on_cuda: bool) -> Optimizer:
     """AdamW with 8-bit moments (arXiv 2110.02861); on CUDA they may be paged out to the host."""
-    # Its import logs that an optional hub kernel is absent; that is no news to a user.
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        from bitsandbytes import optim
-    except ImportError:
-        raise MissingExtraError("bitsandbytes", "train", "the optimiser adamw-8bit") from None
-    finally:
-        logger.setLevel(level)
+    optim = import_bitsandbytes("the optimiser adamw-8bit").optim
     kind = optim.PagedAdamW8bit if on_cuda else optim.AdamW8bit
     optimizer: Optimizer = kind(groups, **adam)
     return optimizer

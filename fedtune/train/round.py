@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from fedtune.errors import ProtocolError
 from fedtune.lora.linear import Factors, attach, detach
 from fedtune.model.backbone import Backbone
 from fedtune.model.loss import TokenisedSample, loss_units
-from fedtune.records import DevicePlan, Dispatch, FloatArray, LoraFactors, TaskName
+from fedtune.records import DevicePlan, Dispatch, FloatArray, GraphUse, LoraFactors, TaskName
 from fedtune.train.compute import LossScale
+from fedtune.train.graph import step_graphs
 from fedtune.train.memory import OptimizerMemory
 from fedtune.train.optimizer import RoundOptimizer
 from fedtune.train.rates import layer_shares
@@ -140,6 +141,7 @@ def train_round(
     pad_id: int,
     memory: OptimizerMemory | None = None,
     loss_scale: LossScale | None = None,
+    cuda_graph: GraphUse = "off",
     after_step: Callable[[int, float], None] | None = None,
 ) -> RoundResult:
     """Train a device's adapter for one round.
@@ -149,9 +151,12 @@ def train_round(
         memory: what the device's earlier rounds left of the optimiser; it takes what this one
             leaves. None: begin and end without.
         loss_scale: for a backbone that computes in float16; None: losses are not scaled.
+        cuda_graph: whether to record the steps on a GPU and replay them; `auto` where it can be
+            done, for micro-batches whose form comes again.
         after_step: called with the step's index and loss; may raise to stop the round.
 
     Raises:
+        ModelError: `cuda_graph` is `on`, and the backbone's steps cannot be recorded.
         ProtocolError: the dispatch does not fit the backbone.
     """
     started = time.perf_counter()
@@ -161,6 +166,11 @@ def train_round(
             set_checkpointing(backbone, plan.checkpointing)
             course = Course(backbone, mounted.factors, optimizer)
             course.begin(batches[0], plan.micro_batch, task, pad_id)
+            graphs = None
+            if course.can_be_recorded(cuda_graph):
+                graphs = step_graphs(backbone, mounted.factors, task, cuda_graph)
+            if graphs is not None:
+                mounted = replace(mounted, factors=graphs.factors)
             stepper = RoundOptimizer(
                 mounted.trained(),
                 optimizer,
@@ -168,11 +178,12 @@ def train_round(
                 memory=memory,
                 loss_scale=loss_scale,
                 rate_shares=layer_shares(backbone.layers, optimizer.way.layer_rate_decay),
+                keeps_gradients=graphs is not None,
             )
             losses, units = [], 0
             for index, batch in enumerate(batches):
                 factor = 1.0 if loss_scale is None else loss_scale.value
-                loss = accumulate(backbone, batch, plan.micro_batch, task, pad_id, factor)
+                loss = accumulate(backbone, batch, plan.micro_batch, task, pad_id, factor, graphs)
                 course.narrow()
                 stepper.step()
                 losses.append(loss)

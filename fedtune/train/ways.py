@@ -19,10 +19,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedtune.errors import ModelError
 from fedtune.lora.linear import Factors, attach
 from fedtune.model.backbone import Backbone
 from fedtune.model.loss import TokenisedSample
-from fedtune.records import TaskName
+from fedtune.records import GraphUse, TaskName
 from fedtune.train.choice import backward_costs, choose, importances, whole_cost
 from fedtune.train.inputs import layer_inputs
 from fedtune.train.sparse import pin_channels
@@ -71,6 +72,21 @@ class Course:
         else:
             point_fresh(self._factors, way.start, self._weight, inputs, way.seed)
         attach(self._backbone.layers, self._factors)  # what is trained of them may have changed
+
+    def can_be_recorded(self, use: GraphUse) -> bool:
+        """Whether the round's steps may be recorded: each trains the same A and B as the first.
+
+        Raises:
+            ModelError: `use` is `on`, and they may not.
+        """
+        if self._way.name not in ("s2ft", "greentrainer"):
+            return True
+        if use == "on":
+            raise ModelError(
+                f"the steps of {self._way.name} cannot be recorded as CUDA graphs, which hold what "
+                'is trained fixed; set train.cuda_graph to "auto" or "off"'
+            )
+        return False
 
     def narrow(self) -> None:
         """After a gradient of all matrices, drop those that the budget leaves out; once."""

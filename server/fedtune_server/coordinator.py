@@ -166,6 +166,7 @@ class Coordinator:
             task=config.model.task,
             whole_tail=whole,
             correction_rank=config.plan.correction_rank,
+            compute_itemsize=2 if config.train.compute in ("bf16", "fp16") else 4,
         )
         pins = {
             name: Pins(

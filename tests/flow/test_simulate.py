@@ -241,14 +241,14 @@ def test_one_bad_device_is_refused_and_the_round_goes_on(
 ) -> None:
     from fedtune_client.agent import Agent
 
-    train = Agent.train
+    accept = Agent.accept
 
     def fail_in_the_east(self: Agent, *arguments: Any) -> Any:
         if self.name == "east":
             raise MemoryError("no memory left")
-        return train(self, *arguments)
+        return accept(self, *arguments)
 
-    monkeypatch.setattr(Agent, "train", fail_in_the_east)
+    monkeypatch.setattr(Agent, "accept", fail_in_the_east)
     played = play(tree)
     assert [f["device"] for f in played.all("device_refused")] == ["east", "east"]
     assert "no memory left" in str(played.all("device_refused")[0]["reason"])
@@ -263,7 +263,7 @@ def test_a_round_without_enough_devices_ends_the_run(
     def fail(self: Agent, *arguments: Any) -> Any:
         raise MemoryError("no memory left")
 
-    monkeypatch.setattr(Agent, "train", fail)
+    monkeypatch.setattr(Agent, "accept", fail)
     with pytest.raises(RoundError, match="round 1 needs updates of 1 devices, got 0 good and 4"):
         play(tree)
     folder = Path(tree["outputs"]["folder"])
@@ -275,13 +275,13 @@ def test_an_update_that_was_changed_on_the_way_is_refused(
 ) -> None:
     from fedtune_client.agent import Agent
 
-    train = Agent.train
+    report_of = Agent.report
 
     def tamper(self: Agent, *arguments: Any) -> Any:
-        report, packed = train(self, *arguments)
+        report, packed = report_of(self, *arguments)
         return report, packed[:-1] + b"\x7f" if self.name == "east" else packed
 
-    monkeypatch.setattr(Agent, "train", tamper)
+    monkeypatch.setattr(Agent, "report", tamper)
     (first, _) = play(tree).all("device_refused")
     assert first["device"] == "east"
     assert "do not have the reported sha256" in str(first["reason"])

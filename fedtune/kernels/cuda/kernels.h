@@ -19,11 +19,11 @@
     MAKE(f16, f16, f16_f16)      \
     MAKE(f16, float, f16_f32)
 
-#define DEQUANTISE(T, NAME)                                               \
-    KERNEL(dequantise_2_##NAME, Dequantise, Block, 256, dequantise<2, T>) \
-    KERNEL(dequantise_3_##NAME, Dequantise, Block, 256, dequantise<3, T>) \
-    KERNEL(dequantise_4_##NAME, Dequantise, Block, 256, dequantise<4, T>) \
-    KERNEL(dequantise_8_##NAME, Dequantise, Block, 256, dequantise<8, T>)
+#define DEQUANTISE(T, NAME)                                                    \
+    FULL_KERNEL(dequantise_2_##NAME, Dequantise, Block, 128, dequantise<2, T>) \
+    FULL_KERNEL(dequantise_3_##NAME, Dequantise, Block, 128, dequantise<3, T>) \
+    FULL_KERNEL(dequantise_4_##NAME, Dequantise, Block, 128, dequantise<4, T>) \
+    KERNEL(dequantise_8_##NAME, Dequantise, Block, 512, dequantise<8, T>)
 FOR_DTYPES(DEQUANTISE)
 
 #define CROSS_ENTROPY(T, NAME) \
@@ -36,7 +36,7 @@ FOR_DTYPES(CROSS_ENTROPY)
 FOR_DTYPES(SWIGLU)
 
 #define RMS_NORM(T, W, NAME)                                                                \
-    KERNEL(rms_norm_##NAME, RmsNorm, Block, 512, rms_norm<T, W, 2>)                        \
+    KERNEL(rms_norm_##NAME, RmsNorm, Block, 512, rms_norm<T, W, 4>)                        \
     KERNEL(rms_norm_short_##NAME, RmsNorm, Warp, 256, rms_norm<T, W, 4>)                    \
     KERNEL(rms_norm_backward_##NAME, RmsNorm, Block, 512, rms_norm_backward<T, W, 2>)      \
     KERNEL(rms_norm_backward_short_##NAME, RmsNorm, Warp, 256, rms_norm_backward<T, W, 4>)

@@ -73,6 +73,15 @@ template <class T>
 DEVICE T read_once(const void* from) {
     return as<T>(from);
 }
+template <class T>
+DEVICE T read_only(const T* from) {
+    return as<T>(static_cast<const void*>(from));
+}
+template <class V>
+DEVICE void write_once(void* to, const V& value) {
+    static_assert(sizeof(V) == 16);
+    as<V>(to) = value;
+}
 
 struct Meeting {  // what the threads of the running team share
     std::barrier<> barrier;
@@ -128,3 +137,4 @@ void run(int64_t teams, int threads, Body body) {
     extern "C" void NAME(int64_t teams, int threads, const ARGUMENTS* given) {         \
         run(teams, threads, [&](const Block& team) { __VA_ARGS__(team, *given); });  \
     }
+#define FULL_KERNEL KERNEL

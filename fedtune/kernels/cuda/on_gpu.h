@@ -50,6 +50,17 @@ template <class T>
 DEVICE T read_once(const void* from) {  // leaves the caches to what is read again
     return __ldcs(reinterpret_cast<const T*>(from));
 }
+template <class T>
+DEVICE T read_only(const T* from) {  // what nothing writes while the kernel runs
+    return __ldg(from);
+}
+template <class V>
+DEVICE void write_once(void* to, const V& value) {  // 16 bytes; leaves the caches to others
+    static_assert(sizeof(V) == 16);
+    uint4 words;
+    memcpy(&words, &value, 16);
+    __stcs(reinterpret_cast<uint4*>(to), words);
+}
 
 DEVICE float sum_of_warp(float value) {
     UNROLL for (int step = 16; step > 0; step /= 2) {
@@ -105,8 +116,23 @@ struct Warp {
     DEVICE float largest(float value) const { return largest_of_warp(value); }
 };
 
+// Threads that a multiprocessor holds at most.
+#if __CUDA_ARCH__ == 750
+#define MOST_RESIDENT 1024
+#elif __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+#define MOST_RESIDENT 1536
+#else
+#define MOST_RESIDENT 2048
+#endif
+
 // Arguments of a kernel are one struct, which the launcher packs (fedtune/kernels/driver.py).
 #define KERNEL(NAME, ARGUMENTS, TEAM, THREADS, ...)                                   \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME(const ARGUMENTS given) { \
+        __VA_ARGS__(TEAM{}, given);                                                    \
+    }
+// Of few enough registers that blocks of THREADS fill a multiprocessor.
+#define FULL_KERNEL(NAME, ARGUMENTS, TEAM, THREADS, ...)                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, MOST_RESIDENT / THREADS)      \
+        NAME(const ARGUMENTS given) {                                                  \
         __VA_ARGS__(TEAM{}, given);                                                    \
     }

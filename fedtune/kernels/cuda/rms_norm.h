@@ -15,8 +15,24 @@ struct RmsNorm {
     int64_t gradient_stride;
     float epsilon;
     float weight_offset;
-    int32_t aligned;  // every row, and the weight, start at a multiple of 16 bytes
+    int32_t aligned;  // rows are whole runs of 16 bytes, and all start at a multiple of 16 bytes
 };
+
+// A run of a row: 16 bytes of it in one access, or, of any other row, what is there.
+template <bool WHOLE, class T>
+DEVICE Words fetch_of(const T* from, int64_t count) {
+    if constexpr (WHOLE) return as<Words>(from);
+    return fetch(from, count, false);
+}
+template <int V, bool WHOLE, class W>
+DEVICE Fetched<V, W> fetch_run_of(const W* from, int64_t count) {
+    Fetched<V, W> run;
+    UNROLL for (int part = 0; part < V / WIDTH<W>; part++) {
+        const int start = part * WIDTH<W>;
+        run.words[part] = fetch_of<WHOLE>(from + start, count - start);
+    }
+    return run;
+}
 
 // The runs of 16 bytes of a row that a thread keeps between the two passes. A thread with more reads
 // the others again, from the cache.
@@ -34,8 +50,8 @@ DEVICE void for_others(const Team& team, int64_t n, int width, Work work) {
 }
 
 // A team takes a row.
-template <class T, class W, int KEPT, class Team>
-DEVICE void rms_norm(const Team& team, const RmsNorm& given) {
+template <bool WHOLE, class T, class W, int KEPT, class Team>
+DEVICE void rms_norm_rows(const Team& team, const RmsNorm& given) {
     constexpr int V = WIDTH<T>;
     const W* const weights = static_cast<const W*>(given.weight);
     const int64_t n = given.columns;
@@ -43,7 +59,6 @@ DEVICE void rms_norm(const Team& team, const RmsNorm& given) {
         const T* const x = static_cast<const T*>(given.x) + row * given.x_stride;
         T* const out = static_cast<T*>(given.out) + row * n;
         Words kept[KEPT];
-        Fetched<V, W> kept_weights[KEPT];
         float squares = 0.0f;
         const auto measure = [&](const Words& words) {
             float value[V];
@@ -51,18 +66,17 @@ DEVICE void rms_norm(const Team& team, const RmsNorm& given) {
             UNROLL for (int j = 0; j < V; j++) squares += value[j] * value[j];
         };
         for_kept<KEPT>(team, n, V, [&](int s, int64_t i) {
-            kept[s] = fetch(x + i, n - i, given.aligned);
-            kept_weights[s] = fetch_run<V>(weights + i, n - i, given.aligned);
+            kept[s] = fetch_of<WHOLE>(x + i, n - i);
         });
         for_kept<KEPT>(team, n, V, [&](int s, int64_t) { measure(kept[s]); });
         for_others<KEPT>(
-            team, n, V, [&](int64_t i) { measure(fetch(x + i, n - i, given.aligned)); });
+            team, n, V, [&](int64_t i) { measure(fetch_of<WHOLE>(x + i, n - i)); });
         const float inverse = 1.0f / root(team.sum(squares) / float(n) + given.epsilon);
         if (team.thread() == 0) given.inverse_rms[row] = inverse;
-        const auto normalise = [&](int64_t i, const Words& words, const Fetched<V, W>& factors) {
+        const auto normalise = [&](int64_t i, const Words& words) {
             float value[V], weight[V];
             decode(words, value, T{});
-            decode(factors, weight);
+            decode(fetch_run_of<V, WHOLE>(weights + i, n - i), weight);
             UNROLL for (int j = 0; j < V; j++) {
                 // As in transformers: Llama rounds before it multiplies, Gemma after.
                 const float normal = value[j] * inverse;
@@ -70,20 +84,18 @@ DEVICE void rms_norm(const Team& team, const RmsNorm& given) {
                                ? to_float(rounded<T>(normal)) * weight[j]
                                : normal * (given.weight_offset + weight[j]);
             }
-            write(out + i, n - i, given.aligned, value);
+            write(out + i, n - i, WHOLE, value);
         };
-        for_kept<KEPT>(team, n, V, [&](int s, int64_t i) { normalise(i, kept[s], kept_weights[s]); });
-        for_others<KEPT>(team, n, V, [&](int64_t i) {
-            normalise(i, fetch(x + i, n - i, given.aligned),
-                      fetch_run<V>(weights + i, n - i, given.aligned));
-        });
+        for_kept<KEPT>(team, n, V, [&](int s, int64_t i) { normalise(i, kept[s]); });
+        for_others<KEPT>(
+            team, n, V, [&](int64_t i) { normalise(i, fetch_of<WHOLE>(x + i, n - i)); });
     }
 }
 
 // With h = gradient * (weight_offset + weight) and s = inverse_rms:
 // dx = s * (h - x * s * s * mean(h * x)).
-template <class T, class W, int KEPT, class Team>
-DEVICE void rms_norm_backward(const Team& team, const RmsNorm& given) {
+template <bool WHOLE, class T, class W, int KEPT, class Team>
+DEVICE void rms_norm_backward_rows(const Team& team, const RmsNorm& given) {
     constexpr int V = WIDTH<T>;
     struct Run {
         Words x, gradient;
@@ -97,8 +109,8 @@ DEVICE void rms_norm_backward(const Team& team, const RmsNorm& given) {
             static_cast<const T*>(given.gradient) + row * given.gradient_stride;
         T* const out = static_cast<T*>(given.out) + row * n;
         const auto fetch_all = [&](int64_t i) {
-            return Run{fetch(x + i, n - i, given.aligned), fetch(gradient + i, n - i, given.aligned),
-                       fetch_run<V>(weights + i, n - i, given.aligned)};
+            return Run{fetch_of<WHOLE>(x + i, n - i), fetch_of<WHOLE>(gradient + i, n - i),
+                       fetch_run_of<V, WHOLE>(weights + i, n - i)};
         };
         Run kept[KEPT];
         float value[V], weight[V], h[V];
@@ -121,9 +133,28 @@ DEVICE void rms_norm_backward(const Team& team, const RmsNorm& given) {
         const auto finish = [&](int64_t i, const Run& run) {
             decode_all(run);
             UNROLL for (int j = 0; j < V; j++) value[j] = inverse * (h[j] - value[j] * along);
-            write(out + i, n - i, given.aligned, value);
+            write(out + i, n - i, WHOLE, value);
         };
         for_kept<KEPT>(team, n, V, [&](int s, int64_t i) { finish(i, kept[s]); });
         for_others<KEPT>(team, n, V, [&](int64_t i) { finish(i, fetch_all(i)); });
+    }
+}
+
+// Rows that are not whole runs are rare, and a thread keeps one run: their checks would cost all
+// others registers, and so threads.
+template <class T, class W, int KEPT, class Team>
+DEVICE void rms_norm(const Team& team, const RmsNorm& given) {
+    if (given.aligned) {
+        rms_norm_rows<true, T, W, KEPT>(team, given);
+    } else {
+        rms_norm_rows<false, T, W, 1>(team, given);
+    }
+}
+template <class T, class W, int KEPT, class Team>
+DEVICE void rms_norm_backward(const Team& team, const RmsNorm& given) {
+    if (given.aligned) {
+        rms_norm_backward_rows<true, T, W, KEPT>(team, given);
+    } else {
+        rms_norm_backward_rows<false, T, W, 1>(team, given);
     }
 }

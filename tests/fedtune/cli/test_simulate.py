@@ -185,7 +185,7 @@ def test_an_interrupted_run_exits_130(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedtune_client.agent.Agent.train", interrupt)
+    monkeypatch.setattr("fedtune_client.agent.Agent.accept", interrupt)
     code, out, err = simulate("--json")
     assert (code, err) == (130, "")
     assert json.loads(out.splitlines()[-1]) == {"kind": "run_interrupted", "round": 0}

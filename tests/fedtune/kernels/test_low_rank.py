@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from host import HostLauncher
@@ -88,15 +90,14 @@ def test_bodies_and_torch_add_each_adapters_product(
     for size in SIZES:
         groups, given = made(form, size, dtype, torch.float32 if float_factors else dtype)
         y, low = expected_of(groups, given)
-        for launcher in (host, None):
-            with dispatch.chosen(launcher, CPU):
-                found = given["y"].clone()
-                arguments = found, given["x"], given["a"], given["b"], groups
-                found_low = dispatch.grouped_low_rank_(*arguments)
+        body = partial(low_rank.launch_grouped_low_rank_, host)
+        for add in (body, low_rank.grouped_low_rank_):
+            found = given["y"].clone()
+            found_low = add(found, given["x"], given["a"], given["b"], groups)
             assert found_low.dtype == found.dtype == dtype
             assert found_low.shape == (groups.tokens, groups.max_rank)
-            assert error_of(found, y) < BOUND[dtype], (size, launcher)
-            assert error_of(found_low, low) < BOUND[dtype], (size, launcher)
+            assert error_of(found, y) < BOUND[dtype], (size, add)
+            assert error_of(found_low, low) < BOUND[dtype], (size, add)
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -125,6 +126,22 @@ def test_bodies_and_torch_give_each_adapters_gradient(
             found = low_rank.grouped_low_rank_gradient(*given_here)
             assert found.dtype == torch.float32
             assert error_of(found, expected) < BOUND[dtype], columns
+
+
+@pytest.mark.parametrize(("ranks", "kernels"), [((8,), []), ((8, 4), ["low_rank_f32"])])
+def test_the_product_of_one_adapter_is_left_to_torch(
+    host: HostLauncher, ranks: tuple[int, ...], kernels: list[str]
+) -> None:
+    groups, given = made(((5,) * len(ranks), ranks), (24, 8), torch.float32, torch.float32)
+    y, low = expected_of(groups, given)
+    host.launched.clear()
+    with dispatch.chosen(host, CPU):
+        found_low = dispatch.grouped_low_rank_(
+            given["y"], given["x"], given["a"], given["b"], groups
+        )
+    assert host.launched == kernels
+    assert error_of(given["y"], y) < BOUND[torch.float32]
+    assert error_of(found_low, low) < BOUND[torch.float32]
 
 
 def test_few_products_of_the_gradient_are_left_to_torch(host: HostLauncher) -> None:

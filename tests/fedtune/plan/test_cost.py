@@ -12,7 +12,8 @@ from fedtune.plan.cost import (
     block_activation_bytes,
     correction_elements,
     download_bytes,
-    logits_bytes,
+    head_bytes,
+    logit_rows,
     matrix_bytes,
     moved_bytes,
     pair_bytes,
@@ -98,45 +99,115 @@ def test_a_trained_number_takes_16_bytes_and_a_frozen_one_4() -> None:
     assert adapter_bytes(replace(LOAD, dense_parameters=10)) == 16 * 1010 + 4 * 300
 
 
-def test_a_block_keeps_nine_hidden_and_four_intermediate_per_token() -> None:
-    assert block_activation_bytes(SHAPES, LOAD) == 4 * 32 * (9 * 64 + 4 * 128)
+def llama(**changes: object) -> ModelShapes:
+    """Two blocks whose matrices have Llama's names: 64 hidden, keys half as wide as queries."""
+    sizes = {
+        "self_attn.q_proj": (64, 64),
+        "self_attn.k_proj": (32, 64),
+        "self_attn.v_proj": (32, 64),
+        "self_attn.o_proj": (64, 64),
+        "mlp.gate_proj": (128, 64),
+        "mlp.up_proj": (128, 64),
+        "mlp.down_proj": (64, 128),
+    }
+    matrices = tuple(
+        MatrixShape(f"model.layers.{layer}.{name}", *size, layer)
+        for layer in range(2)
+        for name, size in sizes.items()
+    )
+    shapes = ModelShapes("0", "llama", 64, 128, 2, 4, 100, matrices, 64 * 100)
+    return replace(shapes, **changes)  # type: ignore[arg-type]
 
 
-def test_a_block_without_a_gate_keeps_two_intermediate() -> None:
-    bert = replace(SHAPES, model_type="bert")
-    assert block_activation_bytes(bert, LOAD) == 4 * 32 * (9 * 64 + 2 * 128)
+FUSED_NUMBERS = 2 * (64 + 1) + 2 * 64 + 2 * 32 + 4 + 2 * 128
+"""Norms' inputs, q and the result, k and v, heads, gate and up."""
+
+
+def test_a_fused_block_keeps_no_norms_results_and_no_product_of_gate_and_up() -> None:
+    assert block_activation_bytes(llama(), LOAD) == 4 * 32 * FUSED_NUMBERS
+
+
+def test_activations_have_the_size_of_the_products_numbers() -> None:
+    half = replace(LOAD, itemsize=2)
+    assert block_activation_bytes(llama(), half) * 2 == block_activation_bytes(llama(), LOAD)
+    assert peak_bytes(llama(), _forms(llama()), half).other == 2 * 6400
+    assert adapter_bytes(half) == adapter_bytes(LOAD)
+
+
+def test_a_models_own_blocks_keep_norms_results_and_what_leaves_the_activation() -> None:
+    own = llama(model_type="granite")
+    assert block_activation_bytes(own, LOAD) == 4 * 32 * (FUSED_NUMBERS + 2 * 64 + 2 * 128)
+
+
+def test_matrices_that_are_not_adapted_keep_no_input() -> None:
+    few = llama(matrices=tuple(m for m in llama().matrices if m.name.endswith("q_proj")))
+    # The keys' width is not known, the norm in front of the queries has a result.
+    numbers = 2 * (64 + 1) + 4 * 64 + 4 + 64 + 3 * 128
+    assert block_activation_bytes(few, LOAD) == 4 * 32 * numbers
+
+
+def test_padded_batches_repeat_shared_heads_and_keep_the_norms_result() -> None:
+    padded = replace(LOAD, task="sequence-classification")
+    assert block_activation_bytes(llama(), padded) == 4 * 32 * (FUSED_NUMBERS + 2 * 32 + 64)
+
+
+def test_a_block_without_a_gate_keeps_two_intermediate_and_five_if_it_goes_by_steps() -> None:
+    numbers = 2 * (64 + 1) + 4 * 64 + 4 + 2 * 64
+    bert, gpt2 = (replace(SHAPES, model_type=kind) for kind in ("bert", "gpt2"))
+    assert block_activation_bytes(bert, LOAD) == 4 * 32 * (numbers + 2 * 128)
+    assert block_activation_bytes(gpt2, LOAD) == 4 * 32 * (numbers + 5 * 128)
 
 
 def test_eager_attention_keeps_scores_and_probabilities() -> None:
-    more = block_activation_bytes(SHAPES, replace(LOAD, eager_attention=True))
-    assert more - block_activation_bytes(SHAPES, LOAD) == 2 * 4 * (2 * 4 * 16 * 16)
+    eager = replace(LOAD, task="sequence-classification", eager_attention=True)
+    fused = replace(eager, eager_attention=False)
+    more = block_activation_bytes(SHAPES, eager) - block_activation_bytes(SHAPES, fused)
+    assert more == 2 * 4 * (2 * 4 * 16 * 16)
+
+
+ENDS = 32 * (4 * 64 + 64)
+"""The input of the last norm, and the batch."""
 
 
 def test_activations_are_kept_from_the_first_trained_layer_up() -> None:
     adapters = 4 * (32 * 8 + 1300)
     block = block_activation_bytes(SHAPES, LOAD)
-    assert activation_bytes(SHAPES, LOAD) == 2 * block + adapters
+    assert activation_bytes(SHAPES, LOAD) == 2 * block + adapters + ENDS
     top = replace(LOAD, first_trained_layer=1)
-    assert activation_bytes(SHAPES, top) == block + adapters
+    assert activation_bytes(SHAPES, top) == block + adapters + ENDS
 
 
-def test_checkpointing_keeps_only_the_input_of_each_block() -> None:
+def test_checkpointing_keeps_only_the_input_of_each_block_and_the_stacked_factors() -> None:
     load = replace(LOAD, checkpointing=True)
-    assert activation_bytes(SHAPES, load) == 2 * 4 * 32 * 64
+    assert activation_bytes(SHAPES, load) == 2 * 4 * 32 * 64 + 4 * 1300 + ENDS
     # The block's own activations come back while its gradients are computed.
-    assert transient_bytes(SHAPES, load) >= block_activation_bytes(SHAPES, LOAD)
+    again = block_activation_bytes(SHAPES, LOAD) - 4 * 32 * 64
+    assert transient_bytes(SHAPES, load) >= again
 
 
-def test_logits_have_three_copies_and_only_in_language_modelling() -> None:
-    assert logits_bytes(SHAPES, LOAD) == 3 * 4 * 32 * 100
-    assert logits_bytes(SHAPES, replace(LOAD, task="sequence-classification")) == 0
+def test_the_head_has_a_chunk_of_logits_and_only_in_language_modelling() -> None:
+    assert head_bytes(SHAPES, LOAD) == 4 * 32 * (100 + 2 * 64)
+    assert head_bytes(SHAPES, replace(LOAD, task="sequence-classification")) == 0
+    wide, long = replace(SHAPES, vocabulary=128_000), replace(LOAD, micro_batch=1000)
+    chunk = logit_rows(128_000, 4, accelerator=False)
+    assert chunk == 128
+    assert head_bytes(wide, long) == 4 * chunk * 128_000 + 2 * 4 * 16_000 * 64
 
 
-def test_logits_and_a_blocks_gradients_take_turns() -> None:
-    few = transient_bytes(SHAPES, LOAD)
-    many = transient_bytes(replace(SHAPES, vocabulary=10_000), LOAD)
-    assert few == 4 * 32 * (3 * 128 + 2 * 64)
-    assert many == 3 * 4 * 32 * 10_000
+def test_a_cpu_takes_the_loss_of_narrow_logits_in_float32() -> None:
+    half = replace(LOAD, itemsize=2)
+    assert head_bytes(SHAPES, half) == 32 * (6 * 100 + 2 * 2 * 64)
+    assert head_bytes(SHAPES, replace(half, whole_matrices=True)) == 32 * (2 * 100 + 2 * 2 * 64)
+
+
+def test_the_head_and_a_blocks_gradients_take_turns() -> None:
+    few = transient_bytes(llama(), LOAD)
+    many = transient_bytes(llama(vocabulary=10_000), LOAD)
+    assert few == 4 * 32 * (2 * 64 + 5 * 128)
+    assert many == 4 * 32 * (10_000 + 2 * 64)
+    on_gpu = replace(LOAD, itemsize=2, whole_matrices=True)
+    assert transient_bytes(llama(), on_gpu) == 2 * 32 * (2 * 64 + 2 * 128)
+    assert transient_bytes(replace(SHAPES, model_type="bert"), LOAD) == 4 * 32 * (2 * 64 + 128)
 
 
 def test_the_workspace_is_the_largest_unpacked_panel_in_float32_with_its_indices() -> None:
@@ -149,11 +220,29 @@ def test_the_workspace_is_the_largest_unpacked_panel_in_float32_with_its_indices
         assert workspace_bytes(SHAPES, all_in(name)) == (4 + index_bits / 8) * 256 * 64
 
 
-def test_a_panel_has_at_most_256_rows_except_on_an_accelerator_and_in_bitsandbytes() -> None:
-    tall = replace(SHAPES, matrices=(MatrixShape("a", 1000, 64, 0),))
-    assert workspace_bytes(tall, {"a": MatrixForm("int8")}) == 4 * 256 * 64
-    assert workspace_bytes(tall, {"a": MatrixForm("bnb-int8")}) == 4 * 1000 * 64
-    assert workspace_bytes(tall, {"a": MatrixForm("int8")}, whole_matrices=True) == 4 * 1000 * 64
+def test_a_narrow_panel_is_unpacked_by_way_of_float32() -> None:
+    assert workspace_bytes(SHAPES, all_in("fp32"), itemsize=2) == 2 * 256 * 64
+    assert workspace_bytes(SHAPES, all_in("int8"), itemsize=2) == 2 * 256 * 64
+    assert workspace_bytes(SHAPES, all_in("q4"), itemsize=2) == (2 + 4 + 2) * 256 * 64
+
+
+def test_a_panel_has_a_million_weights_except_on_an_accelerator_and_in_bitsandbytes() -> None:
+    tall = replace(SHAPES, matrices=(MatrixShape("a", 10_000, 4096, 0),))
+    every = 10_000 * 4096
+    assert workspace_bytes(tall, {"a": MatrixForm("int8")}) == 4 * 256 * 4096
+    assert workspace_bytes(tall, {"a": MatrixForm("bnb-int8")}) == 4 * every
+    assert workspace_bytes(tall, {"a": MatrixForm("int8")}, whole_matrices=True) == 4 * every
+    assert workspace_bytes(tall, {"a": MatrixForm("q4")}, whole_matrices=True) == 4 * every
+
+
+def test_an_accelerator_keeps_a_recomputed_block_dense() -> None:
+    load = replace(LOAD, itemsize=2, whole_matrices=True, checkpointing=True)
+    peak = peak_bytes(llama(), _forms(llama()), load)
+    assert peak.workspace == 2 * (64 * 64 * 2 + 2 * 32 * 64 + 3 * 128 * 64)
+
+
+def _forms(shapes: ModelShapes) -> dict[str, MatrixForm]:
+    return {matrix.name: MatrixForm("nf4") for matrix in shapes.matrices}
 
 
 def test_the_peak_is_the_sum_of_its_parts_and_names_the_largest() -> None:
@@ -221,6 +310,19 @@ def test_weights_move_once_per_pass_and_micro_batch() -> None:
     assert moved_bytes(SHAPES, all_in("fp32"), top, 8) == 4 * 4 * (64 * 128 + 2 * 256 * 64)
     packed = backbone_bytes(SHAPES, all_in("nf4")) + 2 * once
     assert moved_bytes(SHAPES, all_in("nf4"), load, 8) == 4 * 2 * packed
+
+
+def test_a_matrix_that_is_held_in_another_dtype_is_converted_in_every_pass() -> None:
+    load = Load(micro_batch=8, sequence_length=16, itemsize=2)
+    weights = 64 * 128 + 256 * 64
+    assert moved_bytes(SHAPES, all_in("fp32"), load, 8) == 2 * (4 + 2 * 2) * weights
+
+
+def test_products_of_two_byte_numbers_go_at_their_own_rate() -> None:
+    fast = profile(matmul_flops_per_s={"fp32": 1e9, "bf16": 4e9}, memory_bandwidth_bytes_per_s=0.0)
+    full = step_seconds(fast, SHAPES, all_in("nf4"), LOAD, 8)
+    half = step_seconds(fast, SHAPES, all_in("nf4"), replace(LOAD, itemsize=2), 8)
+    assert half == pytest.approx(full / 4)
 
 
 def test_seconds_are_arithmetic_plus_traffic() -> None:

@@ -177,7 +177,8 @@ def test_a_pinned_format_is_not_widened_but_may_be_repaired() -> None:
 
 
 def test_a_pinned_correction_is_counted_and_kept() -> None:
-    bare, pinned = plan(PLENTY, None), plan(PLENTY, None, pins=Pins(correction_rank=4))
+    bare = plan(20 * MB, None, pins=Pins(format="q4"))
+    pinned = plan(20 * MB, None, pins=Pins(format="q4", correction_rank=4))
     assert {m.correction_rank for m in pinned.matrices} == {4}
     sides = sum(m.out_features + m.in_features for m in SHAPES.matrices)
     assert pinned.micro_batch == bare.micro_batch

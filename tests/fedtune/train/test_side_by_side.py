@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedtune.errors import ModelError, ProtocolError
+from fedtune.lora import linear
 from fedtune.lora.linear import AdaptedLinear, FactorsSideBySide
 from fedtune.model.backbone import Backbone, BackboneShelf
 from fedtune.model.shapes import read_shapes
@@ -195,3 +196,19 @@ def test_a_model_that_does_not_pack_is_refused_before_anything_is_attached(
     with pytest.raises(ModelError, match="train them one by one"):
         world.beside(world.shares()[:2], plan())
     assert all(layer.factors is None for layer in world.backbone.layers.values())
+
+
+@pytest.mark.parametrize("cut", [plan(), plan(checkpointing=True)], ids=["whole", "check"])
+def test_in_one_launch_every_device_gets_what_it_gets_alone_but_for_rounding(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, cut: DevicePlan
+) -> None:
+    world = World(tiny_llama, "q4")
+    shares = world.shares()
+    alone = [world.alone(share, cut) for share in shares]
+    monkeypatch.setattr(linear, "_in_one_launch", lambda rows: True)
+    for one, other in zip(alone, world.beside(shares, cut), strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=1e-5)
+        assert one.factors.keys() == other.factors.keys()
+        for name, factors in one.factors.items():
+            np.testing.assert_allclose(factors.a, other.factors[name].a, atol=2e-4, err_msg=name)
+            np.testing.assert_allclose(factors.b, other.factors[name].b, atol=2e-4, err_msg=name)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedtune.aggregate.rules import make_rule
+from fedtune.errors import ModelError
 from fedtune.lora import linear
 from fedtune.model.backbone import Backbone, BackboneShelf
 from fedtune.model.load import dense_shapes, tensor_names
@@ -382,3 +383,12 @@ def test_no_stack_of_factors_outlives_a_choice_of_what_trains(llama: World, key:
         course.narrow()
     assert not any(layer._stacked for layer in llama.backbone.layers.values())
     unmount(llama.backbone, mounted)
+
+
+@pytest.mark.parametrize("key", ["s2ft", "greentrainer"])
+def test_ways_that_change_what_trains_are_not_recorded(llama: World, key: str) -> None:
+    course = ways.Course(llama.backbone, {}, spec(WAYS[key]))
+    assert not course.can_be_recorded("auto")
+    with pytest.raises(ModelError, match=f"the steps of {key} cannot be recorded as CUDA graphs"):
+        course.can_be_recorded("on")
+    assert ways.Course(llama.backbone, {}, spec(WAYS["eva"])).can_be_recorded("on")
