@@ -13,8 +13,8 @@ LoRA, and 1e-2 for QST. The seeds draw samples, order and start.
 
 `kept` is what one forward pass keeps for its backward pass beside the base's weights, in the first
 step and, where that is another number, in later ones; `trained` is 16 bytes for each number that
-the optimiser moves: value, gradient and AdamW's two moments. Seconds are of all steps and what is
-done before them, on one thread; a busy machine adds its noise to them.
+the optimiser moves: value, gradient and AdamW's two moments. `s` is processor time of all steps and
+what is done before them, in one thread. Bytes and seconds are those of seed 0.
 
 `--quick` takes one seed, fewer steps and the text alone.
 """
@@ -136,14 +136,14 @@ def run_cell(task: str, key: str, rate: float, seed: int, size: Size, shared: st
     torch.set_num_threads(1)
     loaded = load_task(task, shared)
     bench = Bench(loaded, way_of(key), rate, seed, size)
-    started = time.perf_counter()
-    bench.train(size.steps)
-    seconds = time.perf_counter() - started
+    started = time.process_time()
+    bench.train(bench.batches(size.steps))
+    seconds = time.process_time() - started
     loss = bench.held_out_loss()
     if seed:  # bytes are those of seed 0
         return Cell(loss, seconds, (0, 0), 0)
     with kept_bytes(bench.backbone) as kept:
-        trained = bench.train(2, new_step=kept.new_step)
+        trained = bench.train(bench.batches(1) * 2, new_step=kept.new_step)
     return Cell(loss, seconds, (kept.of_step[0], kept.of_step[1]), trained)
 
 
@@ -216,7 +216,11 @@ class Bench:
         self._side = side_network(self.backbone, seed) if way.key == "qst" else None
         self._warm_up()
 
-    def train(self, steps: int, new_step: Callable[[int, float], None] | None = None) -> int:
+    def train(
+        self,
+        batches: Sequence[Sequence[Sample]],
+        new_step: Callable[[int, float], None] | None = None,
+    ) -> int:
         """Train from the start; returns the bytes of what the optimiser moved."""
         import numpy as np
 
@@ -229,7 +233,6 @@ class Bench:
             "pad_id": self._task.pad_id,
             "after_step": new_step,
         }
-        batches = self._batches(steps)
         if self._side is not None:
             micro_batch = self._size.micro_batch
             heads = train_side(
@@ -244,7 +247,7 @@ class Bench:
             self._learnt = Dispatch({}, dense={n: v.numpy() for n, v in heads.items()})
             moved = sum(p.numel() for p in [*self._side.parameters(), *heads.values()])
             return 16 * moved
-        plan = replace(self._plan(), local_steps=steps)
+        plan = replace(self._plan(), local_steps=len(batches))
         back = train_round(self.backbone, batches, self._sent, plan, self._optimizer(), **common)
         self._learnt = Dispatch(back.factors, dense=back.dense)
         pairs = [(self._sent.trained[n], pair) for n, pair in back.factors.items()]
@@ -337,7 +340,7 @@ class Bench:
 
         return TrainingWay(seed=self._seed, **self._way.settings)
 
-    def _batches(self, steps: int) -> list[list[Sample]]:
+    def batches(self, steps: int) -> list[list[Sample]]:
         from fedtune.train.batches import stream
 
         size = self._size.batch
@@ -395,7 +398,7 @@ def row(way: Way, cells: dict[str, list[Cell]]) -> dict[str, object]:
         spread = f" ± {stdev(losses):.3f}" if len(losses) > 1 else ""
         found[f"{task}: rate"] = f"{way.rates[index]:g}"
         found[f"{task}: loss"] = f"{mean(losses):.3f}{spread}"
-        found[f"{task}: s"] = f"{mean(cell.seconds for cell in of_task):.1f}"
+        found[f"{task}: s"] = f"{of_task[0].seconds:.1f}"
         first, later = (f"{max(c.kept_bytes[i] for c in of_task) / 1e6:.1f}" for i in (0, 1))
         alike = abs(float(first) - float(later)) < 0.05 * float(first)
         found[f"{task}: kept MB"] = first if alike else f"{first}, then {later}"
