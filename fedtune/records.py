@@ -8,6 +8,7 @@ unless a field says otherwise; a matrix W maps `in_features` to `out_features` a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -37,6 +38,14 @@ double-quantised scales (`nf4`: QLoRA's levels; `q2` to `q8`: the better of two 
 ComputeName: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 """In which dtype a device multiplies; `auto` is measured there."""
 
+WayName: TypeAlias = Literal["lora", "allora", "s2ft", "greentrainer"]
+"""How a device trains its factors; `docs/training.md` has a table of what each changes."""
+StartName: TypeAlias = Literal["random", "eva", "corda", "pissa"]
+"""Where a device's fresh directions point: as they were sent, or as its inputs or weights say."""
+ChannelChoice: TypeAlias = Literal["random", "weight", "activation"]
+"""Which input channels S2FT trains: drawn by the run's seed, or those of the largest norm."""
+ScalingName: TypeAlias = Literal["constant", "rank-stabilised"]
+"""How the factor of an update depends on its rank."""
 GraphUse: TypeAlias = Literal["auto", "on", "off"]
 """Whether a device records its training step as CUDA graphs."""
 
@@ -311,6 +320,66 @@ class FleetPlan:
 
 
 # ---------------------------------------------------------------- what travels
+
+
+@dataclass(frozen=True, slots=True)
+class LoraScale:
+    """The factor of a LoRA pair by its trained rank: coordinator and device both derive it here.
+
+    Attributes:
+        value: alpha / rank of every pair, or alpha if it is `rank-stabilised`.
+
+    Source:
+        rsLoRA (arXiv 2312.03732, theorem 3.2): alpha / sqrt(rank) keeps the size of what a pair
+        learns the same at every rank; alpha / rank lets it vanish as ranks grow.
+    """
+
+    value: float = 1.0
+    scaling: ScalingName = "constant"
+
+    def of(self, rank: int) -> float:
+        """The factor at a trained rank; at rank 0, where there is only a frozen tail, `value`."""
+        if self.scaling == "constant":
+            return self.value
+        return self.value / math.sqrt(max(rank, 1))
+
+
+Scale: TypeAlias = float | LoraScale
+"""One factor for every rank, or a factor by rank."""
+
+
+def scale_of(scale: Scale, rank: int) -> float:
+    """The factor of a pair whose trained rank is `rank`."""
+    return scale.of(rank) if isinstance(scale, LoraScale) else scale
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingWay:
+    """How a device trains in a round, beside its optimiser.
+
+    Attributes:
+        start: where fresh directions point. Their columns of B are zero, so what the device starts
+            with is what it was sent, whichever it is.
+        layer_rate_decay: factor of the learning rate from one block to the one below it.
+        flops_share: for `greentrainer`: operations of a step's backward pass, as a share of
+            those that training every sent matrix takes.
+        allora_eta: for `allora`: factor of the learning rate of a row of B that is zero.
+        channels: for `s2ft`.
+        seed: of random channels and of randomised factorisations; the same for all devices.
+    """
+
+    name: WayName = "lora"
+    start: StartName = "random"
+    layer_rate_decay: float = 1.0
+    flops_share: float = 1.0
+    allora_eta: float = 1.0
+    channels: ChannelChoice = "random"
+    seed: int = 0
+
+    @property
+    def shares_a_pass(self) -> bool:
+        """Whether simulated devices can train side by side: all happens in the optimiser."""
+        return self.name in ("lora", "allora") and self.start == "random"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,16 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from fedtune.records import ComputeName, FormatName, GraphUse, TaskName
+from fedtune.records import (
+    ChannelChoice,
+    ComputeName,
+    FormatName,
+    GraphUse,
+    ScalingName,
+    StartName,
+    TaskName,
+    WayName,
+)
 
 _UNITS = {
     "B": 1,
@@ -174,11 +183,50 @@ class LoraSection(Section):
         "those it trains; 0: none",
     )
     scale: float = Field(1.0, gt=0, description="factor of every update, alpha / rank")
+    scaling: ScalingName = Field(
+        "constant",
+        description="`constant`: `scale` at every rank; `rank-stabilised`: `scale` over the root "
+        "of the rank (rsLoRA)",
+    )
+    start: StartName = Field(
+        "random",
+        description="where directions that start at zero point: at random, along the layer's "
+        "inputs (`eva`), its weights (`pissa`), or both (`corda`)",
+    )
 
 
 class TrainSection(Section):
     """What a device does in a round."""
 
+    way: WayName = Field(
+        "lora",
+        description="what of the factors is trained, and at which rate; docs/training.md compares "
+        "them",
+    )
+    layer_rate_decay: float = Field(
+        1.0,
+        ge=1e-3,
+        le=1,
+        description="factor of the learning rate from one block to the one below it; 1: all alike",
+    )
+    flops_share: float = Field(
+        0.5,
+        ge=1e-6,
+        le=1,
+        description="for `greentrainer`: operations of a backward pass, as a share of those that "
+        "training every matrix takes",
+    )
+    allora_eta: float = Field(
+        1.0,
+        ge=1e-3,
+        le=1e3,
+        description="for `allora`: factor of the learning rate of a row of B that is zero",
+    )
+    channels: ChannelChoice = Field(
+        "random",
+        description="for `s2ft`: input channels that are trained, drawn by the seed or of the "
+        "largest weights or inputs",
+    )
     local_steps: int = Field(5, ge=1, description="optimiser steps per device and round")
     batch_size: int = Field(16, ge=1, description="samples per optimiser step, on every device")
     optimizer: Literal["adamw", "adamw-8bit", "sgd"] = Field(
@@ -364,6 +412,7 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         self._check_rule()
         self._check_optimizer()
+        self._check_way()
         classifying = self.model.task == "sequence-classification"
         if classifying != (self.data.format == "text-label"):
             raise ValueError(
@@ -413,6 +462,22 @@ class RunConfig(Section):
             raise ValueError(
                 "train.keep_optimizer goes with simulation.backend = 'inprocess': 'ray' moves "
                 "devices between processes, and the optimiser's state would stay behind"
+            )
+
+    def _check_way(self) -> None:
+        """Refuse ways to train that exclude each other, or that a rule cannot join."""
+        rows = {"train.way": self.train.way == "s2ft", "lora.start": self.lora.start != "random"}
+        if all(rows.values()):
+            raise ValueError(
+                f"train.way 's2ft' takes the place of lora.start = {self.lora.start!r}: both "
+                "choose the fresh rows of A; leave lora.start at 'random'"
+            )
+        chosen = next((key for key, own in rows.items() if own), None)
+        if chosen is not None and self.aggregate.rule == "zero-pad":
+            value = self.train.way if chosen == "train.way" else self.lora.start
+            raise ValueError(
+                f"aggregate.rule 'zero-pad' averages A apart from B, and with {chosen} = {value!r} "
+                "devices choose rows of A themselves; use 'delta'"
             )
 
     @property

@@ -25,7 +25,15 @@ from fedtune.model.packed_cache import PackedCache
 from fedtune.model.shapes import linear_matrices
 from fedtune.model.source import base_digest, resolve_model
 from fedtune.model.tokenizer import load_tokenizer, pad_id
-from fedtune.records import DevicePlan, Dispatch, GraphUse, MatrixShape, SiteReport, TaskName
+from fedtune.records import (
+    DevicePlan,
+    Dispatch,
+    GraphUse,
+    LoraScale,
+    MatrixShape,
+    SiteReport,
+    TaskName,
+)
 from fedtune.train.batches import stream
 from fedtune.train.compute import LossScale, compute_dtype
 from fedtune.train.memory import OptimizerMemory
@@ -60,7 +68,7 @@ class Order(Protocol):
     @property
     def tensors_digest(self) -> str: ...
     @property
-    def scale(self) -> float: ...
+    def scale(self) -> LoraScale: ...
     @property
     def labels(self) -> tuple[str, ...]: ...
 

@@ -149,6 +149,8 @@ def _decoded(kind: str, body: bytes) -> TrainInstruction | EvaluateInstruction:
 
 
 def _goes_together(device: _Training | _Evaluation) -> bool:
+    if isinstance(device, _Training) and not device.order.optimizer.way.shares_a_pass:
+        return False
     backbone = device.work.backbone
     with backbone.lock:
         return device.agent.trains_side_by_side and sums_together(backbone.model)

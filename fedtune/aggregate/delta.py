@@ -33,6 +33,7 @@ from fedtune.records import (
     LoraFactors,
     LowRank,
     MatrixShape,
+    Scale,
 )
 
 
@@ -64,7 +65,7 @@ class Delta:
         return empty_adapter(matrices, dense)
 
     def dispatch(
-        self, adapter: GlobalAdapter, plan: DevicePlan, *, scale: float, rng: np.random.Generator
+        self, adapter: GlobalAdapter, plan: DevicePlan, *, scale: Scale, rng: np.random.Generator
     ) -> Dispatch:
         policy = partial(choose_directions, fresh_rank=self.fresh_rank)
         return dispatch_directions(adapter, plan, policy, scale=scale, rng=rng)

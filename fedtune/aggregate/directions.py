@@ -22,6 +22,8 @@ from fedtune.records import (
     LoraFactors,
     LowRank,
     MatrixPlan,
+    Scale,
+    scale_of,
 )
 
 
@@ -70,7 +72,7 @@ def dispatch_directions(
     plan: DevicePlan,
     policy: Policy,
     *,
-    scale: float,
+    scale: Scale,
     rng: np.random.Generator,
 ) -> Dispatch:
     """Cut out of the global adapter what the plan gives to its device, in float32.
@@ -88,12 +90,14 @@ def dispatch_directions(
     for matrix in plan.matrices:
         low_rank = matrix_of(adapter.matrices, matrix.name, plan.device)
         split = policy(low_rank.rank, matrix)
+        factor = scale_of(scale, matrix.rank)
         if matrix.rank > 0:
-            warm = split_triplets(low_rank, 0, split.warm, scale)
+            warm = split_triplets(low_rank, 0, split.warm, factor)
             rows = fresh_rows(round_seed, matrix.name, split.fresh, low_rank.v.shape[0])
             trained[matrix.name] = append_fresh(warm, rows)
         if split.tail > 0:
-            tail[matrix.name] = split_triplets(low_rank, split.warm, split.warm + split.tail, scale)
+            end = split.warm + split.tail
+            tail[matrix.name] = split_triplets(low_rank, split.warm, end, factor)
     return Dispatch(trained=trained, tail=tail, dense=dict(adapter.dense))
 
 

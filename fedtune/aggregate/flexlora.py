@@ -22,6 +22,7 @@ from fedtune.records import (
     GlobalAdapter,
     LowRank,
     MatrixShape,
+    Scale,
 )
 
 
@@ -56,7 +57,7 @@ class FlexLora:
         return empty_adapter(matrices, dense)
 
     def dispatch(
-        self, adapter: GlobalAdapter, plan: DevicePlan, *, scale: float, rng: np.random.Generator
+        self, adapter: GlobalAdapter, plan: DevicePlan, *, scale: Scale, rng: np.random.Generator
     ) -> Dispatch:
         policy = partial(choose_directions, fresh_rank=self.fresh_rank)
         return dispatch_directions(adapter, plan, policy, scale=scale, rng=rng)

@@ -19,6 +19,7 @@ from fedtune.records import (
     GlobalAdapter,
     LowRank,
     MatrixShape,
+    Scale,
 )
 
 
@@ -46,7 +47,7 @@ class Flora:
         return empty_adapter(matrices, dense)
 
     def dispatch(
-        self, adapter: GlobalAdapter, plan: DevicePlan, *, scale: float, rng: np.random.Generator
+        self, adapter: GlobalAdapter, plan: DevicePlan, *, scale: Scale, rng: np.random.Generator
     ) -> Dispatch:
         return dispatch_directions(adapter, plan, all_fresh, scale=scale, rng=rng)
 

@@ -21,6 +21,7 @@ from fedtune.records import (
     FloatArray,
     GlobalAdapter,
     MatrixShape,
+    Scale,
 )
 
 
@@ -49,14 +50,14 @@ class Rule(Protocol):
         """
 
     def dispatch(
-        self, adapter: GlobalAdapter, plan: DevicePlan, *, scale: float, rng: np.random.Generator
+        self, adapter: GlobalAdapter, plan: DevicePlan, *, scale: Scale, rng: np.random.Generator
     ) -> Dispatch:
         """What one device starts a round from, in float32.
 
         Args:
             adapter: the state after the last round.
             plan: gives trained rank and tail rank of each matrix.
-            scale: alpha / rank of every LoRA pair; positive.
+            scale: of every LoRA pair, by its trained rank; positive.
             rng: seed it alike for all devices of a round; then fresh directions are shared, and
                 a device of lower rank holds the leading ones of a device of higher rank.
 

@@ -22,6 +22,8 @@ from fedtune.records import (
     LowRank,
     MatrixPlan,
     MatrixShape,
+    Scale,
+    scale_of,
 )
 
 
@@ -60,11 +62,14 @@ class ZeroPad:
         )
 
     def dispatch(
-        self, adapter: GlobalAdapter, plan: DevicePlan, *, scale: float, rng: np.random.Generator
+        self, adapter: GlobalAdapter, plan: DevicePlan, *, scale: Scale, rng: np.random.Generator
     ) -> Dispatch:
         trained = {
             matrix.name: _leading_factors(
-                matrix_of(adapter.matrices, matrix.name, plan.device), matrix, plan.device, scale
+                matrix_of(adapter.matrices, matrix.name, plan.device),
+                matrix,
+                plan.device,
+                scale_of(scale, matrix.rank),
             )
             for matrix in plan.matrices
             if matrix.rank > 0

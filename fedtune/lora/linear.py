@@ -16,7 +16,7 @@ its bits are the same; what is shared is the unpacking of the frozen matrix, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -71,7 +71,8 @@ class Factors:
     Attributes:
         a: (rank, in), trained. Change it in place, never through `.data`: the layer keeps a
             stacked copy for as long as autograd's version counters stand still.
-        b: (out, rank), trained.
+        b: (out, rank), trained. It may be trained alone, beside a fixed `a`; the input of the layer
+            is then not kept for the backward pass.
         tail_a: (tail, in), frozen; the part of the global adapter that the device does not train.
         tail_b: (out, tail), frozen.
         scale: alpha / rank, the same for the trained and the frozen part.
@@ -85,7 +86,7 @@ class Factors:
 
     @property
     def trains(self) -> bool:
-        return self.a.requires_grad
+        return self.b.requires_grad
 
 
 Part: TypeAlias = slice | None
@@ -140,6 +141,7 @@ class AdaptedLinear(nn.Module):
             unpacking it again. For blocks that are recomputed (checkpointing): what is saved in
             their first pass is dropped, so that one block at a time is dense, and the second of
             three unpackings is the last.
+        observe: called with the inputs (tokens, in) of every product; None: nobody looks.
     """
 
     def __init__(self, matrix: FrozenMatrix, bias: Tensor | None) -> None:
@@ -150,6 +152,7 @@ class AdaptedLinear(nn.Module):
         self.factors: Factors | FactorsSideBySide | None = None
         self.correction: Correction | None = None
         self.keeps_values = False
+        self.observe: Callable[[Tensor], None] | None = None
         self._held: dict[int, _Held] = {}
         self._stacked: dict[tuple[int, int], _Stacked] = {}
 
@@ -287,6 +290,7 @@ class _Stacked:
             all of it.
         sizes: how many rows each layer has in `a`.
         trained: how many of them, from each layer's first, are trained.
+        trains_a: whether any A is trained, and not B alone.
     """
 
     held: _Held
@@ -296,6 +300,7 @@ class _Stacked:
     scales: tuple[float, ...]
     sizes: tuple[int, ...]
     trained: tuple[int, ...]
+    trains_a: bool
 
     @property
     def trains(self) -> bool:
@@ -361,8 +366,16 @@ def _stack(
         sizes.append(sum(part.shape[0] for part in a))
         trained.append(f.a.shape[0] if f is not None and f.trains else 0)
     a_rows = _joined(every_a, dtype)
+    trains_a = any(f is not None and f.a.requires_grad for f in factors)
     return _Stacked(
-        held, versions, a_rows, tuple(every_b), tuple(scales), tuple(sizes), tuple(trained)
+        held,
+        versions,
+        a_rows,
+        tuple(every_b),
+        tuple(scales),
+        tuple(sizes),
+        tuple(trained),
+        trains_a,
     )
 
 
@@ -390,6 +403,9 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, *pairs):  # type: ignore[no-untyped-def]  # torch's protocol
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        for layer in layers:
+            if layer.observe is not None:
+                layer.observe(rows)
         held = _held(layers)
         parts, stacks = held.parts(), _stacked(layers, held, x.dtype)
         if held.rows is not None and _in_one_launch(rows):
@@ -412,13 +428,13 @@ class _Products(torch.autograd.Function):
                     _cut(y, part).addmm_(low[i], stack.b[i], alpha=stack.scales[i])
             outputs.append(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]))
             dense.append(kept)
-        trains = any(stack.trains for stack in stacks)
+        trains_a = any(stack.trains_a for stack in stacks)
         kept_lows = [
             stack.trained_columns(low) if stack.trains and low is not None else None
             for stack, low in zip(stacks, lows, strict=True)
         ]
         of_stacks = [tensor for stack in stacks for tensor in (stack.a, *stack.b)]
-        ctx.save_for_backward(rows if trains else None, *kept_lows, *of_stacks, *dense)
+        ctx.save_for_backward(rows if trains_a else None, *kept_lows, *of_stacks, *dense)
         ctx.layers, ctx.stacks, ctx.parts, ctx.x_shape = layers, stacks, parts, x.shape
         ctx.factor_dtypes = [None if f is None else f.dtype for f in pairs]
         return tuple(outputs)
@@ -441,7 +457,7 @@ class _Products(torch.autograd.Function):
             g_low = _low_gradient(own, stack)
             if grad_x is not None and stack.a.numel():
                 _cut(grad_x, part).addmm_(g_low, stack.a)
-            taken = None if low is None else _cut(rows, part)
+            taken = _cut(rows, part) if stack.trains_a else None
             dtypes = ctx.factor_dtypes[len(pairs) : len(pairs) + 2 * len(layers)]
             pairs += _factor_gradients(own, taken, low, g_low, stack, dtypes)
         if grad_x is not None and grad_x.shape != ctx.x_shape:
@@ -517,22 +533,25 @@ def _factor_gradients(
 ) -> list[Tensor | None]:
     """Gradients of A and B of each layer in turn; None for what is not trained."""
     pairs: list[Tensor | None] = [None] * (2 * len(gradients))
-    if rows is None or low is None:
+    if low is None:
         return pairs
-    grad_a = torch.mm(stack.trained_columns(g_low).t(), rows)  # (trained rows, in)
+    grad_a = None
+    if rows is not None:
+        grad_a = torch.mm(stack.trained_columns(g_low).t(), rows)  # (trained rows, in)
     turned = low.t()
     start = 0
     for i, (g, count) in enumerate(zip(gradients, stack.trained, strict=True)):
         if count:
-            whole = count == len(grad_a)
-            own_a = grad_a if whole else grad_a[start : start + count]
+            whole = count == len(turned)
             own_low = turned if whole else turned[start : start + count]
             # This way round: a tall result of the same product takes up to ten times as long on
             # a CPU.
             grad_b = torch.mm(own_low, g).t()  # (out, rank)
-            if own_a.dtype is not dtypes[2 * i]:
-                own_a, grad_b = own_a.to(dtypes[2 * i]), grad_b.to(dtypes[2 * i + 1])
-            pairs[2 * i] = own_a
+            if grad_b.dtype is not dtypes[2 * i + 1]:
+                grad_b = grad_b.to(dtypes[2 * i + 1])
+            if grad_a is not None:
+                own_a = grad_a if whole else grad_a[start : start + count]
+                pairs[2 * i] = own_a if own_a.dtype is dtypes[2 * i] else own_a.to(dtypes[2 * i])
             pairs[2 * i + 1] = grad_b if stack.scales[i] == 1.0 else grad_b * stack.scales[i]
         start += count
     return pairs

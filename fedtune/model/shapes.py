@@ -223,6 +223,13 @@ def _linear_matrices(
     return tuple(sorted(matrices, key=lambda matrix: (matrix.layer, matrix.name)))
 
 
+def block_of(name: str) -> int:
+    """Index of the block that an adaptable matrix lies in, from 0."""
+    block = _BLOCK.search(name)
+    assert block is not None  # only matrices of blocks can be adapted
+    return int(block[1])
+
+
 def _select(linear: tuple[MatrixShape, ...], targets: Iterable[str]) -> tuple[MatrixShape, ...]:
     chosen: set[str] = set()
     for target in targets:

@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from fedtune.quant.bnb import import_bitsandbytes
 from fedtune.train.compute import LossScale
 from fedtune.train.memory import OptimizerMemory
+from fedtune.train.rates import RowRates
 from fedtune.wire.messages import OptimizerSpec
 
 
@@ -51,6 +52,8 @@ class RoundOptimizer:
         self.inner = _build(_groups(self._named, rate_shares or {}, kept), settings)
         if memory is not None:
             memory.restore(self.inner, self._named)
+        allora = settings.way.name == "allora"
+        self._rows = RowRates(self._named, settings.way.allora_eta) if allora else None
 
     def step(self) -> None:
         """Clip, take one step at the current learning rate, and clear the gradients."""
@@ -82,7 +85,10 @@ class RoundOptimizer:
         if isinstance(self.inner, SGD):  # AdamW decays by itself
             for group in self.inner.param_groups:
                 _decay(group["params"], group["lr"] * settings.weight_decay)
-        self.inner.step()
+        if self._rows is None:
+            self.inner.step()
+        else:
+            self._rows.step(self.inner)
         self._moved += 1
         # bitsandbytes writes behind autograd's back, and stacked factors rest on the versions.
         torch.autograd.graph.increment_version(self._parameters)
@@ -93,7 +99,8 @@ def _decay(parameters: Sequence[Tensor], share: float) -> None:
     """Decoupled weight decay; SGD's own would run through its momentum."""
     if share > 0:
         for parameter in parameters:
-            parameter.mul_(1.0 - share)
+            if parameter.grad is not None:  # as AdamW does: what is not trained does not shrink
+                parameter.mul_(1.0 - share)
 
 
 def _groups(

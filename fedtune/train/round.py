@@ -23,7 +23,9 @@ from fedtune.train.compute import LossScale
 from fedtune.train.graph import step_graphs
 from fedtune.train.memory import OptimizerMemory
 from fedtune.train.optimizer import RoundOptimizer
+from fedtune.train.rates import layer_shares
 from fedtune.train.step import accumulate
+from fedtune.train.ways import Course
 from fedtune.wire.messages import OptimizerSpec
 
 
@@ -58,11 +60,11 @@ class Mounted:
 
 
 def trained_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """Name, as on the wire -> tensor, of all factors that train, in a fixed order."""
+    """Name, as on the wire -> tensor, of every A and B that trains, in a fixed order."""
     found: dict[str, Tensor] = {}
     for name, pair in sorted(factors.items()):
-        if pair.trains:
-            found |= {f"{name}.a": pair.a, f"{name}.b": pair.b}
+        both = {f"{name}.a": pair.a, f"{name}.b": pair.b}
+        found |= {key: tensor for key, tensor in both.items() if tensor.requires_grad}
     return found
 
 
@@ -162,7 +164,11 @@ def train_round(
         mounted = mount(backbone, dispatch, trainable=True)
         try:
             set_checkpointing(backbone, plan.checkpointing)
-            graphs = step_graphs(backbone, mounted.factors, task, cuda_graph)
+            course = Course(backbone, mounted.factors, optimizer)
+            course.begin(batches[0], plan.micro_batch, task, pad_id)
+            graphs = None
+            if course.can_be_recorded(cuda_graph):
+                graphs = step_graphs(backbone, mounted.factors, task, cuda_graph)
             if graphs is not None:
                 mounted = replace(mounted, factors=graphs.factors)
             stepper = RoundOptimizer(
@@ -171,12 +177,14 @@ def train_round(
                 len(batches),
                 memory=memory,
                 loss_scale=loss_scale,
+                rate_shares=layer_shares(backbone.layers, optimizer.way.layer_rate_decay),
                 keeps_gradients=graphs is not None,
             )
             losses, units = [], 0
             for index, batch in enumerate(batches):
                 factor = 1.0 if loss_scale is None else loss_scale.value
                 loss = accumulate(backbone, batch, plan.micro_batch, task, pad_id, factor, graphs)
+                course.narrow()
                 stepper.step()
                 losses.append(loss)
                 units += loss_units(batch, task)

@@ -33,6 +33,7 @@ from fedtune.records import DevicePlan, Dispatch, TaskName
 from fedtune.train.batches import micro_batches
 from fedtune.train.memory import OptimizerMemory
 from fedtune.train.optimizer import RoundOptimizer
+from fedtune.train.rates import layer_shares
 from fedtune.train.round import (
     RoundResult,
     device_factors,
@@ -72,6 +73,7 @@ def train_side_by_side(
     Args:
         backbone: the same for all.
         plan: of any of the devices; micro-batch, checkpointing and steps are those of all.
+        optimizer: of all; its way must be one that `shares_a_pass`.
 
     Raises:
         ModelError: the backbone's model does not take packed samples.
@@ -91,7 +93,13 @@ def train_side_by_side(
             set_checkpointing(backbone, plan.checkpointing)
             steps = len(shares[0].batches)
             steppers = [
-                RoundOptimizer(trained_tensors(factors), optimizer, steps, memory=share.memory)
+                RoundOptimizer(
+                    trained_tensors(factors),
+                    optimizer,
+                    steps,
+                    memory=share.memory,
+                    rate_shares=layer_shares(backbone.layers, optimizer.way.layer_rate_decay),
+                )
                 for factors, share in zip(devices, shares, strict=True)
             ]
             losses: list[list[float]] = [[] for _ in shares]

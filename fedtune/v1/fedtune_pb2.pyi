@@ -135,7 +135,7 @@ class DevicePlan(_message.Message):
     def __init__(self, device: _Optional[str] = ..., matrices: _Optional[_Iterable[_Union[MatrixPlan, _Mapping]]] = ..., micro_batch: _Optional[int] = ..., batch_size: _Optional[int] = ..., sequence_length: _Optional[int] = ..., local_steps: _Optional[int] = ..., checkpointing: _Optional[bool] = ..., first_trained_layer: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., binding: _Optional[str] = ...) -> None: ...
 
 class OptimizerSpec(_message.Message):
-    __slots__ = ("name", "learning_rate", "final_learning_rate", "weight_decay", "beta1", "beta2", "max_gradient_norm", "keep")
+    __slots__ = ("name", "learning_rate", "final_learning_rate", "weight_decay", "beta1", "beta2", "max_gradient_norm", "keep", "way")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     FINAL_LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
@@ -144,6 +144,7 @@ class OptimizerSpec(_message.Message):
     BETA2_FIELD_NUMBER: _ClassVar[int]
     MAX_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
+    WAY_FIELD_NUMBER: _ClassVar[int]
     name: str
     learning_rate: float
     final_learning_rate: float
@@ -152,10 +153,29 @@ class OptimizerSpec(_message.Message):
     beta2: float
     max_gradient_norm: float
     keep: bool
-    def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., final_learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ..., keep: _Optional[bool] = ...) -> None: ...
+    way: TrainingWay
+    def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., final_learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ..., keep: _Optional[bool] = ..., way: _Optional[_Union[TrainingWay, _Mapping]] = ...) -> None: ...
+
+class TrainingWay(_message.Message):
+    __slots__ = ("name", "start", "layer_rate_decay", "flops_share", "allora_eta", "channels", "seed")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    LAYER_RATE_DECAY_FIELD_NUMBER: _ClassVar[int]
+    FLOPS_SHARE_FIELD_NUMBER: _ClassVar[int]
+    ALLORA_ETA_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    start: str
+    layer_rate_decay: float
+    flops_share: float
+    allora_eta: float
+    channels: str
+    seed: int
+    def __init__(self, name: _Optional[str] = ..., start: _Optional[str] = ..., layer_rate_decay: _Optional[float] = ..., flops_share: _Optional[float] = ..., allora_eta: _Optional[float] = ..., channels: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class TrainInstruction(_message.Message):
-    __slots__ = ("run", "round", "base_digest", "plan", "optimizer", "seed", "tensors_digest", "evaluate", "scale", "labels", "wire_dtype")
+    __slots__ = ("run", "round", "base_digest", "plan", "optimizer", "seed", "tensors_digest", "evaluate", "scale", "labels", "wire_dtype", "scaling")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +187,7 @@ class TrainInstruction(_message.Message):
     SCALE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SCALING_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     base_digest: str
@@ -178,7 +199,8 @@ class TrainInstruction(_message.Message):
     scale: float
     labels: _containers.RepeatedScalarFieldContainer[str]
     wire_dtype: str
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., base_digest: _Optional[str] = ..., plan: _Optional[_Union[DevicePlan, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSpec, _Mapping]] = ..., seed: _Optional[int] = ..., tensors_digest: _Optional[str] = ..., evaluate: _Optional[bool] = ..., scale: _Optional[float] = ..., labels: _Optional[_Iterable[str]] = ..., wire_dtype: _Optional[str] = ...) -> None: ...
+    scaling: str
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., base_digest: _Optional[str] = ..., plan: _Optional[_Union[DevicePlan, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSpec, _Mapping]] = ..., seed: _Optional[int] = ..., tensors_digest: _Optional[str] = ..., evaluate: _Optional[bool] = ..., scale: _Optional[float] = ..., labels: _Optional[_Iterable[str]] = ..., wire_dtype: _Optional[str] = ..., scaling: _Optional[str] = ...) -> None: ...
 
 class TrainReport(_message.Message):
     __slots__ = ("run", "round", "device", "base_digest", "samples", "tokens", "metrics", "tensors_digest")
@@ -208,7 +230,7 @@ class TrainReport(_message.Message):
     def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., device: _Optional[str] = ..., base_digest: _Optional[str] = ..., samples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., tensors_digest: _Optional[str] = ...) -> None: ...
 
 class EvaluateInstruction(_message.Message):
-    __slots__ = ("run", "round", "base_digest", "plan", "tensors_digest", "scale", "labels")
+    __slots__ = ("run", "round", "base_digest", "plan", "tensors_digest", "scale", "labels", "scaling")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +238,7 @@ class EvaluateInstruction(_message.Message):
     TENSORS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    SCALING_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     base_digest: str
@@ -223,7 +246,8 @@ class EvaluateInstruction(_message.Message):
     tensors_digest: str
     scale: float
     labels: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., base_digest: _Optional[str] = ..., plan: _Optional[_Union[DevicePlan, _Mapping]] = ..., tensors_digest: _Optional[str] = ..., scale: _Optional[float] = ..., labels: _Optional[_Iterable[str]] = ...) -> None: ...
+    scaling: str
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., base_digest: _Optional[str] = ..., plan: _Optional[_Union[DevicePlan, _Mapping]] = ..., tensors_digest: _Optional[str] = ..., scale: _Optional[float] = ..., labels: _Optional[_Iterable[str]] = ..., scaling: _Optional[str] = ...) -> None: ...
 
 class EvaluateReport(_message.Message):
     __slots__ = ("run", "round", "device", "metrics")

@@ -8,7 +8,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedtune.errors import ProtocolError, RefusedUpdateError
-from fedtune.records import AdapterUpdate, DevicePlan, FloatArray, LoraFactors, MatrixShape
+from fedtune.records import (
+    AdapterUpdate,
+    DevicePlan,
+    FloatArray,
+    LoraFactors,
+    MatrixShape,
+    Scale,
+)
 from fedtune.wire.fields import shown
 from fedtune.wire.messages import TrainReport
 from fedtune.wire.packing import Shape, tensors_digest, unpack_tensors
@@ -27,7 +34,7 @@ def check_update(
     shapes: Mapping[str, MatrixShape],
     dense_shapes: Mapping[str, Shape],
     max_norm: float,
-    scale: float = 1.0,
+    scale: Scale = 1.0,
 ) -> AdapterUpdate:
     """Turn a device's report and bytes into an update that can be joined.
 
@@ -40,7 +47,7 @@ def check_update(
         dense_shapes: name -> shape of the parameters that are trained whole.
         max_norm: largest Frobenius norm of one matrix's `scale * b @ a`, and of one dense
             parameter. One device with huge values would otherwise own the weighted mean.
-        scale: of every LoRA pair.
+        scale: of the LoRA pairs.
 
     Raises:
         RefusedUpdateError: anything differs; the message says what was expected and found.

@@ -12,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
-from fedtune.records import DevicePlan, TaskName
+from fedtune.records import (
+    ChannelChoice,
+    DevicePlan,
+    LoraScale,
+    ScalingName,
+    StartName,
+    TaskName,
+    TrainingWay,
+    WayName,
+)
 from fedtune.v1 import fedtune_pb2 as pb
 from fedtune.wire import fields
 from fedtune.wire.packing import WireDtype
@@ -46,6 +55,8 @@ __all__ = [
 
 OptimizerName = Literal["adamw", "adamw-8bit", "sgd"]
 MAX_ROUND = 10**9
+_PLAIN = TrainingWay()
+_ONE = LoraScale()
 _MAX_SEED = 2**64 - 1
 
 
@@ -73,6 +84,7 @@ class OptimizerSpec:
         final_learning_rate: at its last; linear between.
         max_gradient_norm: 0 means no clipping.
         keep: start AdamW from what the device's earlier rounds left of it.
+        way: what is trained, from where, and at which share of the learning rate.
     """
 
     name: OptimizerName = "adamw"
@@ -83,6 +95,7 @@ class OptimizerSpec:
     beta2: float = 0.999
     max_gradient_norm: float = 1.0
     keep: bool = False
+    way: TrainingWay = _PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +107,7 @@ class TrainInstruction:
         seed: of this device in this round.
         tensors_digest: hex sha256 of the packed tensors beside the message.
         evaluate: measure held-out loss before training.
-        scale: alpha / rank of every LoRA pair beside the message.
+        scale: of the LoRA pairs beside the message, by their rank.
         labels: class names of the whole fleet, in index order; empty unless classifying.
         wire_dtype: of the tensors to send back.
     """
@@ -107,7 +120,7 @@ class TrainInstruction:
     seed: int
     tensors_digest: str
     evaluate: bool = True
-    scale: float = 1.0
+    scale: LoraScale = _ONE
     labels: tuple[str, ...] = ()
     wire_dtype: WireDtype = "float32"
 
@@ -145,7 +158,7 @@ class EvaluateInstruction:
     base_digest: str
     plan: DevicePlan
     tensors_digest: str
-    scale: float = 1.0
+    scale: LoraScale = _ONE
     labels: tuple[str, ...] = ()
 
 
@@ -212,13 +225,15 @@ def encode_train_instruction(instruction: TrainInstruction) -> bytes:
             beta2=optimizer.beta2,
             max_gradient_norm=optimizer.max_gradient_norm,
             keep=optimizer.keep,
+            way=_way_message(optimizer.way),
         ),
         seed=instruction.seed,
         tensors_digest=instruction.tensors_digest,
         evaluate=instruction.evaluate,
-        scale=instruction.scale,
+        scale=instruction.scale.value,
         labels=instruction.labels,
         wire_dtype=instruction.wire_dtype,
+        scaling=instruction.scale.scaling,
     )
     return message.SerializeToString(deterministic=True)
 
@@ -239,7 +254,7 @@ def decode_train_instruction(data: bytes) -> TrainInstruction:
         seed=fields.whole(message.seed, "seed", 0, _MAX_SEED),
         tensors_digest=fields.text(message.tensors_digest, "tensors_digest"),
         evaluate=message.evaluate,
-        scale=_scale(message.scale),
+        scale=_scale(message.scale, message.scaling),
         labels=_labels(message.labels),
         wire_dtype=cast(
             WireDtype, fields.one_of(message.wire_dtype, "wire_dtype", get_args(WireDtype))
@@ -263,6 +278,7 @@ def _optimizer_record(message: pb.OptimizerSpec) -> OptimizerSpec:
             message.max_gradient_norm, "optimizer.max_gradient_norm", 0.0
         ),
         keep=message.keep,
+        way=_way_record(message.way) if message.HasField("way") else TrainingWay(),
     )
 
 
@@ -272,8 +288,39 @@ def _labels(values: Sequence[str]) -> tuple[str, ...]:
     return tuple(fields.text(label, "labels") for label in values)
 
 
-def _scale(value: float) -> float:
-    return fields.real(value, "scale", 1e-9, 1e6)
+def _scale(value: float, scaling: str) -> LoraScale:
+    names = get_args(ScalingName)
+    return LoraScale(
+        fields.real(value, "scale", 1e-9, 1e6),
+        cast(ScalingName, fields.one_of(scaling or "constant", "scaling", names)),
+    )
+
+
+def _way_message(way: TrainingWay) -> pb.TrainingWay:
+    return pb.TrainingWay(
+        name=way.name,
+        start=way.start,
+        layer_rate_decay=way.layer_rate_decay,
+        flops_share=way.flops_share,
+        allora_eta=way.allora_eta,
+        channels=way.channels,
+        seed=way.seed,
+    )
+
+
+def _way_record(message: pb.TrainingWay) -> TrainingWay:
+    name = fields.one_of(message.name, "way.name", get_args(WayName))
+    start = fields.one_of(message.start, "way.start", get_args(StartName))
+    channels = fields.one_of(message.channels, "way.channels", get_args(ChannelChoice))
+    return TrainingWay(
+        name=cast(WayName, name),
+        start=cast(StartName, start),
+        layer_rate_decay=fields.real(message.layer_rate_decay, "way.layer_rate_decay", 1e-3, 1.0),
+        flops_share=fields.real(message.flops_share, "way.flops_share", 1e-6, 1.0),
+        allora_eta=fields.real(message.allora_eta, "way.allora_eta", 1e-3, 1e3),
+        channels=cast(ChannelChoice, channels),
+        seed=fields.whole(message.seed, "way.seed", 0, _MAX_SEED),
+    )
 
 
 def encode_train_report(report: TrainReport) -> bytes:
@@ -322,8 +369,9 @@ def encode_evaluate_instruction(instruction: EvaluateInstruction) -> bytes:
         base_digest=instruction.base_digest,
         plan=plan_message(instruction.plan),
         tensors_digest=instruction.tensors_digest,
-        scale=instruction.scale,
+        scale=instruction.scale.value,
         labels=instruction.labels,
+        scaling=instruction.scale.scaling,
     )
     return message.SerializeToString(deterministic=True)
 
@@ -341,7 +389,7 @@ def decode_evaluate_instruction(data: bytes) -> EvaluateInstruction:
         base_digest=fields.text(message.base_digest, "base_digest"),
         plan=plan_record(message.plan),
         tensors_digest=fields.text(message.tensors_digest, "tensors_digest"),
-        scale=_scale(message.scale),
+        scale=_scale(message.scale, message.scaling),
         labels=_labels(message.labels),
     )
 

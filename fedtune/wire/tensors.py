@@ -12,7 +12,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedtune.errors import ProtocolError
-from fedtune.records import DevicePlan, Dispatch, FloatArray, LoraFactors, MatrixShape
+from fedtune.records import (
+    DevicePlan,
+    Dispatch,
+    FloatArray,
+    LoraFactors,
+    MatrixShape,
+    Scale,
+    scale_of,
+)
 from fedtune.wire.packing import (
     Shape,
     WireDtype,
@@ -159,12 +167,12 @@ def unpack_dispatch(
     plan: DevicePlan,
     shapes: Mapping[str, MatrixShape],
     dense_shapes: Mapping[str, Shape],
-    scale: float = 1.0,
+    scale: Scale = 1.0,
 ) -> Dispatch:
     """Read what a device was sent.
 
     Args:
-        scale: of every LoRA pair; the instruction beside the tensors holds it.
+        scale: of the LoRA pairs; the instruction beside the tensors holds it.
 
     Raises:
         ProtocolError: the tensors are not those of the plan; the message names the first.
@@ -174,13 +182,15 @@ def unpack_dispatch(
 
 
 def dispatch_from_tensors(
-    tensors: Mapping[str, FloatArray], plan: DevicePlan, scale: float = 1.0
+    tensors: Mapping[str, FloatArray], plan: DevicePlan, scale: Scale = 1.0
 ) -> Dispatch:
     """The dispatch that named arrays make; their shapes are already checked."""
     trained, dense = update_from_tensors(tensors, plan, scale)
     tail = {
         matrix.name: LoraFactors(
-            tensors[f"{matrix.name}.tail_a"], tensors[f"{matrix.name}.tail_b"], scale
+            tensors[f"{matrix.name}.tail_a"],
+            tensors[f"{matrix.name}.tail_b"],
+            scale_of(scale, matrix.rank),
         )
         for matrix in plan.matrices
         if f"{matrix.name}.tail_a" in tensors
@@ -189,12 +199,12 @@ def dispatch_from_tensors(
 
 
 def update_from_tensors(
-    tensors: Mapping[str, FloatArray], plan: DevicePlan, scale: float = 1.0
+    tensors: Mapping[str, FloatArray], plan: DevicePlan, scale: Scale = 1.0
 ) -> tuple[dict[str, LoraFactors], dict[str, FloatArray]]:
     """Trained factors by matrix, and dense parameters by name; shapes are already checked."""
     factors = {
-        name: LoraFactors(tensors[f"{name}.a"], tensors[f"{name}.b"], scale)
-        for name in plan.ranks()
+        name: LoraFactors(tensors[f"{name}.a"], tensors[f"{name}.b"], scale_of(scale, rank))
+        for name, rank in plan.ranks().items()
     }
     dense = {
         name.removeprefix("dense."): np.asarray(value)

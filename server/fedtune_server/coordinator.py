@@ -29,7 +29,9 @@ from fedtune.records import (
     FleetPlan,
     FloatArray,
     GlobalAdapter,
+    LoraScale,
     ModelShapes,
+    TrainingWay,
 )
 from fedtune.settings import RunConfig
 from fedtune.wire.checkpoint import prune_checkpoints, write_checkpoint
@@ -81,7 +83,7 @@ class Coordinator:
             run=self._run_id,
             base_digest=shapes.digest,
             shapes=shapes.by_name(),
-            scale=config.lora.scale,
+            scale=LoraScale(config.lora.scale, config.lora.scaling),
             wire_dtype=config.wire.dtype,
             weights=config.aggregate.weights,
             minimum_devices=config.run.minimum_devices,
@@ -276,6 +278,15 @@ class Coordinator:
             beta2=train.beta2,
             max_gradient_norm=train.max_gradient_norm,
             keep=train.keep_optimizer,
+            way=TrainingWay(
+                name=train.way,
+                start=self._config.lora.start,
+                layer_rate_decay=train.layer_rate_decay,
+                flops_share=train.flops_share,
+                allora_eta=train.allora_eta,
+                channels=train.channels,
+                seed=self._config.run.seed,
+            ),
         )
 
     def _checkpoint(self, adapter: GlobalAdapter, momentum: GlobalAdapter | None) -> None:

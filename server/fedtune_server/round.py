@@ -19,6 +19,7 @@ from fedtune.records import (
     Dispatch,
     Event,
     GlobalAdapter,
+    LoraScale,
     MatrixShape,
     SiteReport,
 )
@@ -52,7 +53,7 @@ class RoundTerms:
     run: str
     base_digest: str
     shapes: Mapping[str, MatrixShape]
-    scale: float
+    scale: LoraScale
     wire_dtype: WireDtype
     weights: str
     minimum_devices: int

@@ -163,6 +163,18 @@ def test_an_effective_config_reads_back_the_same(write: Write, tmp_path: Path) -
             ["train.keep_optimizer=true", "simulation.backend=ray"],
             "train.keep_optimizer goes with simulation.backend = 'inprocess': 'ray' moves devices",
         ),
+        (
+            ["train.way=s2ft", "lora.start=eva"],
+            "train.way 's2ft' takes the place of lora.start = 'eva'",
+        ),
+        (
+            ["train.way=s2ft", "aggregate.rule=zero-pad"],
+            "'zero-pad' averages A apart from B, and with train.way = 's2ft' devices choose",
+        ),
+        (
+            ["lora.start=pissa", "aggregate.rule=zero-pad"],
+            "'zero-pad' averages A apart from B, and with lora.start = 'pissa' devices choose",
+        ),
         (["run.minimum_devices=3"], "run.minimum_devices = 3: expected at most 2, the devices"),
         (["run.devices_per_round=3"], "run.devices_per_round = 3: expected at most 2"),
         (

@@ -93,7 +93,7 @@ class Desk:
     def evaluation(self, plan: DevicePlan, packed: bytes) -> EvaluateInstruction:
         order = self.order(plan, packed)
         return EvaluateInstruction(
-            "run-1", 3, order.base_digest, plan, order.tensors_digest, 1.0, self.labels
+            "run-1", 3, order.base_digest, plan, order.tensors_digest, order.scale, self.labels
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
+from fedtune.records import TrainingWay
 from fedtune.wire import messages
 from fedtune.wire.flower import EVALUATE, TRAIN, from_record, to_record
 from fedtune_client import together as together_module
@@ -17,6 +18,7 @@ from fedtune_client.together import SideBySide, make_side_by_side
 from fedtune_server.simulation.grid import InProcessGrid
 
 Desk = Any  # tests/fedtune_client/conftest.py; test folders are not importable packages
+PLAIN = TrainingWay()
 NAMES = ("east", "north", "south", "west")
 
 
@@ -24,10 +26,16 @@ def side_by_side(desk: Desk, most: int = 8) -> SideBySide:
     return SideBySide(SimulatedFleet(desk.config.model_dump_json()), most)
 
 
-def order(desk: Desk, partition: int, **changes: Any) -> Message:
+def order(
+    desk: Desk,
+    partition: int,
+    way: TrainingWay = PLAIN,
+    **changes: Any,
+) -> Message:
     plan = desk.plan(NAMES[partition], **changes)
     packed = desk.tensors(plan)
-    body = messages.encode_train_instruction(desk.order(plan, packed))
+    optimizer = messages.OptimizerSpec(way=way)
+    body = messages.encode_train_instruction(desk.order(plan, packed, optimizer=optimizer))
     return Message(to_record(TRAIN, body, packed), 1000 + partition, TRAIN)
 
 
@@ -66,6 +74,26 @@ def test_together_and_alone_answer_with_the_same_bytes(desk: Desk, passes: list[
     alone, together = ask(desk, None), ask(desk, side_by_side(desk))
     assert passes == [4]
     assert sorted(alone) == sorted(together) == [1000, 1001, 1002, 1003]
+    for node, reply in alone.items():
+        assert without_seconds(reply) == without_seconds(together[node])
+
+
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        (TrainingWay("allora"), [4]),
+        (TrainingWay(layer_rate_decay=0.5), [4]),
+        (TrainingWay("s2ft"), []),
+        (TrainingWay("greentrainer", flops_share=0.5), []),
+        (TrainingWay(start="pissa"), []),
+    ],
+    ids=["allora", "decay", "s2ft", "greentrainer", "pissa"],
+)
+def test_ways_go_together_where_only_the_optimiser_differs(
+    desk: Desk, passes: list[int], way: TrainingWay, expected: list[int]
+) -> None:
+    alone, together = ask(desk, None, way=way), ask(desk, side_by_side(desk), way=way)
+    assert passes == expected
     for node, reply in alone.items():
         assert without_seconds(reply) == without_seconds(together[node])
 

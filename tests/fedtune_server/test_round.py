@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.aggregate.rules import Rule, make_rule
 from fedtune.errors import RoundError
-from fedtune.records import DevicePlan, GlobalAdapter, MatrixPlan
+from fedtune.records import DevicePlan, GlobalAdapter, LoraScale, MatrixPlan
 from fedtune.wire.flower import EVALUATE, TRAIN
 from fedtune.wire.messages import OptimizerSpec
 from fedtune.wire.packing import pack_tensors, tensors_digest
@@ -30,7 +30,7 @@ class Table:
         self.rule: Rule = make_rule("delta", 8)
         self.start: GlobalAdapter = self.rule.start(fake.shapes.matrices, {})
         fields: dict[str, Any] = {
-            "scale": 2.0,
+            "scale": LoraScale(2.0),
             "wire_dtype": "float32",
             "weights": "uniform",
             "minimum_devices": 1,
@@ -94,7 +94,7 @@ def test_every_device_is_sent_its_plan_its_tensors_and_the_runs_terms(fleet_of: 
     sent = prepare(table.rule, table.start, table.plans(), table.terms, 4)
     assert [order.plan for order in table.fake.orders] == table.plans()
     for order in table.fake.orders:
-        assert (order.run, order.round, order.scale, order.seed) == ("run-1", 4, 2.0, 0)
+        assert (order.run, order.round, order.scale.value, order.seed) == ("run-1", 4, 2.0, 0)
         assert order.base_digest == table.fake.shapes.digest
         assert order.tensors_digest == tensors_digest(sent[order.plan.device].packed)
         assert order.evaluate

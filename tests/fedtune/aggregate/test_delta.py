@@ -16,6 +16,7 @@ from fedtune.records import (
     Dispatch,
     GlobalAdapter,
     LoraFactors,
+    LoraScale,
     MatrixPlan,
     MatrixShape,
 )
@@ -202,3 +203,17 @@ def test_a_device_that_holds_all_directions_holds_the_whole_update(scale: float)
         adapter, plan("d", 16), scale=scale, rng=np.random.default_rng(0)
     )
     assert error(sent.trained["w"].product(), adapter.matrices["w"].product()) < 1e-6
+
+
+def test_scales_by_rank_fold_and_join_exactly() -> None:
+    rule = Delta(rank_cap=60)
+    adapter, scale = warm_state(rule), LoraScale(2.0, "rank-stabilised")
+    sent = [
+        rule.dispatch(adapter, plan(f"d{r}", r), scale=scale, rng=np.random.default_rng(0))
+        for r in (4, 9)
+    ]
+    assert [s.trained["w"].scale for s in sent] == [1.0, 2.0 / 3.0]
+    assert [truncation_rank(adapter.matrices["w"], s.trained["w"]) for s in sent] == [4, 9]
+    contributions = [train(f"d{i}", s, seed=i, weight=i + 1.0) for i, s in enumerate(sent)]
+    joined = rule.join(adapter, contributions)
+    assert error(joined.matrices["w"].product(), reference(adapter, contributions)) < 1e-6

@@ -14,7 +14,7 @@ from fedtune.aggregate.directions import (
     split_triplets,
 )
 from fedtune.aggregate.low_rank import Pair, recompress
-from fedtune.records import DevicePlan, Dispatch, GlobalAdapter, MatrixPlan
+from fedtune.records import DevicePlan, Dispatch, GlobalAdapter, LoraScale, MatrixPlan, Scale
 
 
 def matrix(rank: int, tail: int = 0) -> MatrixPlan:
@@ -52,12 +52,12 @@ def adapter(rank: int = 6) -> GlobalAdapter:
     return GlobalAdapter(1, {"w": low_rank, "x": low_rank})
 
 
-def dispatch(plan: DevicePlan, seed: int = 0) -> Dispatch:
+def dispatch(plan: DevicePlan, seed: int = 0, scale: Scale = 0.5) -> Dispatch:
     return dispatch_directions(
         adapter(),
         plan,
         partial(choose_directions, fresh_rank=0),
-        scale=0.5,
+        scale=scale,
         rng=np.random.default_rng(seed),
     )
 
@@ -101,3 +101,14 @@ def test_a_frozen_matrix_can_still_have_a_tail() -> None:
     sent = dispatch(device(matrix(0, tail=2)))
     assert sent.trained == {}
     assert sent.tail["w"].rank == 2
+
+
+def test_a_stabilised_scale_goes_by_the_trained_rank_and_leaves_the_product() -> None:
+    plan = device(matrix(4, tail=2), replace(matrix(0, tail=3), name="x"))
+    plain, stabilised = dispatch(plan), dispatch(plan, scale=LoraScale(0.5, "rank-stabilised"))
+    assert stabilised.trained["w"].scale == stabilised.tail["w"].scale == 0.25
+    assert stabilised.tail["x"].scale == 0.5
+    for name in ("trained", "tail"):
+        for key, pair in getattr(plain, name).items():
+            other = getattr(stabilised, name)[key]
+            assert np.abs(pair.product() - other.product()).max() < 1e-5

@@ -210,6 +210,41 @@ def test_layers_together_equal_plain_autograd(dtype: torch.dtype, tolerance: flo
         assert error < tolerance
 
 
+def test_b_alone_gets_the_gradient_that_it_gets_beside_a() -> None:
+    group = Group(torch.float64)
+    whole = group.results(adapted_products(group.x, group.layers))
+    held = [f for layer in group.layers if (f := layer.factors) is not None]
+    for factors in held:
+        factors.a.requires_grad_(False)
+    attach({str(i): layer for i, layer in enumerate(group.layers)}, {"0": held[0], "2": held[1]})
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = adapted_products(group.x, group.layers)
+    torch.autograd.backward(outputs, group.gradients)
+    assert group.x.data_ptr() not in kept
+    # Outputs, then x, then a and b of each layer.
+    for i, factors in enumerate(held):
+        assert factors.a.grad is None
+        assert factors.b.grad is not None
+        torch.testing.assert_close(factors.b.grad, whole[len(outputs) + 2 + 2 * i])
+    assert group.x.grad is not None
+    torch.testing.assert_close(group.x.grad, whole[len(outputs)])
+
+
+def test_whoever_observes_a_layer_sees_its_inputs() -> None:
+    group = Group(torch.float32)
+    seen: list[Tensor] = []
+    group.layers[1].observe = seen.append
+    adapted_products(group.x, group.layers)
+    (rows,) = seen
+    assert torch.equal(rows, group.x.reshape(-1, IN))
+
+
 def test_layers_together_equal_the_layers_one_by_one() -> None:
     group = Group(torch.float64)
     together = group.results(adapted_products(group.x, group.layers))

@@ -16,8 +16,10 @@ from fedtune.records import (
     DevicePlan,
     DeviceProfile,
     FormatName,
+    LoraScale,
     MatrixPlan,
     SiteReport,
+    TrainingWay,
 )
 from fedtune.v1 import fedtune_pb2 as pb
 from fedtune.wire import fields
@@ -66,11 +68,21 @@ TRAIN = m.TrainInstruction(
     round=3,
     base_digest="ab" * 32,
     plan=PLAN,
-    optimizer=m.OptimizerSpec("adamw-8bit", 0.1, 0.05, 0.01, 0.8, 0.9, 0.0, keep=True),
+    optimizer=m.OptimizerSpec(
+        "adamw-8bit",
+        0.1,
+        0.05,
+        0.01,
+        0.8,
+        0.9,
+        0.0,
+        keep=True,
+        way=TrainingWay("s2ft", "eva", 0.9, 0.25, 2.0, "weight", seed=2**64 - 1),
+    ),
     seed=2**64 - 1,
     tensors_digest="cd" * 32,
     evaluate=False,
-    scale=2.0,
+    scale=LoraScale(2.0, "rank-stabilised"),
     labels=("no", "yes"),
 )
 TRAINED = m.TrainReport(
@@ -83,7 +95,9 @@ TRAINED = m.TrainReport(
     tensors_digest="cd" * 32,
     metrics={"train_loss": 2.5, "seconds": 1.0},
 )
-EVALUATE = m.EvaluateInstruction("demo-1", 0, "ab" * 32, PLAN, "cd" * 32, 0.5, ("no", "yes"))
+EVALUATE = m.EvaluateInstruction(
+    "demo-1", 0, "ab" * 32, PLAN, "cd" * 32, LoraScale(0.5, "rank-stabilised"), ("no", "yes")
+)
 EVALUATED = m.EvaluateReport("demo-1", 0, "site-a", {"held_out_loss": 2.0})
 TASK = m.TaskSpec("demo-1", "causal-lm", "ab" * 32, ("a", "b"), 7)
 
@@ -189,12 +203,33 @@ def test_a_plan_out_of_range_is_refused_by_the_name_of_its_field(data: bytes, wo
         m.decode_train_instruction(data)
 
 
+def _way(**changes: object) -> m.OptimizerSpec:
+    return m.OptimizerSpec(way=replace(TrainingWay(), **changes))  # type: ignore[arg-type]
+
+
+def test_an_instruction_without_a_way_or_a_scaling_means_plain_lora() -> None:
+    """As coordinators sent it before there were ways."""
+    message = pb.TrainInstruction.FromString(m.encode_train_instruction(TRAIN))
+    message.optimizer.ClearField("way")
+    message.ClearField("scaling")
+    found = m.decode_train_instruction(message.SerializeToString())
+    assert found.optimizer.way == TrainingWay()
+    assert found.scale == LoraScale(2.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"round": 0}, "round: expected 1..1000000000, got 0"),
-        ({"scale": 0.0}, "scale: expected 1e-09..1e"),
-        ({"scale": float("inf")}, "scale: expected a finite number, got inf"),
+        ({"scale": LoraScale(0.0)}, "scale: expected 1e-09..1e"),
+        ({"scale": LoraScale(float("inf"))}, "scale: expected a finite number, got inf"),
+        ({"scale": LoraScale(1.0, "loud")}, "scaling: expected one of constant, rank-stabilised"),
+        ({"optimizer": _way(name="dora")}, "way.name: expected one of lora, allora"),
+        ({"optimizer": _way(start="zero")}, "way.start: expected one of random, eva"),
+        ({"optimizer": _way(channels="all")}, "way.channels: expected one of random, weight"),
+        ({"optimizer": _way(layer_rate_decay=1.5)}, "way.layer_rate_decay: expected 0.001..1"),
+        ({"optimizer": _way(flops_share=0.0)}, "way.flops_share: expected 1e-06..1, got 0"),
+        ({"optimizer": _way(allora_eta=0.0)}, "way.allora_eta: expected 0.001..1000, got 0"),
         ({"run": "x" * 513}, "run: expected at most 512 characters, got 513"),
         ({"run": "a\x1b[31mb"}, "run: expected printable characters"),
         ({"labels": ("a", "a")}, "labels: 'a' comes twice"),

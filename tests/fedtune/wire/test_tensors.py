@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from fedtune.errors import ProtocolError
-from fedtune.records import DevicePlan, Dispatch, LoraFactors, MatrixPlan, MatrixShape
+from fedtune.records import (
+    DevicePlan,
+    Dispatch,
+    LoraFactors,
+    LoraScale,
+    MatrixPlan,
+    MatrixShape,
+)
 from fedtune.wire.tensors import (
     dispatch_shapes,
     dispatch_tensors,
@@ -111,6 +118,21 @@ def test_an_update_is_the_same_after_its_way() -> None:
     tensors = unpack_tensors(data, update_shapes(PLAN, SHAPES, DENSE))
     trained, dense = update_from_tensors(tensors, PLAN, 2.0)
     same(Dispatch(trained=trained, dense=dense), sent)
+
+
+def test_device_and_coordinator_read_the_same_scale_out_of_a_rank() -> None:
+    """On q two directions are trained, on k none; a tail has the scale of its matrix."""
+    scale = LoraScale(2.0, "rank-stabilised")
+    packed = pack_tensors(dispatch_tensors(dispatch({"q": 3, "k": 1})), "float32")
+    found = unpack_dispatch(packed, PLAN, SHAPES, DENSE, scale)
+    assert found.trained["q"].scale == found.tail["q"].scale == pytest.approx(2.0 / 2**0.5)
+    assert found.trained["v"].scale == found.tail["k"].scale == 2.0
+    data = pack_tensors(update_tensors(found.trained, found.dense), "float32")
+    tensors = unpack_tensors(data, update_shapes(PLAN, SHAPES, DENSE))
+    trained, _ = update_from_tensors(tensors, PLAN, scale)
+    assert {n: f.scale for n, f in trained.items()} == {
+        n: f.scale for n, f in found.trained.items()
+    }
 
 
 @pytest.mark.parametrize(
