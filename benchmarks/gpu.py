@@ -305,6 +305,8 @@ def _cells(contender: str, shape: str, smoke: bool) -> list[Cell]:
     workloads = SMOKE_WORKLOADS if smoke else WORKLOADS
     if contender in (OURS, CAPTURED):  # nothing to gain by grouping where nothing is padded
         workloads = tuple(w for w in workloads if w != "grouped")
+    if contender == CAPTURED and not smoke:  # a recomputed block is not recorded
+        workloads = tuple(w for w in workloads if (shape, w) not in CHECKPOINTED)
     return [Cell(contender, shape, w, (shape, w) in CHECKPOINTED) for w in workloads]
 
 

@@ -11,7 +11,7 @@ prompt without loss; Hugging Face pads them, and its second row has them grouped
 pool of 400, as its Trainer does on request. Speed is real tokens per second, padding not counted.
 Memory is the most that the process holds over what it held with its model built.
 
-`--quick` takes the 15M shape, two contenders and few steps.
+`--quick` takes the 15M shape, two contenders and few steps; with `--smoke` as well, one timed step.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ FULL = {
     "1B width, 2 layers": Size(ALL, {"64": 9, "512": 5, "ragged": 4}),
 }
 QUICK = {"15M": Size((RIVAL, OURS), {"64": 9, "512": 4, "ragged": 4}, grouped=False)}
+SMOKE = {"15M": Size((RIVAL, OURS), {"64": 2, "512": 2, "ragged": 2}, grouped=False)}
 
 
 @dataclass
@@ -325,8 +326,10 @@ def preface(threads: int) -> str:
 
 
 def main() -> int:
-    arguments = parse_arguments(__doc__ or "")
-    sizes = QUICK if arguments.quick else FULL
+    arguments = parse_arguments(
+        __doc__ or "", lambda parser: parser.add_argument("--smoke", action="store_true")
+    )
+    sizes = (SMOKE if arguments.smoke else QUICK) if arguments.quick else FULL
     body, found, threads, gap = [], {}, 0, 0.0
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)

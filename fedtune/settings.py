@@ -243,9 +243,10 @@ class TrainSection(Section):
         "`fp32` in a simulation, so that a seed gives one result on every machine",
     )
     cuda_graph: GraphUse = Field(
-        "off",
+        "auto",
         description="record training steps on a GPU as CUDA graphs and replay them; `auto`: where "
-        "it can be done, for micro-batches whose form comes again; `on`: all, or refuse",
+        "it can be done and memory is plenty, for micro-batches whose form comes again; `on`: all, "
+        "or refuse",
     )
     tune_allocator: bool = Field(
         True, description="keep freed memory in a training process for its next step (glibc)"

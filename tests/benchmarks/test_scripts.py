@@ -25,7 +25,7 @@ def run(script: str, *options: str) -> str:
 
 
 def test_the_quick_step_benchmark_gives_its_figures_and_the_same_loss() -> None:
-    found = json.loads(run("train_step.py", "--quick", "--json").splitlines()[-1])
+    found = json.loads(run("train_step.py", "--quick", "--smoke", "--json").splitlines()[-1])
     assert set(found) == {
         "speedup_ragged",
         "speedup_small",

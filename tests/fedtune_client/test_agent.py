@@ -12,7 +12,7 @@ import torch
 
 import fedtune_client.agent as agent_module
 from fedtune.errors import ModelError, ProtocolError
-from fedtune.records import DeviceProfile
+from fedtune.records import DeviceProfile, GraphUse
 from fedtune.train.compute import compute_dtype
 from fedtune.train.round import train_round
 from fedtune.wire.messages import OptimizerSpec
@@ -304,3 +304,16 @@ def test_an_accelerator_that_is_not_there_is_refused(
 def test_a_site_without_its_base_says_so(desk: Desk) -> None:
     with pytest.raises(ModelError, match="no/such/model"):
         Agent(replace(desk.site(), model_path="no/such/model"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "budget", "expected"),
+    [("auto", 150, "auto"), ("auto", 149, "off"), ("on", 100, "on"), ("off", 1000, "off")],
+)
+def test_steps_are_recorded_unasked_only_where_memory_is_plenty(
+    desk: Desk, asked: GraphUse, budget: int, expected: GraphUse
+) -> None:
+    site = desk.site(1)
+    profile = replace(site.profile, memory_bytes=budget)
+    agent = Agent(replace(site, profile=profile, cuda_graph=asked))
+    assert agent._graph_use(replace(desk.plan("north"), peak_bytes=100)) == expected

@@ -130,6 +130,60 @@ def test_a_device_that_is_refused_fails_alone(desk: Desk, passes: list[int]) -> 
     assert "north: the tensors do not have the sha256" in str(failed.error.reason)
 
 
+def test_a_device_that_breaks_a_pass_fails_alone(
+    desk: Desk, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune_client import agent as agent_module
+
+    alone = ask(desk, None)
+
+    def refuse(*_: Any) -> Any:
+        raise MemoryError("too much for all of them")
+
+    monkeypatch.setattr(together_module, "Share", refuse)
+    real, trained = agent_module.train_round, iter(range(4))
+
+    def fail_second(*arguments: Any, **named: Any) -> Any:
+        if next(trained) == 1:
+            raise MemoryError("the second asks for too much")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(agent_module, "train_round", fail_second)
+    found = ask(desk, side_by_side(desk))
+    assert "asks for too much" in str(found[1001].error.reason)
+    for node in (1000, 1002, 1003):
+        assert without_seconds(found[node]) == without_seconds(alone[node])
+    assert passes == []
+
+
+def evaluation(desk: Desk, partition: int) -> Message:
+    plan = desk.plan(NAMES[partition])
+    packed = desk.tensors(plan)
+    body = messages.encode_evaluate_instruction(desk.evaluation(plan, packed))
+    return Message(to_record(EVALUATE, body, packed), 1000 + partition, EVALUATE)
+
+
+def test_measurements_together_are_those_of_each_alone(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    real = together_module.held_out_losses
+
+    def count(backbone: Any, devices: Any, *rest: Any) -> Any:
+        measured.append(len(devices))
+        return real(backbone, devices, *rest)
+
+    monkeypatch.setattr(together_module, "held_out_losses", count)
+    app = make_simulated_client_app(desk.config)
+    bodies = []
+    for together in (None, side_by_side(desk)):
+        with InProcessGrid(app, 4, together=together) as grid:
+            replies = grid.send_and_receive([evaluation(desk, i) for i in range(4)])
+        bodies.append(sorted(from_record(reply.content, EVALUATE)[0] for reply in replies))
+    assert bodies[0] == bodies[1]
+    assert measured == [4]
+
+
 def test_plans_that_cut_batches_otherwise_do_not_go_together(desk: Desk) -> None:
     together = side_by_side(desk)
     key = together.key(order(desk, 0))

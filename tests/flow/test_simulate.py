@@ -62,7 +62,7 @@ def test_a_device_of_few_bits_spends_what_it_has_left_on_single_matrices(
     tree: Tree, play: Play, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
-    tree["fleet"]["board"] |= {"formats": ["q2", "q3"], "format": "q2", "memory": "1 MB"}
+    tree["fleet"]["board"] |= {"formats": ["q2", "q3"], "format": "q2", "memory": "1.3 MB"}
     pinned = play(copy.deepcopy(tree) | {"outputs": {"folder": str(tmp_path / "a"), "exports": []}})
     del tree["fleet"]["board"]["format"]
     mixed = play(tree)

@@ -69,7 +69,10 @@ def test_commented_examples_are_valid(tmp_path: Path) -> None:
 def test_comments_give_range_and_choices() -> None:
     text = render_run_file(TemplateName.CAUSAL_LM)
     assert "# highest rank that a device trains (>= 1, <= 1024)\nrank_max = 16\n" in text
-    assert "# rule of a local step (adamw | adamw-8bit | sgd)\n" in text
+    assert (
+        "# rule of a local step; `adamw-8bit` needs bitsandbytes (adamw | adamw-8bit | sgd)\n"
+        in text
+    )
     assert "# budget of one training process on the device, bytes (such as 8 GB or 512 MiB)" in text
     assert max(len(line) for line in text.splitlines()) <= 100
 
