@@ -11,7 +11,7 @@ Devices go together when their plans cut the batches alike. Their ranks may diff
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate as running_sums
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fedtune.errors import ModelError
-from fedtune.lora.linear import Factors, FactorsSideBySide, Rows, attach, detach
+from fedtune.lora.beside import attached_beside
+from fedtune.lora.linear import Rows
 from fedtune.model.backbone import Backbone
 from fedtune.model.loss import (
     Batch,
@@ -87,33 +88,31 @@ def train_side_by_side(
                 "train side by side; train them one by one"
             )
         devices = [device_factors(backbone, s.dispatch, trainable=True) for s in shares]
-        rows = Rows()
-        attach(backbone.layers, _beside(devices, rows))
-        try:
-            set_checkpointing(backbone, plan.checkpointing)
-            steps = len(shares[0].batches)
-            steppers = [
-                RoundOptimizer(
-                    trained_tensors(factors),
-                    optimizer,
-                    steps,
-                    memory=share.memory,
-                    rate_shares=layer_shares(backbone.layers, optimizer.way.layer_rate_decay),
-                )
-                for factors, share in zip(devices, shares, strict=True)
-            ]
-            losses: list[list[float]] = [[] for _ in shares]
-            for step in range(steps):
-                found = _accumulate(backbone, shares, step, plan.micro_batch, pad_id, rows)
+        with attached_beside(backbone.layers, devices) as rows:
+            try:
+                set_checkpointing(backbone, plan.checkpointing)
+                steps = len(shares[0].batches)
+                steppers = [
+                    RoundOptimizer(
+                        trained_tensors(factors),
+                        optimizer,
+                        steps,
+                        memory=share.memory,
+                        rate_shares=layer_shares(backbone.layers, optimizer.way.layer_rate_decay),
+                    )
+                    for factors, share in zip(devices, shares, strict=True)
+                ]
+                losses: list[list[float]] = [[] for _ in shares]
+                for step in range(steps):
+                    found = _accumulate(backbone, shares, step, plan.micro_batch, pad_id, rows)
+                    for stepper in steppers:
+                        stepper.step()
+                    for own, loss in zip(losses, found, strict=True):
+                        own.append(loss)
                 for stepper in steppers:
-                    stepper.step()
-                for own, loss in zip(losses, found, strict=True):
-                    own.append(loss)
-            for stepper in steppers:
-                stepper.keep()
-        finally:
-            set_checkpointing(backbone, False)
-            detach(backbone.layers)
+                    stepper.keep()
+            finally:
+                set_checkpointing(backbone, False)
     seconds = (time.perf_counter() - started) / len(shares)
     return [
         RoundResult(
@@ -126,16 +125,6 @@ def train_side_by_side(
         )
         for factors, share, own in zip(devices, shares, losses, strict=True)
     ]
-
-
-def _beside(
-    devices: Sequence[Mapping[str, Factors]], rows: Rows
-) -> dict[str, Factors | FactorsSideBySide]:
-    names = sorted({name for factors in devices for name in factors})
-    return {
-        name: FactorsSideBySide(tuple(factors.get(name) for factors in devices), rows)
-        for name in names
-    }
 
 
 def _accumulate(
