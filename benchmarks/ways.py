@@ -104,7 +104,7 @@ class Size:
 
 
 SIZES = {"text": Size(40, 16, 8, 240), "classes": Size(20, 8, 8, 240)}
-QUICK_SIZES = {"text": Size(24, 16, 8, 96)}
+QUICK_SIZES = {"text": Size(12, 16, 8, 96)}
 
 
 @dataclass(frozen=True)
@@ -461,8 +461,8 @@ _PREFACE = (__doc__ or "").split("\n\n", 2)[2].split("\n\n`--quick`")[0] + "\n\n
 _READING = """
 
 Over three seeds no way is clearly ahead of plain LoRA; what differs is cost. EVA and S2FT are
-behind on the classes, where no learning rate was chosen for them. S2FT keeps less where
-blocks are not fused, and moves half the numbers. GreenTrainer saves time from the second step on, for a loss that
+behind on the classes, at plain LoRA's learning rate. S2FT keeps less where blocks are not fused,
+and moves half the numbers. GreenTrainer saves time from the second step on, for a loss that
 is behind on the text and level on the classes. QST costs least by far and is level where a new head
 does most of the work; on the text it is far behind.
 """
