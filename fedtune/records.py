@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,8 @@ FormatName: TypeAlias = Literal[
 ]
 """How a frozen matrix is held: in floats, in blocks of 2 to 8 bits per weight with
 double-quantised scales (`nf4`: QLoRA's levels; `q2` to `q8`: the better of two codebooks), in
-8-bit integers with a scale per row, or as bitsandbytes holds it."""
+8-bit integers with a scale per row, or as bitsandbytes holds it. Their order is the one in which a
+plan tries them."""
 
 ComputeName: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 """In which dtype a device multiplies; `auto` is measured there."""
@@ -49,19 +50,7 @@ ScalingName: TypeAlias = Literal["constant", "rank-stabilised"]
 GraphUse: TypeAlias = Literal["auto", "on", "off"]
 """Whether a device records its training step as CUDA graphs."""
 
-BACKBONE_FORMATS: tuple[FormatName, ...] = (
-    "fp32",
-    "bf16",
-    "fp16",
-    "q8",
-    "int8",
-    "q4",
-    "nf4",
-    "q3",
-    "q2",
-    "bnb-int8",
-    "bnb-nf4",
-)
+BACKBONE_FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 """All formats in the order in which they are tried: our own, best first, then bitsandbytes'."""
 
 BLOCK_BITS: Mapping[FormatName, int] = {"q8": 8, "q4": 4, "nf4": 4, "q3": 3, "q2": 2}
