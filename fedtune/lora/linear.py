@@ -170,7 +170,7 @@ def adapted_products(
     Args:
         x: the input of every layer; its dtype is the one to compute in.
     """
-    outputs = _Products.apply(x, tuple(layers), *factor_tensors(layers))  # type: ignore[no-untyped-call]
+    outputs = Products.apply(x, tuple(layers), *factor_tensors(layers))  # type: ignore[no-untyped-call]
     return tuple(
         # A bias that is trained whole needs its own gradient.
         y + layer.bias if layer.bias is not None and layer.bias.requires_grad else y
@@ -394,7 +394,7 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------- the product
 
 
-class _Products(torch.autograd.Function):
+class Products(torch.autograd.Function):
     """x W^T + s (x A^T) B^T + c of several layers, for trained and frozen factors together.
 
     Rows are cut by device; each has a stack of its own.

@@ -26,7 +26,7 @@ from fedtune.kernels.dispatch import (
     swiglu,
     swiglu_backward_,
 )
-from fedtune.lora.linear import AdaptedLinear, _Products, factor_tensors
+from fedtune.lora.linear import AdaptedLinear, Products, factor_tensors
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -175,7 +175,7 @@ class _NormedProducts(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         y, inverse = norm.of(rows)
         inside = _Inside((ctx.needs_input_grad[0], False, *ctx.needs_input_grad[4:]))
-        outputs = _Products.forward(inside, y.view(x.shape), layers, *pairs)  # type: ignore[no-untyped-call]
+        outputs = Products.forward(inside, y.view(x.shape), layers, *pairs)  # type: ignore[no-untyped-call]
         if rotation is not None:
             rotation.turn_(outputs)
         ctx.save_for_backward(rows, inverse, *inside.drop(y))
@@ -190,7 +190,7 @@ class _NormedProducts(torch.autograd.Function):
             gradients = tuple(g.contiguous() for g in gradients)
             ctx.rotation.turn_(gradients, inverse=True)
         inside.restore(kept, ctx.norm.of(rows)[0] if inside.misses else None)
-        found, _, *pairs = _Products.backward(inside, *gradients)  # type: ignore[no-untyped-call]
+        found, _, *pairs = Products.backward(inside, *gradients)  # type: ignore[no-untyped-call]
         inside.saved_tensors = ()
         if found is not None:
             found = ctx.norm.back(found.view(rows.shape), rows, inverse).view(ctx.shape)
@@ -203,7 +203,7 @@ class _GatedProduct(torch.autograd.Function):
         product = _activated(gate, up, activation)
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         inside = _Inside((needed, False, *ctx.needs_input_grad[4:]))
-        (y,) = _Products.forward(inside, product, (layer,), *pairs)  # type: ignore[no-untyped-call]
+        (y,) = Products.forward(inside, product, (layer,), *pairs)  # type: ignore[no-untyped-call]
         ctx.save_for_backward(gate, up, *inside.drop(product))
         ctx.inside, ctx.activation = inside, activation
         return y
@@ -221,7 +221,7 @@ class _GatedProduct(torch.autograd.Function):
         if inside.misses:
             made = _activated(gate, up, ctx.activation).view(-1, gate.shape[-1])
         inside.restore(kept, made)
-        found, _, *pairs = _Products.backward(inside, gradient)  # type: ignore[no-untyped-call]
+        found, _, *pairs = Products.backward(inside, gradient)  # type: ignore[no-untyped-call]
         inside.saved_tensors = ()
         if found is None:
             return None, None, None, None, *pairs
