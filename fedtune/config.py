@@ -105,13 +105,15 @@ def _anchor_paths(tree: dict[str, object], folder: Path) -> None:
         return text
 
     data, model, plan = tree.get("data"), tree.get("model"), tree.get("plan")
+    importance = tree.get("importance")
     if isinstance(data, dict):
         for key in ("train", "test"):
             if key in data:
                 data[key] = anchored(data[key])
         if isinstance(data.get("sites"), dict):
             data["sites"] = {name: anchored(value) for name, value in data["sites"].items()}
-    for section, key in ((model, "path"), (plan, "distortion")):
+    named = ((model, "path"), (plan, "distortion"), (plan, "file"), (importance, "file"))
+    for section, key in named:
         if isinstance(section, dict) and key in section:
             section[key] = anchored(section[key])
 

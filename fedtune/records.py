@@ -47,6 +47,11 @@ ChannelChoice: TypeAlias = Literal["random", "weight", "activation"]
 """Which input channels S2FT trains: drawn by the run's seed, or those of the largest norm."""
 ScalingName: TypeAlias = Literal["constant", "rank-stabilised"]
 """How the factor of an update depends on its rank."""
+ImportanceMethod: TypeAlias = Literal[
+    "spectrum", "sensitivity", "activation", "adalora", "uniform", "random"
+]
+"""What the gain of each further rank of a matrix is read from; `docs/importance.md` compares
+them."""
 GraphUse: TypeAlias = Literal["auto", "on", "off"]
 """Whether a device records its training step as CUDA graphs."""
 
@@ -182,10 +187,32 @@ class ImportanceReport:
     Attributes:
         gain_per_rank: matrix name -> non-increasing gains of rank 1, 2, ...; any positive unit.
         tokens: how many tokens the numbers rest on; 0 for a prior.
+        method: how they were found.
     """
 
     gain_per_rank: Mapping[str, tuple[float, ...]]
     tokens: int = 0
+    method: ImportanceMethod = "uniform"
+
+
+@dataclass(frozen=True, slots=True)
+class CostCalibration:
+    """What one measured step of a device class says of its closed-form predictions.
+
+    Attributes:
+        seconds_factor: measured seconds of a step over the predicted.
+        bytes_factor: measured peak bytes beyond the idle process over the predicted.
+    """
+
+    seconds_factor: float = 1.0
+    bytes_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("seconds_factor", "bytes_factor"):
+            value = getattr(self, name)
+            _require(
+                math.isfinite(value) and value > 0, f"{name} must be a positive number, got {value}"
+            )
 
 
 # ---------------------------------------------------------------- the plan

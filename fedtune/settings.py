@@ -18,6 +18,7 @@ from fedtune.records import (
     ComputeName,
     FormatName,
     GraphUse,
+    ImportanceMethod,
     ScalingName,
     StartName,
     TaskName,
@@ -310,11 +311,76 @@ class DeviceClassSection(Section):
     micro_batch: int = Field(0, ge=0, description="pin the samples per forward pass; 0: planned")
 
 
+class ImportanceSection(Section):
+    """How the weights that matter are found before the fleet is planned."""
+
+    method: ImportanceMethod = Field(
+        "uniform",
+        description="what the gain of a further rank is read from: spectra of the gradient "
+        "(`spectrum`), |weight x gradient| (`sensitivity`), the inputs (`activation`), the "
+        "sensitivity of singular triplets (`adalora`), nothing (`uniform`), or a draw (`random`)",
+    )
+    batches: int = Field(
+        4, ge=1, description="batches of `train.batch_size` samples that a device measures on"
+    )
+    devices: int = Field(
+        0, ge=0, description="devices that measure, drawn by the seed; 0: all of them"
+    )
+    file: str = Field(
+        "",
+        description="a report that an earlier run left (`importance.json`); empty: measured by "
+        "the devices before round 1",
+    )
+
+
 class PlanSection(Section):
-    """Limits of the whole fleet."""
+    """Limits and aims of the whole fleet's plan."""
 
     round_seconds: float = Field(
         0.0, ge=0, description="longest planned round in seconds; 0: no limit"
+    )
+    makespan_weight: float = Field(
+        1.0,
+        ge=0,
+        description="how much a shorter round counts; a plan is chosen by gain to the power of "
+        "`gain_weight` over seconds to the power of this; 0: only what is learned counts",
+    )
+    gain_weight: float = Field(
+        1.0, ge=0, description="how much what the devices learn in a round counts; see above"
+    )
+    steps: Literal["planned", "equal"] = Field(
+        "planned",
+        description="`planned`: slow devices take fewer local steps; `equal`: all take "
+        "`train.local_steps`, unless `round_seconds` forbids it",
+    )
+    max_bytes: Bytes = Field(
+        0, description="largest update of any device in a round, such as '5 MB'; 0: no limit"
+    )
+    shortest_sequence: int = Field(
+        0,
+        ge=0,
+        description="a device that cannot carry samples of `data.max_tokens` may cut them down "
+        "to this many tokens; 0: it may not",
+    )
+    solver: Literal["milp", "greedy"] = Field(
+        "milp",
+        description="`milp`: a mixed-integer program refines the greedy plan within "
+        "`solver_seconds`; `greedy`: the greedy plan",
+    )
+    solver_seconds: float = Field(
+        20.0, gt=0, description="longest time that the whole fleet's programs may take"
+    )
+    file: str = Field(
+        "", description="a plan to follow, as `fedtune plan` writes it (`--plan`); empty: planned"
+    )
+    replan: bool = Field(
+        True, description="plan a device anew when its time or memory is not as planned"
+    )
+    replan_threshold: float = Field(
+        0.25,
+        gt=0,
+        description="share by which measured seconds may differ from the plan's before it is "
+        "made anew",
     )
     checkpointing: bool = Field(True, description="allow gradient checkpointing to save memory")
     widths: Literal["mixed", "uniform"] = Field(
@@ -378,6 +444,11 @@ class SimulationSection(Section):
     accelerator: Literal["cpu", "cuda"] = Field(
         "cpu", description="where the simulated devices compute; their budgets stay their own"
     )
+    clock: Literal["virtual", "measured"] = Field(
+        "virtual",
+        description="`virtual`: a device takes the seconds that its class predicts, and nothing "
+        "is planned anew; `measured`: those that it takes on this machine",
+    )
 
 
 ExportName = Literal["merged", "peft", "onnx"]
@@ -402,6 +473,7 @@ class RunConfig(Section):
     fleet: dict[str, DeviceClassSection] = Field(min_length=1)
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
+    importance: ImportanceSection = ImportanceSection()
     plan: PlanSection = PlanSection()
     aggregate: AggregateSection = AggregateSection()
     wire: WireSection = WireSection()

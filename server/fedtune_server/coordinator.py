@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from fedtune.aggregate.rules import make_rule
 from fedtune.aggregate.server_step import apply_server_step
 from fedtune.plan.describe import plan_rows
+from fedtune.plan.from_config import plan_pins, plan_settings
 from fedtune.plan.mixing import may_mix
 from fedtune.plan.settings import Pins, PlanSettings
 from fedtune.plan.solve import plan_fleet
@@ -45,9 +46,6 @@ from fedtune_server.schedule import learning_rate
 
 _HEAD_STD = 0.02
 """Standard deviation of a fresh task head; the initialiser range of BERT and Llama."""
-
-_NO_CAP = 4096
-"""Highest rank that a message may name."""
 
 _REPORTED_PACKAGES = ("fedtune", "flwr", "numpy", "torch", "transformers", "bitsandbytes")
 
@@ -150,35 +148,9 @@ class Coordinator:
     def _plan(self, fleet: Fleet) -> FleetPlan:
         config = self._config
         profiles = [report.profile for report in fleet.reports.values()]
-        whole = self._rule.tail == "whole"
-        tails = {"planned": config.lora.tail_rank, "none": 0, "whole": _NO_CAP}
-        settings = PlanSettings(
-            rank_max=config.lora.rank_max,
-            rank_cap=_NO_CAP if whole else config.lora.rank_cap,
-            tail=tails[self._rule.tail],
-            batch_size=config.train.batch_size,
-            local_steps=config.train.local_steps,
-            sequence_length=config.data.max_tokens,
-            checkpointing=config.plan.checkpointing,
-            round_seconds=config.plan.round_seconds,
-            wire_itemsize=2 if config.wire.dtype == "float16" else 4,
-            dense_parameters=sum(int(np.prod(s)) for s in fleet.dense_shapes.values()),
-            task=config.model.task,
-            whole_tail=whole,
-            correction_rank=config.plan.correction_rank,
-            compute_itemsize=2 if config.train.compute in ("bf16", "fp16") else 4,
-        )
-        pins = {
-            name: Pins(
-                rank=section.rank,
-                rank_max=section.rank_max,
-                format=section.format,
-                correction_rank=section.correction_rank,
-                micro_batch=section.micro_batch,
-                upload_bytes=section.upload,
-            )
-            for name, section in config.fleet.items()
-        }
+        dense_parameters = sum(int(np.prod(shape)) for shape in fleet.dense_shapes.values())
+        settings = plan_settings(config, dense_parameters, self._rule.tail)
+        pins = plan_pins(config)
         plan = self._solve(profiles, settings, pins)
         rows = plan_rows(plan, profiles, self._shapes)
         self._folder.write_json("plan.json", rows)

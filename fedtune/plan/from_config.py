@@ -1,0 +1,57 @@
+"""What a run file tells the planner, in the planner's own terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from fedtune.plan.settings import Pins, PlanSettings
+from fedtune.settings import RunConfig
+
+NO_CAP = 4096
+"""Highest rank that a message may name."""
+
+Tail = Literal["planned", "none", "whole"]
+"""What a rule sends of the joined adapter beside the directions that are trained."""
+
+
+def plan_settings(config: RunConfig, dense_parameters: int, tail: Tail) -> PlanSettings:
+    """What every device of the run shares.
+
+    Args:
+        dense_parameters: parameters that are trained whole (a task head).
+        tail: as the aggregation rule has it.
+    """
+    whole = tail == "whole"
+    tails = {"planned": config.lora.tail_rank, "none": 0, "whole": NO_CAP}
+    return PlanSettings(
+        rank_max=config.lora.rank_max,
+        rank_cap=NO_CAP if whole else config.lora.rank_cap,
+        tail=tails[tail],
+        batch_size=config.train.batch_size,
+        local_steps=config.train.local_steps,
+        sequence_length=config.data.max_tokens,
+        checkpointing=config.plan.checkpointing,
+        round_seconds=config.plan.round_seconds,
+        wire_itemsize=2 if config.wire.dtype == "float16" else 4,
+        dense_parameters=dense_parameters,
+        task=config.model.task,
+        whole_tail=whole,
+        correction_rank=config.plan.correction_rank,
+        compute_itemsize=2 if config.train.compute in ("bf16", "fp16") else 4,
+    )
+
+
+def plan_pins(config: RunConfig) -> Mapping[str, Pins]:
+    """Device class -> what the run file fixes for it."""
+    return {
+        name: Pins(
+            rank=section.rank,
+            rank_max=section.rank_max,
+            format=section.format,
+            correction_rank=section.correction_rank,
+            micro_batch=section.micro_batch,
+            upload_bytes=section.upload,
+        )
+        for name, section in config.fleet.items()
+    }
