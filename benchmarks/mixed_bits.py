@@ -12,7 +12,7 @@ full-precision base, on held-out rows that no device has: stories260k on e2e_nlg
 restaurants as sites, loss per response token) and MiniLM on the demo's topics (loss per text).
 Everything runs through the same simulation as `fedtune simulate`; all ranks are 8.
 
-`--quick` takes a third of MiniLM's matrices, and for repair one seed, 4 devices and fewer rounds of
+`--quick` takes six of MiniLM's matrices, and for repair one seed, 4 devices and fewer rounds of
 stories260k alone.
 """
 
@@ -123,7 +123,7 @@ class Size:
 
 
 FULL = Size(2, 6, 5, (0, 1, 2), 24)
-QUICK = Size(1, 3, 4, (0,), 96)
+QUICK = Size(1, 2, 3, (0,), 96)
 
 
 def fleet(size: Size, correction_rank: int) -> dict[str, dict[str, object]]:
@@ -237,10 +237,13 @@ def repair(name: str, shared: Path, size: Size) -> dict[str, Any]:
 # ---------------------------------------------------------------- both
 
 
+_SOME = ("query", "key", "value")
+
+
 def _bases(shared: Path, quick: bool) -> dict[str, tuple[Path, tuple[str, ...]]]:
     from fedtune.cli.demo_files import installed_encoder
 
-    some = ("query", "value")
+    some = tuple(f"layer.{block}.attention.self.{name}" for block in (0, 5) for name in _SOME)
     return {
         "stories260k": (shared / "models" / "stories260k", ("all-linear",)),
         "minilm": (installed_encoder(), some if quick else ("all-linear",)),

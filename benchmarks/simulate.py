@@ -15,7 +15,7 @@ memory: the largest sum of what the processes of the run have in memory for them
 sampled ten times a second (for Ray that is its own processes too). The adapters of a fleet must be
 the same bytes however it is run.
 
-`--quick` takes fewer rounds: 8 devices beside Ray, and 32 beside one by one.
+`--quick` takes fewer rounds: 8 devices beside Ray, and 24 beside one by one.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ WAYS: Mapping[str, tuple[str, ...]] = {
 }
 FULL = {8: 12, 64: 6, 1000: 2}
 """Devices -> rounds, the first of which is not timed."""
-QUICK = {8: 3, 32: 2}
-LEFT_OUT = {False: {(1000, RAY)}, True: {(8, ONE_BY_ONE), (32, RAY)}}
+QUICK = {8: 2, 24: 2}
+LEFT_OUT = {False: {(1000, RAY)}, True: {(8, ONE_BY_ONE), (24, RAY)}}
 
 RUN = """\
 [run]
