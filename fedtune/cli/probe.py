@@ -115,7 +115,8 @@ def _measured_facts(found: Probe, measured: Measurement) -> Iterator[tuple[str, 
             f"{measured.accelerator_name}, compute capability {measured.capability}, {free} free "
             f"of {bytes_text(measured.accelerator_total_bytes)}",
         )
-    place = "GPU" if measured.accelerator != "cpu" else f"{measured.threads} threads"
+    threads = f"{measured.threads} thread{'s' if measured.threads > 1 else ''}"
+    place = "GPU" if measured.accelerator != "cpu" else threads
     for name, rate in measured.matmul_flops_per_s.items():
         chosen = ", what train.compute = 'auto' picks" if name == measured.compute else ""
         yield f"{name} products", f"{_flops_text(rate)} ({place}{chosen})"
@@ -165,11 +166,10 @@ def _show_catalogue(as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({name: _class_json(entry) for name, entry in CATALOGUE.items()}))
         return
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("device")
-    for name in ("memory", "fp32", "16 bit", "bandwidth", "link"):
-        table.add_column(name, justify="right")
-    table.add_column("auto is")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("device", no_wrap=True)
+    for name in ("memory", "fp32\nTFLOP/s", "16 bit\nTFLOP/s", "memory\nGB/s", "link\nMB/s"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("figures of")
     for entry in CATALOGUE.values():
         table.add_row(*(Text(cell) for cell in _cells(entry)))
@@ -191,12 +191,11 @@ def _cells(entry: DeviceClass) -> Iterator[str]:
     half = rates.get("bf16", rates.get("fp16"))
     yield entry.name
     yield bytes_text(entry.budget_bytes)
-    yield _flops_text(rates["fp32"])
-    yield "-" if half is None else _flops_text(half)
-    yield f"{bytes_text(entry.memory_bandwidth_bytes_per_s)}/s"
-    yield f"{bytes_text(entry.link_bytes_per_s)}/s"
-    yield entry.compute
-    yield entry.title
+    yield f"{rates['fp32'] / 1e12:.3g}"
+    yield "-" if half is None else f"{half / 1e12:.3g}"
+    yield f"{entry.memory_bandwidth_bytes_per_s / 1e9:.0f}"
+    yield f"{entry.link_bytes_per_s / 1e6:.3g}"
+    yield entry.title.removeprefix("NVIDIA ")
 
 
 def _class_json(entry: DeviceClass) -> dict[str, object]:

@@ -124,7 +124,7 @@ def _tree(root: Path, resource: Resource) -> _Tree | None:
 
 def _groups(root: Path) -> Mapping[str, str]:
     """Resource -> this process's group; the single one of version 2 under the empty name."""
-    groups = {}
+    groups: dict[str, str] = {}
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         resources, _, path = rest.partition(":")

@@ -42,12 +42,12 @@ def free_memory(root: Path = Path("/")) -> FreeMemory:
         root: the root of the file system, for the limits of Linux.
     """
     machine = psutil.virtual_memory()
-    free = {"machine": int(machine.available)}
+    left = {"machine": int(machine.available), **_own_limits()}
     groups = [limit.free_bytes for limit in memory_limits(root)]
     if groups:
-        free["control group"] = min(groups)
-    limit = min(free | (own := _own_limits()), key=(free | own).__getitem__)
-    return FreeMemory(max(0, (free | own)[limit]), limit, int(machine.total))
+        left["control group"] = min(groups)
+    limit = min(left, key=left.__getitem__)
+    return FreeMemory(left[limit], limit, int(machine.total))
 
 
 def _own_limits() -> dict[str, int]:

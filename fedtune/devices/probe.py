@@ -15,7 +15,7 @@ from fedtune.devices.link import link_bytes_per_s
 from fedtune.devices.measurement import Measurement, fingerprint, keep, kept, package_versions
 from fedtune.devices.memory import FreeMemory, free_memory
 from fedtune.devices.processor import processor_name, usable_cores
-from fedtune.errors import MissingExtraError
+from fedtune.errors import MissingExtraError, ModelError
 from fedtune.records import DeviceProfile
 
 Report = Callable[[str], None]
@@ -134,10 +134,16 @@ def profile_of(
 
     Raises:
         MissingExtraError: the machine was probed without torch, so it cannot train.
+        ModelError: no backbone format runs on it.
     """
     measured = found.measurement
     if measured is None:
         raise MissingExtraError("torch", "train", "a device that trains")
+    if not measured.formats:
+        raise ModelError(
+            "no backbone format runs on this machine, so it cannot train; of fp32 it says: "
+            f"{measured.failed_formats.get('fp32', 'not tried')}"
+        )
     on_gpu = measured.accelerator != "cpu"
     host = max(1, int(found.memory.free_bytes * MEMORY_SHARE))
     own = int(found.accelerator_free_bytes * MEMORY_SHARE)

@@ -126,26 +126,30 @@ def probe_profile(
 
 def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of square products in a dtype; 0 where torch has none."""
-    side = _FIRST_SIDE
+    side, rate = _FIRST_SIDE, 0.0
     while True:
         try:
-            left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-            out = torch.empty_like(left)
-            seconds = _best_seconds(lambda: torch.mm(left, right, out=out), device)  # noqa: B023
+            seconds = _product_seconds(side, dtype, device)
         except RuntimeError:  # "not implemented for 'Half'"; or no memory for larger ones
-            return 0.0
+            return rate
+        rate = 2.0 * side**3 / seconds
         if side >= _LARGEST_SIDE[device.type] or 8 * seconds > _PRODUCT_S:
-            return 2.0 * side**3 / seconds
+            return rate
         side *= 2
+
+
+def _product_seconds(side: int, dtype: torch.dtype, device: torch.device) -> float:
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return _best_seconds(lambda: torch.mm(left, right, out=out), device)
 
 
 def copy_bytes_per_s(device: torch.device) -> float:
     """Bytes per second that are read and written by a copy, added up."""
-    size = _COPY_BYTES[device.type]
-    if device.type == "cpu":
-        # On a device that is nearly full, a smaller copy rather than none.
-        size = max(1 << 20, min(size, free_memory().free_bytes // 8))
-    elements = size // 4
+    on_cpu = device.type == "cpu"
+    free = free_memory().free_bytes if on_cpu else torch.cuda.mem_get_info(device)[0]
+    # On a device that is nearly full, a smaller copy rather than none.
+    elements = max(1 << 20, min(_COPY_BYTES[device.type], free // 8)) // 4
     source = torch.zeros(elements, device=device)
     target = torch.empty_like(source)
     return 2.0 * 4 * elements / _best_seconds(lambda: target.copy_(source), device)
