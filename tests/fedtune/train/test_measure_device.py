@@ -23,8 +23,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+def on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
 def test_a_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,3 +112,23 @@ def test_the_profile_of_this_machine_needs_no_more_than_a_name(tmp_path: Path) -
     (kept,) = tmp_path.iterdir()
     assert probe_profile("site", tmp_path, memory_bytes=10**8) == profile
     assert list(tmp_path.iterdir()) == [kept]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is at hand")
+def test_a_gpu_is_measured_where_there_is_one(tmp_path: Path) -> None:
+    measurer = TorchMeasurer()
+    assert measurer.facts()["gpu"] == torch.cuda.get_device_name(0)
+    measured = measurer.measure(lambda step: None)
+    assert measured.accelerator == "cuda"
+    assert measured.capability == ".".join(map(str, torch.cuda.get_device_capability(0)))
+    assert measured.compute in ("bf16", "fp16")
+    rates = measured.matmul_flops_per_s
+    assert rates[measured.compute] > rates["fp32"] > 1e11
+    # All but bitsandbytes' formats are our own to run.
+    own = {name for name in BACKBONE_FORMATS if not name.startswith("bnb-")}
+    assert own <= set(measured.formats), measured.failed_formats
+    free, total = torch.cuda.mem_get_info(0)
+    assert measured.accelerator_total_bytes == total
+    assert abs(measurer.free_accelerator_bytes() - free) < 0.1 * total
+    assert probe_profile("site", tmp_path).budget_bytes <= 0.9 * total
