@@ -58,23 +58,26 @@ def _own_limits() -> dict[str, int]:
     held = _own_sizes()
     if resource is None or not held:
         return {}
-    kinds = {
-        "ulimit -v": (resource.RLIMIT_AS, "VmSize"),
-        "ulimit -d": (resource.RLIMIT_DATA, "VmData"),
-    }
     left = {}
-    for name, (kind, size) in kinds.items():
+    for name, kind, size in (
+        ("ulimit -v", resource.RLIMIT_AS, "VmSize"),
+        ("ulimit -d", resource.RLIMIT_DATA, "VmData"),
+    ):
         soft, _ = resource.getrlimit(kind)
-        if soft != resource.RLIM_INFINITY:
+        if soft != resource.RLIM_INFINITY and size in held:
             left[name] = max(0, soft - held[size])
     return left
 
 
 def _own_sizes() -> dict[str, int]:
-    """Bytes of this process's address space and of its data, as the kernel counts them."""
+    """Bytes that the kernel says this process holds, by the names of proc_pid_status(5)."""
     try:
         text = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
         return {}
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return {name: int(fields[name].split()[0]) * 1024 for name in ("VmSize", "VmData")}
+    fields = (line.partition(":") for line in text.splitlines())
+    return {
+        name: int(value.split()[0]) * 1024
+        for name, _, value in fields
+        if name in ("VmSize", "VmData")
+    }
