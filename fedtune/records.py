@@ -130,9 +130,10 @@ class DeviceProfile:
         device_class: name of the class in the run's fleet table, or of the catalogue.
         memory_bytes: what training may use in host memory, beyond the idle process.
         accelerator: `cpu` or `cuda`.
-        matmul_flops_per_s: by dtype name (`fp32`, `bf16`).
+        matmul_flops_per_s: by dtype name (`fp32`, `bf16`, `fp16`).
         formats: backbone formats that run on the device.
         versions: package name -> version.
+        compute: the dtype that `train.compute = "auto"` picks there; `auto` where it is not known.
     """
 
     name: str
@@ -146,6 +147,7 @@ class DeviceProfile:
     link_bytes_per_s: float = 0.0
     formats: tuple[FormatName, ...] = ("fp32",)
     versions: Mapping[str, str] = field(default_factory=dict)
+    compute: ComputeName = "auto"
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "a device needs a name")

@@ -11,8 +11,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
+from fedtune.catalogue import CATALOGUE, section_values, unknown_device
 from fedtune.records import (
     ChannelChoice,
     ComputeName,
@@ -281,11 +289,20 @@ class DeviceClassSection(Section):
     """One class of devices in the fleet, and how many there are."""
 
     count: int = Field(ge=1, description="devices of this class; each holds one site")
+    device: str = Field(
+        "",
+        description="a device of the catalogue (`fedtune probe --catalogue`), for `memory`, "
+        "`flops_per_s`, `memory_bandwidth`, `link` and `formats` where they are not set",
+    )
     sites: Annotated[tuple[str, ...], BeforeValidator(_split_text)] = Field(
         (), description="sites that sit on this class; the others are dealt out by the seed"
     )
     memory: Bytes = Field(gt=0, description="budget of one training process on the device, bytes")
-    flops_per_s: float = Field(1e10, gt=0, description="floating-point operations per second")
+    flops_per_s: float = Field(
+        1e10,
+        gt=0,
+        description="floating-point operations per second in the dtype that it computes in",
+    )
     memory_bandwidth: Bytes = Field(10**10, gt=0, description="bytes per second")
     link: Bytes = Field(10**7, gt=0, description="bytes per second to and from the coordinator")
     formats: Annotated[tuple[FormatName, ...], BeforeValidator(_split_text)] = Field(
@@ -309,6 +326,26 @@ class DeviceClassSection(Section):
         "without this key: planned",
     )
     micro_batch: int = Field(0, ge=0, description="pin the samples per forward pass; 0: planned")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, values: object) -> object:
+        """What a section does not set itself, it has from its device.
+
+        It happens before anything is checked, so that the effective configuration holds the figures
+        themselves, and a run is the same when the catalogue has changed.
+        """
+        if not isinstance(values, dict) or not isinstance(values.get("device"), str):
+            return values
+        device = CATALOGUE.get(values["device"])
+        return values if device is None else section_values(device) | values
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, name: str) -> str:
+        if name and name not in CATALOGUE:
+            raise ValueError(unknown_device(name))
+        return name
 
 
 class ImportanceSection(Section):

@@ -17,7 +17,7 @@ NO_DEFAULT = {
     "model.path": "required",
     "data.train": "this or `sites`",
     "fleet.NAME.count": "required",
-    "fleet.NAME.memory": "required",
+    "fleet.NAME.memory": "this or `device`",
 }
 """Keys that the template sets because a run needs them, and what the page says instead."""
 

@@ -276,7 +276,10 @@ class Agent:
 
     @property
     def _compute(self) -> torch.dtype:
-        return compute_dtype(self._site.compute, self._torch_device)
+        asked = self._site.compute
+        # The plan counts with what the profile said; measured anew it could come out otherwise.
+        chosen = self._site.profile.compute if asked == "auto" else asked
+        return compute_dtype(chosen, self._torch_device)
 
     def _memory(self, order: TrainInstruction) -> OptimizerMemory:
         """What this run's earlier rounds left of the optimiser; of other runs nothing is kept."""

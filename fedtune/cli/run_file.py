@@ -53,6 +53,7 @@ _FLEET: Final[Mapping[str, Mapping[str, object]]] = {
     "board": {"count": 2, "memory": 4 * 10**9},
 }
 _EXAMPLES: Final[Mapping[str, str]] = {
+    "device": '"raspberry-pi-5"',
     "sites": '{ north = "north.jsonl", south = "south.jsonl" }',
     "format": '"nf4"',
     "correction_rank": "8",

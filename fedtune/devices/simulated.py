@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from fedtune.catalogue import CATALOGUE
 from fedtune.errors import ConfigError
-from fedtune.records import DeviceProfile
+from fedtune.records import ComputeName, DeviceProfile
 from fedtune.settings import DeviceClassSection
 
 
@@ -71,16 +72,28 @@ def _named_sites(fleet: Mapping[str, DeviceClassSection], sites: Sequence[str]) 
 def profile_of_class(
     site: str, class_name: str, section: DeviceClassSection, accelerator: str = "cpu"
 ) -> DeviceProfile:
-    """What a device of that class reports."""
+    """What a device of that class reports.
+
+    A device of the catalogue has a rate for each dtype; `flops_per_s` of the section, which is that
+    of the dtype it computes in, moves all of them alike.
+    """
+    device = CATALOGUE.get(section.device)
+    rates = {"fp32": section.flops_per_s}
+    compute: ComputeName = "fp32"
+    if device is not None:
+        compute = device.compute
+        scale = section.flops_per_s / device.flops_per_s[compute]
+        rates = {dtype: rate * scale for dtype, rate in device.flops_per_s.items()}
     return DeviceProfile(
         name=site,
         device_class=class_name,
-        cpu_threads=1,
+        cpu_threads=1 if device is None else device.cpu_threads,
         memory_bytes=section.memory,
         accelerator=accelerator,
         accelerator_memory_bytes=0 if accelerator == "cpu" else section.memory,
-        matmul_flops_per_s={"fp32": section.flops_per_s},
+        matmul_flops_per_s=rates,
         memory_bandwidth_bytes_per_s=float(section.memory_bandwidth),
         link_bytes_per_s=float(section.link),
         formats=section.formats,
+        compute=compute,
     )

@@ -21,7 +21,7 @@ class TaskSpec(_message.Message):
     def __init__(self, run: _Optional[str] = ..., task: _Optional[str] = ..., base_digest: _Optional[str] = ..., matrices: _Optional[_Iterable[str]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class DeviceProfile(_message.Message):
-    __slots__ = ("name", "device_class", "cpu_threads", "memory_bytes", "accelerator", "accelerator_memory_bytes", "matmul_flops_per_s", "memory_bandwidth_bytes_per_s", "link_bytes_per_s", "formats", "versions")
+    __slots__ = ("name", "device_class", "cpu_threads", "memory_bytes", "accelerator", "accelerator_memory_bytes", "matmul_flops_per_s", "memory_bandwidth_bytes_per_s", "link_bytes_per_s", "formats", "versions", "compute")
     class MatmulFlopsPerSEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class DeviceProfile(_message.Message):
     LINK_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     FORMATS_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FIELD_NUMBER: _ClassVar[int]
     name: str
     device_class: str
     cpu_threads: int
@@ -58,7 +59,8 @@ class DeviceProfile(_message.Message):
     link_bytes_per_s: float
     formats: _containers.RepeatedScalarFieldContainer[str]
     versions: _containers.ScalarMap[str, str]
-    def __init__(self, name: _Optional[str] = ..., device_class: _Optional[str] = ..., cpu_threads: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., accelerator: _Optional[str] = ..., accelerator_memory_bytes: _Optional[int] = ..., matmul_flops_per_s: _Optional[_Mapping[str, float]] = ..., memory_bandwidth_bytes_per_s: _Optional[float] = ..., link_bytes_per_s: _Optional[float] = ..., formats: _Optional[_Iterable[str]] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    compute: str
+    def __init__(self, name: _Optional[str] = ..., device_class: _Optional[str] = ..., cpu_threads: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., accelerator: _Optional[str] = ..., accelerator_memory_bytes: _Optional[int] = ..., matmul_flops_per_s: _Optional[_Mapping[str, float]] = ..., memory_bandwidth_bytes_per_s: _Optional[float] = ..., link_bytes_per_s: _Optional[float] = ..., formats: _Optional[_Iterable[str]] = ..., versions: _Optional[_Mapping[str, str]] = ..., compute: _Optional[str] = ...) -> None: ...
 
 class DenseShape(_message.Message):
     __slots__ = ("name", "shape")

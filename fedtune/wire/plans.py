@@ -9,6 +9,7 @@ from typing import cast
 from fedtune.errors import ProtocolError
 from fedtune.records import (
     BACKBONE_FORMATS,
+    ComputeName,
     DevicePlan,
     DeviceProfile,
     FormatName,
@@ -20,6 +21,7 @@ from fedtune.wire import fields
 
 MAX_DENSE_ELEMENTS = 2**31
 _MAX_BYTES = 2**50
+_COMPUTE_NAMES = ("", "fp32", "bf16", "fp16")
 
 
 def encode_site_report(report: SiteReport) -> bytes:
@@ -95,6 +97,7 @@ def _profile_message(profile: DeviceProfile) -> pb.DeviceProfile:
         link_bytes_per_s=profile.link_bytes_per_s,
         formats=profile.formats,
         versions=profile.versions,
+        compute="" if profile.compute == "auto" else profile.compute,
     )
 
 
@@ -127,7 +130,13 @@ def _profile_record(message: pb.DeviceProfile) -> DeviceProfile:
             )
             for name in sorted(message.versions)
         },
+        compute=_compute(message.compute),
     )
+
+
+def _compute(value: str) -> ComputeName:
+    """The field is empty where a device does not say, as those do that do not know the field."""
+    return cast(ComputeName, fields.one_of(value, "profile.compute", _COMPUTE_NAMES) or "auto")
 
 
 def _format(value: str, field: str) -> FormatName:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.catalogue import CATALOGUE
 from fedtune.cli.main import main
 from fedtune.settings import RunConfig
 from fedtune_server.run_folder import _FILES, _WHOLE_FOLDERS
@@ -28,7 +29,15 @@ README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 SIDE_PAGES = (ROOT / "server" / "README.md", ROOT / "client" / "README.md")
 SOURCES = ("fedtune", "server/fedtune_server", "client/fedtune_client")
-PAGES = ("quickstart", "data", "aggregation", "simulation", "exports", "run-folder")
+PAGES = (
+    "quickstart",
+    "data",
+    "devices-and-plans",
+    "aggregation",
+    "simulation",
+    "exports",
+    "run-folder",
+)
 """The pages with blocks to run."""
 
 _PEFT_WARNS = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -239,6 +248,13 @@ def test_the_folder_page_lists_every_event_with_its_fields() -> None:
     for kind, fields in emitted.items():
         if fields is not None:
             assert documented[kind] == fields, kind
+
+
+def test_the_devices_page_lists_the_catalogue() -> None:
+    text = read(ROOT / "docs" / "devices-and-plans.md").partition("\n## Probe a machine")[0]
+    rows = table_rows(text, "### Devices by name")[1:]
+    listed = {name: row[2].strip("`") for row in rows for name in _CODE.findall(row[0])}
+    assert listed == {name: entry.compute for name, entry in CATALOGUE.items()}
 
 
 def test_the_table_of_stages_names_folders_that_exist() -> None:

@@ -12,7 +12,7 @@ import torch
 
 import fedtune_client.agent as agent_module
 from fedtune.errors import ModelError, ProtocolError
-from fedtune.records import DeviceProfile, GraphUse
+from fedtune.records import ComputeName, DeviceProfile, GraphUse
 from fedtune.train.compute import compute_dtype
 from fedtune.train.round import train_round
 from fedtune.wire.messages import OptimizerSpec
@@ -285,6 +285,22 @@ def test_a_site_computes_in_its_dtype_and_scales_losses_in_float16(
     weight = option["backbone"].model.get_input_embeddings().weight
     assert weight.dtype == compute_dtype(compute, torch.device("cpu"))
     assert report.metrics["train_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("said", "asked", "expected"),
+    [
+        ("bf16", "auto", torch.bfloat16),
+        ("fp32", "auto", torch.float32),
+        ("bf16", "fp32", torch.float32),
+    ],
+)
+def test_left_to_itself_a_site_computes_in_what_its_profile_said(
+    desk: Desk, said: ComputeName, asked: ComputeName, expected: torch.dtype
+) -> None:
+    site = desk.site()
+    agent = Agent(replace(site, profile=replace(site.profile, compute=said), compute=asked))
+    assert agent._compute == expected
 
 
 def test_an_accelerator_that_is_not_there_is_refused(

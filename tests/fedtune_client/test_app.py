@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Message, RecordDict
 
+from fedtune.train.measure_device import probe_profile
 from fedtune.wire import messages
 from fedtune.wire.flower import EVALUATE, PROFILE, TRAIN, from_record, to_record
 from fedtune.wire.packing import tensors_digest
 from fedtune_client import app as app_module
 from fedtune_client.app import make_simulated_client_app
+from fedtune_client.site import SimulatedFleet, SiteSettings
 from fedtune_server.simulation.grid import InProcessGrid
 
 Desk = Any  # tests/fedtune_client/conftest.py; test folders are not importable packages
@@ -42,6 +46,33 @@ def test_the_profile_query_is_answered_by_the_nodes_own_site(
         body, tensors = from_record(ask(grid, PROFILE, content, partition).content, PROFILE)
         assert messages.decode_site_report(body).profile.name == name
         assert tensors is None
+
+
+@dataclass(frozen=True)
+class ProbedSites:
+    """Sites on this very machine: each reports what was measured of it."""
+
+    config_json: str
+    cache: Path
+
+    def __call__(self, node_config: Mapping[str, object]) -> SiteSettings:
+        site = SimulatedFleet(self.config_json)(node_config)
+        return replace(site, profile=probe_profile(site.profile.name, self.cache))
+
+
+def test_a_probed_machine_answers_the_profile_query(desk: Desk, tmp_path: Path) -> None:
+    sites = ProbedSites(desk.config.model_dump_json(), tmp_path)
+    content = to_record(PROFILE, messages.encode_task_spec(desk.spec))
+    with InProcessGrid(app_module.make_client_app(sites), 4) as grid:
+        body, _ = from_record(ask(grid, PROFILE, content, 1).content, PROFILE)
+    sent = messages.decode_site_report(body).profile
+    again = probe_profile("north", tmp_path)
+    # Measured once and read back; only the free memory may have changed in between.
+    assert replace(sent, memory_bytes=1, accelerator_memory_bytes=0) == replace(
+        again, memory_bytes=1, accelerator_memory_bytes=0
+    )
+    assert sent.compute != "auto"
+    assert sent.memory_bytes > 10**7
 
 
 def test_training_answers_with_a_report_and_the_tensors_that_it_names(

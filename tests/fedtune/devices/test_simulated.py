@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from fedtune.devices.simulated import simulated_profiles
+from fedtune.catalogue import CATALOGUE
+from fedtune.devices.simulated import profile_of_class, simulated_profiles
 from fedtune.errors import ConfigError
 from fedtune.settings import DeviceClassSection
 
@@ -70,3 +71,30 @@ def test_sites_that_cannot_be_placed_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         simulated_profiles(_with_sites(**sites), SITES, seed=0)
+
+
+def _of_catalogue(**values: object) -> DeviceClassSection:
+    return DeviceClassSection.model_validate({"count": 1, **values})
+
+
+def test_a_device_of_the_catalogue_reports_what_it_would_compute_in() -> None:
+    profile = profile_of_class("a", "card", _of_catalogue(device="gpu-8gb"))
+    device = CATALOGUE["gpu-8gb"]
+    assert profile.compute == "bf16"
+    assert profile.matmul_flops_per_s == pytest.approx(device.flops_per_s)
+    assert profile.budget_bytes == device.budget_bytes
+    assert profile.cpu_threads == device.cpu_threads
+    assert profile.device_class == "card"
+
+
+def test_the_rate_of_a_section_moves_all_dtypes_alike() -> None:
+    device = CATALOGUE["gpu-8gb"]
+    section = _of_catalogue(device="gpu-8gb", flops_per_s=device.flops_per_s["bf16"] / 10)
+    rates = profile_of_class("a", "card", section).matmul_flops_per_s
+    assert rates == pytest.approx({name: rate / 10 for name, rate in device.flops_per_s.items()})
+
+
+def test_a_class_of_ones_own_computes_as_a_simulation_does() -> None:
+    profile = profile_of_class("a", "small", FLEET["small"])
+    assert profile.compute == "fp32"
+    assert profile.matmul_flops_per_s == {"fp32": FLEET["small"].flops_per_s}

@@ -54,6 +54,7 @@ REPORT = SiteReport(
         link_bytes_per_s=1e7,
         formats=("fp32", "nf4"),
         versions={"torch": "2.13.0"},
+        compute="bf16",
     ),
     base_digest="ab" * 32,
     train_samples=100,
@@ -319,3 +320,19 @@ def test_every_backbone_format_travels(name: FormatName) -> None:
     assert m.decode_train_instruction(m.encode_train_instruction(sent)).plan == plan
     report = replace(REPORT, profile=replace(REPORT.profile, formats=(name,)))
     assert m.decode_site_report(m.encode_site_report(report)) == report
+
+
+def test_a_device_that_does_not_say_what_it_computes_in_is_one_that_does_not_know() -> None:
+    silent = replace(REPORT, profile=replace(REPORT.profile, compute="auto"))
+    message = pb.SiteReport.FromString(m.encode_site_report(silent))
+    # Devices of before the field send none.
+    assert not message.profile.compute
+    assert m.decode_site_report(message.SerializeToString()) == silent
+
+
+@pytest.mark.parametrize("value", ["auto", "int4"])
+def test_a_dtype_that_is_none_to_compute_in_is_refused(value: str) -> None:
+    message = pb.SiteReport.FromString(m.encode_site_report(REPORT))
+    message.profile.compute = value
+    with pytest.raises(ProtocolError, match=r"profile\.compute: expected one of"):
+        m.decode_site_report(message.SerializeToString())
