@@ -45,11 +45,13 @@ _TRANSPOSED_TYPES: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transfor
 """Architectures of transformers' Conv1D, which stores (in, out) where Linear stores (out, in)."""
 
 _PLAIN_HEADS: Final = frozenset(
-    "llama mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 gpt2 gpt_neo gpt_neox "
-    "gptj opt falcon stablelm".split()
+    {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi"}
+    | {"phi3", "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "falcon", "stablelm"}
 )
 """Decoders, whose classifier is one matrix without a bias."""
-_OWN_DENSE: Final = frozenset({"roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet"})
+_OWN_DENSE: Final = frozenset(
+    {"roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet"}
+)
 """Encoders whose classifier has a dense layer of its own, whatever the folder holds."""
 _POOLER: Final = re.compile(r"(^|\.)pooler\.dense\.weight$")
 
