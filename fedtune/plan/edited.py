@@ -295,12 +295,16 @@ def _check_cost(
             f"than its budget of {human_bytes(budget)}; its largest part, {part}, takes "
             f"{human_bytes(cost.parts[part])}: choose {_WAYS.get(part, 'a smaller plan')}"
         )
-    if 0 < pins.upload_bytes < cost.upload_bytes:
-        raise PlanError(
-            f"{start} sends {human_bytes(cost.upload_bytes)} a round, and "
-            f"{human_bytes(pins.upload_bytes)} are allowed; choose lower ranks, or raise "
-            f"fleet.{profile.device_class}.upload or plan.max_bytes"
-        )
+    limits = {
+        f"fleet.{profile.device_class}.upload": pins.upload_bytes,
+        "plan.max_bytes": int(getattr(settings, "upload_bytes", 0)),
+    }
+    for key, limit in limits.items():
+        if 0 < limit < cost.upload_bytes:
+            raise PlanError(
+                f"{start} sends {human_bytes(cost.upload_bytes)} a round, and {key} is "
+                f"{human_bytes(limit)}; choose lower ranks, or raise it"
+            )
     if 0 < settings.round_seconds < cost.seconds:
         raise PlanError(
             f"{start} takes {cost.seconds:.3g} s a round, and plan.round_seconds is "

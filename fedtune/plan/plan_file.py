@@ -48,6 +48,8 @@ def plan_file(
     settings: PlanSettings,
     run: str,
     calibration: Mapping[str, CostCalibration] | None = None,
+    *,
+    by_class: bool = False,
 ) -> dict[str, object]:
     """The plan as JSON values; equal plans give equal values in the same order.
 
@@ -56,6 +58,7 @@ def plan_file(
     Args:
         run: name of the run.
         calibration: device class -> what a measured step said of the predictions.
+        by_class: leave out the devices, whose names nobody knows yet.
 
     Raises:
         KeyError: the plan has a device without a profile, or a matrix without a shape.
@@ -87,7 +90,7 @@ def plan_file(
         "made_with": asdict(settings),
         "predicted": _fleet(plan, by_name),
         "classes": classes,
-        "devices": dict(sorted(devices.items())),
+        "devices": {} if by_class else dict(sorted(devices.items())),
     }
     return tree | {"checksum": checksum(tree)}
 

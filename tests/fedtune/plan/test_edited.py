@@ -292,7 +292,7 @@ def test_limits_of_what_is_sent_and_of_a_rounds_time_still_hold(tree: Any) -> No
     pins = {"desk": Pins(upload_bytes=sends)}
     assert follow_plan(written(tree), FLEET, SHAPES, SETTINGS, pins).devices
     error = refusal(tree, lambda t: None, pins={"desk": Pins(upload_bytes=sends - 1)})
-    assert "raise fleet.desk.upload" in error
+    assert "a round, and fleet.desk.upload is" in error
     error = refusal(tree, lambda t: None, settings=replace(SETTINGS, round_seconds=1e-3))
     assert "s a round, and plan.round_seconds is 0.001" in error
 
