@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedtune.cli.amounts import bytes_text, one_line, seconds_text
 from fedtune.cli.paper import PaperPlan, plan_run
-from fedtune.cli.plan_pages import MOST_GROUPS, Group, groups_of, plan_tables, rank_legend, rank_map
+from fedtune.cli.plan_pages import MOST_GROUPS, Group, groups_of, plan_tables, rank_maps
 from fedtune.config import load_run_config
 from fedtune.errors import ConfigError
 from fedtune.export.plan_picture import Panel, plan_picture
@@ -180,11 +180,8 @@ def _print(console: Console, folder: Path, paper: PaperPlan, groups: Sequence[Gr
     if len(groups) > len(shown):
         console.print(Text(f"and {len(groups) - len(shown)} more kinds of plans in {PLAN_NAME}"))
     ascii_only = "utf" not in console.encoding.lower()
-    highest = max((max(g.plan.ranks().values(), default=0) for g in shown), default=0)
-    for group in shown:
-        for line in rank_map(group, highest, console.width, ascii_only):
-            console.print(line, no_wrap=True, overflow="crop")
-    console.print(rank_legend(highest, ascii_only))
+    for line in rank_maps(shown, console.width, ascii_only):
+        console.print(line, no_wrap=True, overflow="crop")
     console.print()
     console.print(Text(_fleet_line(paper)), soft_wrap=True)
     for note in paper.notes:

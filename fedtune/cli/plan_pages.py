@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.amounts import bytes_text, one_line, seconds_text
-from fedtune.export.plan_picture import rank_grid
+from fedtune.export.plan_picture import Grid, rank_grid
 from fedtune.plan.describe import format_text, mean_bits
 from fedtune.plan.plan_file import body
 from fedtune.plan.predict import PARTS, Prediction, predict
@@ -149,36 +149,41 @@ def _depth(plan: DevicePlan, shapes: ModelShapes) -> str:
 # ---------------------------------------------------------------- ranks by matrix and layer
 
 
-def rank_map(group: Group, highest: int, width: int, ascii_only: bool) -> list[Text]:
-    """Matrices by layers, a taller mark for a higher rank.
+def rank_maps(groups: Sequence[Group], width: int, ascii_only: bool) -> Iterator[Text]:
+    """Matrices by layers for each group, a taller mark for a higher rank, and what a mark means.
 
     Where a model has more layers than the terminal has room, a mark stands for several, with the
     highest rank of them. One line says it all where no rank differs from another.
-
-    Args:
-        highest: rank of the tallest mark; the same for all classes.
     """
-    grid = rank_grid({matrix.name: matrix.rank for matrix in group.plan.matrices})
-    kinds, layers, ranks = grid.kinds, grid.layers, grid.ranks
-    title = Text(one_line(group.name, 40), style="bold")
-    if len(set(ranks.values())) == 1:
-        return [title.append(f": rank {next(iter(ranks.values()))} everywhere", style="not bold")]
-    label = max(len(kind) for kind in kinds) + 2
-    room = max(8, width - label)
-    each = -(-len(layers) // room)
-    spans = [layers[start : start + each] for start in range(0, len(layers), each)]
+    grids = [rank_grid({m.name: m.rank for m in group.plan.matrices}) for group in groups]
+    highest = max((rank for grid in grids for rank in grid.ranks.values()), default=0)
     shades = _ASCII_SHADES if ascii_only else _SHADES
-    lines = [title]
-    for kind in kinds:
-        found = ([ranks[kind, at] for at in span if (kind, at) in ranks] for span in spans)
+    for group, grid in zip(groups, grids, strict=True):
+        title, same = Text(one_line(group.name, 40), style="bold"), set(grid.ranks.values())
+        if len(same) == 1:
+            yield title.append(f": rank {same.pop()} everywhere", style="not bold")
+        else:
+            yield title
+            yield from _rank_map(grid, highest, width, shades)
+    if any(len(set(grid.ranks.values())) > 1 for grid in grids):
+        yield _legend(highest, shades)
+
+
+def _rank_map(grid: Grid, highest: int, width: int, shades: str) -> Iterator[Text]:
+    """A line per kind of matrix; a layer that lacks a kind has no mark."""
+    label = max(len(kind) for kind in grid.kinds) + 2
+    each = -(-len(grid.layers) // max(8, width - label))
+    starts = range(0, len(grid.layers), each)
+    spans = [grid.layers[start : start + each] for start in starts]
+    for kind in grid.kinds:
+        found = (
+            [grid.ranks[kind, at] for at in span if (kind, at) in grid.ranks] for span in spans
+        )
         text = "".join(shades[_shade(max(of), highest)] if of else " " for of in found)
-        lines.append(Text.assemble((f"{kind:<{label}}", "dim"), (text, "cyan")))
-    return lines
+        yield Text.assemble((f"{kind:<{label}}", "dim"), (text, "cyan"))
 
 
-def rank_legend(highest: int, ascii_only: bool) -> Text:
-    """What the marks of the maps stand for."""
-    shades = _ASCII_SHADES if ascii_only else _SHADES
+def _legend(highest: int, shades: str) -> Text:
     ranks = sorted({1, max(1, highest // 4), max(1, highest // 2), highest})
     shown = ", ".join(f"{shades[_shade(rank, highest)]} {rank}" for rank in ranks)
     return Text(f"ranks by matrix, layers left to right: {shades[0]} frozen, {shown}", style="dim")
