@@ -159,7 +159,8 @@ def _picture(run: str, groups: Sequence[Group], shapes: ModelShapes) -> str:
         )
         for group in groups[:MOST_GROUPS]
     ]
-    return plan_picture(f"Trained ranks of {run}", panels)
+    cut = f", the first {len(panels)} of {len(groups)} kinds of plans"
+    return plan_picture(f"Trained ranks of {run}{cut if len(panels) < len(groups) else ''}", panels)
 
 
 def _backbone(group: Group, shapes: ModelShapes) -> str:

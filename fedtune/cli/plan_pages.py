@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -12,7 +12,7 @@ from rich.text import Text
 from fedtune.cli.amounts import bytes_text, one_line, seconds_text
 from fedtune.export.plan_picture import Grid, rank_grid
 from fedtune.plan.describe import format_text, mean_bits
-from fedtune.plan.plan_file import body
+from fedtune.plan.plan_file import kinds_of
 from fedtune.plan.predict import PARTS, Prediction, predict
 from fedtune.plan.settings import PlanSettings
 from fedtune.records import DevicePlan, DeviceProfile, FleetPlan, ModelShapes
@@ -57,10 +57,9 @@ def groups_of(
     """
     order = {name: place for place, name in enumerate(classes)}
     by_name = {profile.name: profile for profile in profiles}
-    members: dict[tuple[str, Hashable], list[DevicePlan]] = {}
-    for device in plan.devices:
-        key = by_name[device.device].device_class, body(device)
-        members.setdefault(key, []).append(device)
+    members: dict[tuple[str, int], list[DevicePlan]] = {}
+    for device, kind in zip(plan.devices, kinds_of(plan.devices), strict=True):
+        members.setdefault((by_name[device.device].device_class, kind), []).append(device)
     ordered = sorted(members.items(), key=lambda item: (order[item[0][0]], -len(item[1])))
     of_class = [device_class for (device_class, _), _ in ordered]
     groups: list[Group] = []

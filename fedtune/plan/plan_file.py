@@ -18,8 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 
 from fedtune.plan.describe import form_text
 from fedtune.plan.predict import Prediction, predict
@@ -37,6 +37,7 @@ LAYOUT = "fedtune-plan-1"
 NUMBERS = ("micro_batch", "batch_size", "sequence_length", "local_steps")
 """Keys of an entry that are whole numbers and fields of a `DevicePlan` alike."""
 
+_SCALARS = tuple(f for f in fields(DevicePlan) if f.name not in ("device", "matrices"))
 _FIGURES = 6
 """Significant figures of predicted seconds: more would differ between machines."""
 
@@ -77,10 +78,12 @@ def plan_file(
     classes: dict[str, object] = {}
     devices: dict[str, object] = {}
     for name, members in sorted(of_class.items()):
-        usual = most_common(members)
+        kinds = kinds_of(members)
+        most = Counter(kinds).most_common(1)[0][0]  # of equally many, the first
+        usual = members[kinds.index(most)]
         classes[name] = _entry(usual) | {"predicted": predicted(usual)}
-        for device in members:
-            other = _difference(device, usual)
+        for device, kind in zip(members, kinds, strict=True):
+            other = _difference(device, usual) if kind != most else {}
             named = {"class": name, **other, "predicted": predicted(device)} if other else name
             devices[device.device] = named
     tree: dict[str, object] = {
@@ -107,15 +110,23 @@ def checksum(tree: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
 
 
-def most_common(plans: Sequence[DevicePlan]) -> DevicePlan:
-    """The plan that most of some devices have; of equally many, the first."""
-    counts = Counter(body(plan) for plan in plans)
-    return max(plans, key=lambda plan: counts[body(plan)])
+def kinds_of(plans: Sequence[DevicePlan]) -> list[int]:
+    """A number for each plan, from 0: the same for plans that differ in nothing but whose they are.
 
-
-def body(plan: DevicePlan) -> Hashable:
-    """All of a plan but whose it is."""
-    return replace(plan, device="")
+    Thousands of devices have a few kinds of plans, and most of them the same tuple of matrices,
+    which is then compared once.
+    """
+    tuples: dict[tuple[MatrixPlan, ...], int] = {}
+    seen: dict[int, int] = {}  # a tuple in memory -> the number of its content
+    kinds: dict[tuple[object, ...], int] = {}
+    found = []
+    for plan in plans:
+        held = id(plan.matrices)
+        if held not in seen:
+            seen[held] = tuples.setdefault(plan.matrices, len(tuples))
+        scalars = tuple(getattr(plan, field.name) for field in _SCALARS)
+        found.append(kinds.setdefault((seen[held], *scalars), len(kinds)))
+    return found
 
 
 def fleet_pace(plan: FleetPlan, class_of: Mapping[str, str]) -> tuple[float, tuple[str, ...]]:
