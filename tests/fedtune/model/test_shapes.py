@@ -256,6 +256,8 @@ def test_headers_alone_tell_bases_apart_and_leave_the_digest_of_the_weights_empt
     file.write_bytes(bytes(content))
     assert read_shapes(base, ALL, headers_only=True).headers == whole.headers
     assert read_shapes(base, ALL).digest != whole.digest
+    write_model(tmp_path, {"layers.0.up.weight": (6, 4), "layers.1.to.weight": (6, 4)})
+    assert read_shapes(base, ALL, headers_only=True).headers != whole.headers
     write_model(tmp_path, tensors, rope_theta=5)
     assert read_shapes(base, ALL, headers_only=True).headers != whole.headers
     write_model(tmp_path, {**tensors, "norm.weight": (4,)})

@@ -198,6 +198,16 @@ def test_what_a_device_says_for_all_matrices_goes_before_its_classs_single_ones(
     assert followed["anna"].ranks()[UP.format(0)] == 7
 
 
+def test_a_tail_never_goes_beyond_what_the_coordinator_keeps(tree: Any) -> None:
+    def edit(tree: dict[str, Any]) -> None:
+        tree["classes"]["desk"] |= {"rank": 11, "ranks": {UP.format(0): 12}, "tail": 4}
+
+    carl = follow_plan(written(tree, edit), FLEET, SHAPES, SETTINGS).by_device()["carl"]
+    assert {m.name: m.tail_rank for m in carl.matrices} == {
+        m.name: 0 if m.name == UP.format(0) else 1 for m in carl.matrices
+    }
+
+
 def test_a_whole_tail_is_the_rules_and_not_the_files(tree: Any) -> None:
     settings = replace(SETTINGS, whole_tail=True, rank_cap=4096)
     fleet = [replace(device, memory_bytes=10**8) for device in FLEET]

@@ -40,8 +40,12 @@ def device(memory: int, **fields: object) -> DeviceProfile:
 
 @pytest.mark.parametrize("memory", [1_200_000, 1_700_000, 2_500_000, 50_000_000])
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
-def test_a_plan_read_back_costs_what_the_planner_wrote(memory: int, accelerator: str) -> None:
-    profile = device(memory * 2, accelerator=accelerator, accelerator_memory_bytes=memory * 2)
+@pytest.mark.parametrize("formats", [("fp32", "nf4"), ("nf4",)])
+def test_a_plan_read_back_costs_what_the_planner_wrote(
+    memory: int, accelerator: str, formats: tuple[str, ...]
+) -> None:
+    given = {"accelerator": accelerator, "accelerator_memory_bytes": memory * 2}
+    profile = device(memory * 2, formats=formats, **given)
     (plan,) = plan_fleet([profile], SHAPES, SETTINGS).devices
     found = predict(plan, profile, SHAPES, SETTINGS)
     assert found.peak_bytes == plan.peak_bytes
