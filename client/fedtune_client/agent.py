@@ -121,7 +121,6 @@ class Agent:
         self._tokenizer = _tokenizer(self._folder)
         self.pad_id = pad_id(self._tokenizer)
         self._samples: dict[tuple[str, ...], tuple[SampleSet, SampleSet]] = {}
-        self._shorter: dict[tuple[tuple[str, ...], int], list[Sample]] = {}
         self._memories: dict[str, OptimizerMemory] = {}
         self._loss_scale = LossScale()
 
@@ -189,13 +188,13 @@ class Agent:
             ProtocolError: as for `train`.
         """
         dispatch, backbone = self._accept(order, packed)
-        plan, held_out = order.plan, self._tokenised(order.labels)[1]
-        samples = self._training_samples(order.labels, plan.sequence_length)
-        if not samples:
+        train, held_out = self._tokenised(order.labels)
+        if not train.samples:
             raise ProtocolError(f"{self.name}: there is no sample to train on; plan without it")
+        plan = order.plan
         taken = plan.batch_size * plan.local_steps
         picked = stream(
-            len(samples),
+            len(train.samples),
             [order.seed, zlib.crc32(self.name.encode("utf-8"))],
             (order.round - 1) * taken,
             taken,
@@ -203,7 +202,7 @@ class Agent:
         return Work(
             backbone=backbone,
             dispatch=dispatch,
-            batches=_batches(samples, picked, plan.batch_size),
+            batches=_batches(train.samples, picked, plan.batch_size),
             memory=self._memory(order) if order.optimizer.keep else None,
             held_out=held_out.samples if order.evaluate else (),
         )
@@ -294,18 +293,6 @@ class Agent:
                 labels: (build_samples(rows.train, builder), build_samples(rows.held_out, builder))
             }
         return self._samples[labels]
-
-    def _training_samples(self, labels: tuple[str, ...], longest: int) -> Sequence[Sample]:
-        """Samples to train on; a plan may want them shorter than the run, to save memory."""
-        samples = self._tokenised(labels)[0].samples
-        if longest >= self._site.data.max_tokens:
-            return samples
-        if (labels, longest) not in self._shorter:
-            data = self._site.data.model_copy(update={"max_tokens": longest})
-            builder = SampleBuilder(self._tokenizer, data, labels)
-            cut = (builder.fit(sample) for sample in samples)
-            self._shorter = {(labels, longest): [sample for sample in cut if sample is not None]}
-        return self._shorter[labels, longest]
 
     def _accept(self, order: Order, packed: bytes) -> tuple[Dispatch, Backbone]:
         """Check an instruction, and have its tensors and its backbone ready."""

@@ -102,24 +102,6 @@ def test_a_round_returns_the_planned_tensors_and_says_what_it_did(desk: Desk) ->
     assert {"held_out_loss", "held_out_units", "train_loss", "seconds"} <= report.metrics.keys()
 
 
-def test_a_plan_of_shorter_samples_cuts_those_that_are_trained_and_no_others(
-    desk: Desk, trained_on: list[list[Any]]
-) -> None:
-    agent = desk.agent()
-    for longest in (40, 16, 40):
-        plan = desk.plan("east", sequence_length=longest)
-        packed = desk.tensors(plan)
-        agent.train(desk.order(plan, packed), packed)
-    whole, cut, again = ([sample.tokens.tolist() for sample in part] for part in trained_on)
-    assert max(map(len, whole)) > 16
-    assert cut == [tokens[:16] for tokens in whole]
-    assert again == whole
-    plan = desk.plan("east", sequence_length=1)
-    packed = desk.tensors(plan)
-    with pytest.raises(ProtocolError, match="there is no sample to train on"):
-        agent.train(desk.order(plan, packed), packed)
-
-
 def test_the_same_order_gives_the_same_bytes(desk: Desk) -> None:
     plan = desk.plan("east", format="nf4")
     packed = desk.tensors(plan)
