@@ -7,6 +7,7 @@ planner wrote into its plans.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
@@ -137,4 +138,8 @@ def memory_parts(peak: PeakBytes) -> dict[str, int]:
 
 
 def _scaled(parts: Mapping[str, int], factor: float) -> dict[str, int]:
-    return {part: round(size * factor) for part, size in parts.items()}
+    """The parts by what was measured of their total, which is rounded up as a whole."""
+    total = math.ceil(sum(parts.values()) * factor)
+    found = {part: math.floor(size * factor) for part, size in parts.items()}
+    largest = max(found, key=found.__getitem__)
+    return found | {largest: found[largest] + total - sum(found.values())}

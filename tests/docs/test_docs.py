@@ -31,8 +31,8 @@ SOURCES = ("fedtune", "server/fedtune_server", "client/fedtune_client")
 PAGES = (
     "quickstart",
     "data",
-    "aggregation",
     "devices-and-plans",
+    "aggregation",
     "simulation",
     "exports",
     "run-folder",
