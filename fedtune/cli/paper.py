@@ -96,12 +96,13 @@ def plan_on_paper(
     profiles = tuple(drawn[name] for name in (sites.names if sites else declared))
     rule = make_rule(config.aggregate.rule, config.lora.rank_cap, seed=config.run.seed)
     settings = plan_settings(config, _dense_parameters(config, folder, sites), rule.tail)
-    notes = list(sites.warnings) if sites else ["the data is not here; devices have no names yet"]
+    named = bool(sites or config.data.sites)
+    away = "the data is not here" + ("" if named else "; devices have no names yet")
+    notes = list(sites.warnings) if sites else [away]
     if config.plan.file:
         plan = _followed(config, profiles, shapes, settings, declared)
     else:
         plan = _planned(config, profiles, shapes, settings, notes)
-    named = bool(sites or config.data.sites)
     return PaperPlan(plan, profiles, shapes, settings, named, tuple(notes))
 
 

@@ -294,11 +294,22 @@ def test_importance_of_an_earlier_run_orders_the_ranks(
 def test_without_the_data_a_plan_is_made_by_class(told: Verb, tmp_path: Path) -> None:
     found = of_json(told, "--set", "data.train=not/here.jsonl")
     assert [group["devices"] for group in found["groups"]] == [2, 1, 1]
-    assert found["notes"][0] == "the data is not here; devices have no names yet"
+    assert found["notes"][0].startswith("the data is not here")
     path = tmp_path / "plans" / "paper" / "plan.json"
     assert json.loads(path.read_text(encoding="utf-8"))["devices"] == {}
     # Once the data is there, its sites follow their classes.
     assert of_json(told, "--plan", path)["groups"][0]["devices"]
+
+
+def test_sites_that_the_run_file_names_need_no_data(told: Verb, run_file: Path) -> None:
+    missing = ["--set", "data.train=not/here.jsonl", "--set", "fleet.desk.sites=west"]
+    assert [group["devices"] for group in of_json(told, *missing)["groups"]] == [2, 1, 1]
+    text = run_file.read_text(encoding="utf-8")
+    sites = "sites = {a = 'a.jsonl', b = 'b.jsonl', c = 'c.jsonl', d = 'd.jsonl'}"
+    run_file.write_text(re.sub(r"train = '.*'", sites, text), encoding="utf-8")
+    groups = of_json(told, "--set", "fleet.desk.sites=c")["groups"]
+    assert sorted(name for group in groups for name in group["devices"]) == ["a", "b", "c", "d"]
+    assert groups[1]["devices"] == ["c"]
 
 
 def test_a_head_is_priced_from_the_config(
