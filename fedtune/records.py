@@ -96,8 +96,11 @@ class ModelShapes:
     """What the coordinator knows of the base model: its shapes, never its weights.
 
     Attributes:
-        digest: sha256 over the config and every shard's safetensors header and content.
+        digest: sha256 over the config and every shard's safetensors header and content; empty
+            where no weights were read, as for a plan on paper.
         other_parameters: parameters that are not in `matrices` (embeddings, norms, biases).
+        headers: sha256 over the config and every shard's safetensors header: bases of one such
+            digest have one plan.
     """
 
     digest: str
@@ -109,6 +112,7 @@ class ModelShapes:
     vocabulary: int
     matrices: tuple[MatrixShape, ...]
     other_parameters: int
+    headers: str = ""
 
     def __post_init__(self) -> None:
         names = [m.name for m in self.matrices]

@@ -15,6 +15,7 @@ from fedtune.cli.demo import demo
 from fedtune.cli.export import export
 from fedtune.cli.init import init
 from fedtune.cli.measure import measure
+from fedtune.cli.plan import plan
 from fedtune.cli.probe import probe
 from fedtune.cli.simulate import simulate
 from fedtune.errors import FedtuneError
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command("init")(init)
 app.command("check")(check)
+app.command("plan")(plan)
 app.command("measure")(measure)
 app.command("probe")(probe)
 app.command("simulate")(simulate)

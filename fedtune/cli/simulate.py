@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fedtune.cli.display import JsonLines, LiveDisplay
+from fedtune.cli.paper import plan_on_paper
 from fedtune.config import cache_folder, load_run_config
 from fedtune.data.sites import open_sites, read_test_rows
 from fedtune.devices.simulated import simulated_profiles
@@ -27,6 +28,10 @@ def simulate(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as run.rounds=3"),
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", help="follow this plan, as `fedtune plan` writes it (plan.file)"),
+    ] = None,
     json_lines: Annotated[
         bool, typer.Option("--json", help="print one JSON object per event instead of a display")
     ] = False,
@@ -35,7 +40,8 @@ def simulate(
     ] = False,
 ) -> None:
     """Run a whole federation on this machine and write the merged model."""
-    run_simulation_file(run_file, set_ or [], json_lines=json_lines, overwrite=overwrite)
+    overrides = [*(set_ or []), *([f"plan.file={plan}"] if plan else [])]
+    run_simulation_file(run_file, overrides, json_lines=json_lines, overwrite=overwrite)
 
 
 def run_simulation_file(
@@ -65,6 +71,8 @@ def simulate_config(
     simulated_profiles(config.fleet, sites.declared, config.run.seed)  # refuses before a run starts
     model = resolve_model(config.model.path, config.model.revision)
     shapes = read_shapes(model, config.lora.targets, cache_folder() / "digests")
+    if config.plan.file:
+        plan_on_paper(config, model, shapes, sites)  # refuses it before a run starts
     folder: Path = _app("simulation")(
         config,
         _client_app(config),

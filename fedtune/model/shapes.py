@@ -19,11 +19,15 @@ from pathlib import Path
 from typing import Final, TypeGuard
 
 from fedtune.errors import ModelError
-from fedtune.model.source import base_digest, read_json, weight_files
+from fedtune.model.source import (
+    MAX_HEADER_BYTES,
+    base_digest,
+    header_digest,
+    read_json,
+    weight_files,
+)
 from fedtune.records import MatrixShape, ModelShapes
 
-_MAX_HEADER_BYTES: Final = 100_000_000
-"""The format's own limit."""
 _MAX_DIMENSIONS: Final = 8
 
 _FLOATING: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -39,6 +43,17 @@ _ROUTER: Final = re.compile(r"(^|\.)(gate|router)$")
 
 _TRANSPOSED_TYPES: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Architectures of transformers' Conv1D, which stores (in, out) where Linear stores (out, in)."""
+
+_PLAIN_HEADS: Final = frozenset(
+    {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi"}
+    | {"phi3", "gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "falcon", "stablelm"}
+)
+"""Decoders, whose classifier is one matrix without a bias."""
+_OWN_DENSE: Final = frozenset(
+    {"roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet"}
+)
+"""Encoders whose classifier has a dense layer of its own, whatever the folder holds."""
+_POOLER: Final = re.compile(r"(^|\.)pooler\.dense\.weight$")
 
 # The names that architectures give to the same number, most common first.
 _HIDDEN: Final = ("hidden_size", "n_embd", "d_model", "dim")
@@ -67,7 +82,11 @@ class TensorEntry:
 
 
 def read_shapes(
-    folder: Path, targets: tuple[str, ...], remembered: Path | None = None
+    folder: Path,
+    targets: tuple[str, ...],
+    remembered: Path | None = None,
+    *,
+    headers_only: bool = False,
 ) -> ModelShapes:
     """Which matrices can be adapted, and the sizes that a plan's cost depends on.
 
@@ -76,6 +95,7 @@ def read_shapes(
         targets: `all-linear` for every weight matrix inside the transformer blocks that is
             neither norm nor embedding; or ends of such matrices' names, such as `q_proj`.
         remembered: folder for digests of large bases; see `base_digest`.
+        headers_only: read no weights, so that the base's digest stays empty.
 
     Raises:
         ModelError: the folder cannot be read, a target matches nothing, or matches matrices that
@@ -97,7 +117,7 @@ def read_shapes(
     parameters = sum(t.elements for t in tensors.values() if t.dtype in _FLOATING)
     largest = max(max(m.out_features, m.in_features) for m in linear)
     return ModelShapes(
-        digest=base_digest(folder, remembered),
+        digest="" if headers_only else base_digest(folder, remembered),
         model_type=str(config.get("model_type", "unknown")),
         hidden_size=_number(folder, sizes, _HIDDEN),
         intermediate_size=_number(folder, sizes, _INTERMEDIATE, default=largest),
@@ -106,7 +126,30 @@ def read_shapes(
         vocabulary=_number(folder, sizes, ("vocab_size",)),
         matrices=matrices,
         other_parameters=parameters - sum(m.parameters for m in matrices),
+        headers=header_digest(folder),
     )
+
+
+def head_parameters(folder: Path, labels: int) -> int:
+    """Parameters of the task head that a classifier gets on top of a base, from its config alone.
+
+    As transformers builds it: a decoder has one matrix; an encoder a matrix with bias, behind a
+    dense layer of the hidden size, which BERT's own folder holds as its pooler. An architecture
+    that is not named here is taken to have both.
+
+    Raises:
+        ModelError: the folder cannot be read.
+    """
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    sizes = {**config, **text} if isinstance(text, dict) else config
+    hidden = _number(folder, sizes, _HIDDEN)
+    kind = str(config.get("model_type", ""))
+    if kind in _PLAIN_HEADS:
+        return labels * hidden
+    held = any(_POOLER.search(name) for name in read_headers(folder))
+    dense = 0 if held and kind not in _OWN_DENSE else hidden * hidden + hidden
+    return dense + labels * hidden + labels
 
 
 def linear_matrices(folder: Path) -> dict[str, MatrixShape]:
@@ -158,7 +201,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise ModelError(f"{file} is not a safetensors file, or cut off in its header")
             header = json.loads(stream.read(length).decode("utf-8"))
     except OSError as error:

@@ -19,6 +19,8 @@ _ALLOWED: Final = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _IGNORED: Final = ("*/*", "consolidated*", "adapter_*", "*.onnx*")
 """Copies of the same weights for other programs, and whatever lies in subfolders."""
 _CHUNK_BYTES: Final = 1 << 20
+MAX_HEADER_BYTES: Final = 100_000_000
+"""The safetensors format's own limit."""
 _MAX_JSON_BYTES: Final = 64 << 20
 """Far above any config or index in use (the largest index, of 10^5 tensors, has 10 MB)."""
 
@@ -111,6 +113,27 @@ def base_digest(folder: Path, remembered: Path | None = None) -> str:
     except OSError as error:
         raise ModelError(f"model folder {folder} cannot be read ({error.strerror})") from None
     return _digests[state]
+
+
+def header_digest(folder: Path) -> str:
+    """Hex sha256 over config.json and every weight file's name, size and header; no weight is read.
+
+    Raises:
+        ModelError: the folder lacks a file or one cannot be read.
+    """
+    files = weight_files(folder)
+    digest = hashlib.sha256()
+    try:
+        config = (folder / "config.json").read_bytes()
+        digest.update(f"config.json\0{len(config)}\0".encode() + config)
+        for file in files:
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                digest.update(f"{file.name}\0{file.stat().st_size}\0{length}\0".encode())
+                digest.update(stream.read(min(length, MAX_HEADER_BYTES)))
+    except OSError as error:
+        raise ModelError(f"model folder {folder} cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, object]:

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -20,10 +21,13 @@ from flwr.serverapp import Grid
 from fedtune.aggregate.rules import make_rule
 from fedtune.aggregate.server_step import apply_server_step
 from fedtune.plan.describe import plan_rows
+from fedtune.plan.edited import follow_plan, unknown_devices
 from fedtune.plan.from_config import plan_pins, plan_settings
 from fedtune.plan.mixing import may_mix
+from fedtune.plan.plan_file import plan_file
 from fedtune.plan.settings import Pins, PlanSettings
 from fedtune.plan.solve import plan_fleet
+from fedtune.plan.written import read_plan
 from fedtune.records import (
     DeviceProfile,
     Event,
@@ -151,12 +155,29 @@ class Coordinator:
         dense_parameters = sum(int(np.prod(shape)) for shape in fleet.dense_shapes.values())
         settings = plan_settings(config, dense_parameters, self._rule.tail)
         pins = plan_pins(config)
-        plan = self._solve(profiles, settings, pins)
+        if config.plan.file:
+            plan = self._followed(profiles, settings, pins)
+        else:
+            plan = self._solve(profiles, settings, pins)
         rows = plan_rows(plan, profiles, self._shapes)
-        self._folder.write_json("plan.json", rows)
+        written = plan_file(plan, profiles, self._shapes, settings, config.run.name)
+        self._folder.write_json("plan.json", written)
         self._emit(Event("planned", {"devices": rows}))
         self._emit(Event("leaves_device", {"tensors": self._what_leaves(plan, fleet)}))
         return plan
+
+    def _followed(
+        self,
+        profiles: Sequence[DeviceProfile],
+        settings: PlanSettings,
+        pins: Mapping[str, Pins],
+    ) -> FleetPlan:
+        """The plan that the run file names; devices of it that did not come are only told of."""
+        written = read_plan(Path(self._config.plan.file))
+        absent = unknown_devices(written, [profile.name for profile in profiles])
+        if absent:
+            self._emit(Event("warning", {"text": absent}))
+        return follow_plan(written, profiles, self._shapes, settings, pins)
 
     def _solve(
         self,

@@ -139,8 +139,19 @@ def test_every_row_of_the_plan_has_exactly_its_documented_fields(first_run: Path
     text = read(ROOT / "docs" / "run-folder.md")
     sentence = text.partition("An entry of `devices` of `planned`")[2].partition(":")[2]
     listed = set(_CODE.findall(sentence.partition("(what limited it")[0]))
-    for row in json.loads((first_run / "plan.json").read_text(encoding="utf-8")):
+    lines = (first_run / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
+    (planned,) = (event for event in map(json.loads, lines) if event["kind"] == "planned")
+    for row in planned["devices"]:
         assert set(row) == listed
+
+
+def test_the_plans_page_lists_every_key_of_an_entry(first_run: Path) -> None:
+    rows = table_rows(read(ROOT / "docs" / "devices-and-plans.md"), "## Edit a plan")[1:]
+    listed = {key for row in rows for key in _CODE.findall(row[0])}
+    plan = json.loads((first_run / "plan.json").read_text(encoding="utf-8"))
+    for entry in plan["classes"].values():
+        assert set(entry) <= listed
+    assert listed <= {*entry, *plan}
 
 
 def test_everything_in_a_finished_folder_is_documented(first_run: Path) -> None:

@@ -82,8 +82,9 @@ def test_a_run_leaves_its_plan_its_last_checkpoints_and_no_more(
 ) -> None:
     fake = fleet_of("a", "b", "c")
     adapter = play(fake, tree)
-    rows = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
-    assert [row["device"] for row in rows] == ["a", "b", "c"]
+    plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert plan["devices"] == {"a": "any", "b": "any", "c": "any"}
+    assert plan["base"]["digest"] == fake.shapes.digest
     names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.safetensors"))
     assert names == ["round-0003.safetensors", "round-0004.safetensors"]
     path = latest_checkpoint(tmp_path / "checkpoints")
@@ -93,6 +94,45 @@ def test_a_run_leaves_its_plan_its_last_checkpoints_and_no_more(
     for name, matrix in adapter.matrices.items():
         np.testing.assert_allclose(kept.matrices[name].product(), matrix.product(), atol=1e-6)
     assert not (tmp_path / "labels.json").exists()
+
+
+def test_a_plan_from_a_file_is_what_the_devices_are_told(
+    fleet_of: FleetOf, play: Play, tree: Tree, tmp_path: Path
+) -> None:
+    play(fleet_of("a", "b", "c"), tree)
+    edited = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    edited["classes"]["any"] |= {"rank": 1, "local_steps": 2}
+    edited["devices"] |= {"b": {"class": "any", "micro_batch": 2}, "late": "any"}
+    path = tmp_path / "edited.json"
+    path.write_text(json.dumps(edited), encoding="utf-8")
+    tree["plan"] = {"file": str(path)}
+    fake = fleet_of("a", "b", "c")
+    play(fake, tree)
+    plans = {order.plan.device: order.plan for order in fake.orders}
+    assert {name: set(plan.ranks().values()) for name, plan in plans.items()} == {
+        "a": {1}, "b": {1}, "c": {1},
+    }  # fmt: skip
+    assert {plan.local_steps for plan in plans.values()} == {2}
+    assert [plans[name].micro_batch for name in "abc"] == [4, 2, 4]
+    assert {row["binding"] for row in fake.all("planned")[0]["devices"]} == {"the plan's file"}
+    # A device that the file names and that did not come stops nothing.
+    (warning,) = fake.all("warning")
+    assert "the plan names devices that the run does not have: late" in warning["text"]
+    kept = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert kept["classes"]["any"]["local_steps"] == 2
+
+
+def test_a_plan_from_a_file_that_a_device_cannot_carry_ends_the_run(
+    fleet_of: FleetOf, play: Play, tree: Tree, tmp_path: Path
+) -> None:
+    play(fleet_of("a", "b", "c"), tree)
+    tree["plan"] = {"file": str(tmp_path / "plan.json")}
+    fake = fleet_of("a", "b", "c")
+    profile = fake.reports["b"].profile
+    fake.change("b", profile=type(profile)("b", "any", 1, 1000))
+    with pytest.raises(PlanError, match=r"device b \(any\) needs .* more than its budget of 1 kB"):
+        play(fake, tree)
+    assert fake.orders == []
 
 
 def test_what_leaves_a_device_is_listed_with_its_size(

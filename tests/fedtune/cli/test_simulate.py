@@ -124,7 +124,88 @@ def test_a_test_file_gives_the_worth_of_the_merged_model(
     assert set(events[-1]["paths"]) == {"merged", "report"}
 
 
+@pytest.fixture
+def plan_path(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Path]:
+    """Plan the run file on paper, edit the plan of its one class, and write it."""
+
+    def make(**edits: object) -> Path:
+        assert main(["plan", str(run_file), "--json", "--output", str(tmp_path)]) == 0
+        capsys.readouterr()
+        path = tmp_path / "plan.json"
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree["classes"]["any"] |= edits
+        path.write_text(json.dumps(tree), encoding="utf-8")
+        return path
+
+    return make
+
+
+def test_a_plan_on_paper_is_what_the_run_plans(
+    simulate: Simulate, plan_path: Callable[..., Path], tmp_path: Path
+) -> None:
+    paper = json.loads(plan_path().read_text(encoding="utf-8"))
+    assert simulate("--json", "--set", "run.rounds=1")[0] == 0
+    ran = json.loads((tmp_path / "out" / "plan.json").read_text(encoding="utf-8"))
+    assert ran["base"]["headers"] == paper["base"]["headers"]
+    assert ran["base"]["digest"] is not None
+    for key in ("run", "made_with", "predicted", "classes", "devices"):
+        assert ran[key] == paper[key], key
+
+
+def test_an_edited_plan_is_what_the_run_does(
+    simulate: Simulate, plan_path: Callable[..., Path], tmp_path: Path
+) -> None:
+    name = "model.layers.1.self_attn.q_proj"
+    path = plan_path(rank=0, ranks={name: 1}, tail=0, local_steps=2, micro_batch=2)
+    code, out, err = simulate("--json", "--set", "run.rounds=1", "--plan", str(path))
+    assert (code, err) == (0, "")
+    events = [json.loads(line) for line in out.splitlines()]
+    (planned,) = [event for event in events if event["kind"] == "planned"]
+    for row in planned["devices"]:
+        assert row["ranks"] == {name: 1}
+        assert (row["local_steps"], row["micro_batch"]) == (2, 2)
+        assert row["binding"] == "the plan's file"
+    reported = [event for event in events if event["kind"] == "device_reported"]
+    assert {event["samples"] for event in reported} == {2 * 4}
+    sent = 4 * (32 + 32)
+    assert all(sent <= event["upload_bytes"] < 2 * sent + 2000 for event in reported)
+    # The folder's own plan is such a file again.
+    again = simulate(
+        "--json", "--set", "run.rounds=1", "--plan", str(tmp_path / "out" / "plan.json"),
+        "--set", f"outputs.folder={(tmp_path / 'again').as_posix()}",
+    )  # fmt: skip
+    assert again[0] == 0
+
+
 # ---------------------------------------------------------------- refusing
+
+
+@pytest.mark.parametrize(
+    ("edits", "words"),
+    [
+        ({"rank": 5, "ranks": {}}, "the coordinator keeps at most lora.rank_cap = 4"),
+        ({"format": "nf4"}, "is to be held as nf4, and the device supports fp32"),
+        ({"micro_batch": 3}, "batch_size 4 is no multiple of micro_batch 3"),
+        ({"batch_size": 4096, "micro_batch": 4096}, "more than its budget of 32 MB"),
+    ],
+)
+def test_an_edit_that_cannot_be_followed_is_refused_before_anything_is_loaded(
+    simulate: Simulate,
+    plan_path: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    edits: dict[str, object],
+    words: str,
+) -> None:
+    path = plan_path(**edits)
+    monkeypatch.setitem(sys.modules, "torch", None)  # to need it would be another error
+    code, out, err = simulate("--json", "--plan", str(path))
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedtune.errors import ModelError
 from fedtune.model.shapes import (
+    head_parameters,
     left_matrices,
     linear_matrices,
     read_header,
@@ -237,3 +240,55 @@ def test_headers_agree_with_the_library(stories260k: Path) -> None:
     with safe_open(stories260k / "model.safetensors", framework="numpy") as file:
         theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     assert {name: entry.shape for name, entry in ours.items()} == theirs
+
+
+def test_headers_alone_tell_bases_apart_and_leave_the_digest_of_the_weights_empty(
+    tmp_path: Path,
+) -> None:
+    tensors = {"layers.0.up.weight": (6, 4), "layers.1.up.weight": (6, 4)}
+    base = write_model(tmp_path, tensors)
+    on_paper, whole = read_shapes(base, ALL, headers_only=True), read_shapes(base, ALL)
+    assert on_paper.digest == ""
+    assert replace(on_paper, digest=whole.digest) == whole
+    file = base / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    assert read_shapes(base, ALL, headers_only=True).headers == whole.headers
+    assert read_shapes(base, ALL).digest != whole.digest
+    write_model(tmp_path, {"layers.0.up.weight": (6, 4), "layers.1.to.weight": (6, 4)})
+    assert read_shapes(base, ALL, headers_only=True).headers != whole.headers
+    write_model(tmp_path, tensors, rope_theta=5)
+    assert read_shapes(base, ALL, headers_only=True).headers != whole.headers
+    write_model(tmp_path, {**tensors, "norm.weight": (4,)})
+    assert read_shapes(base, ALL, headers_only=True).headers != whole.headers
+
+
+def test_no_weight_is_read_for_headers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> str:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("fedtune.model.shapes.base_digest", forbidden)
+    base = write_model(tmp_path, {"layers.0.up.weight": (6, 4)})
+    assert read_shapes(base, ALL, headers_only=True).matrices
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra", "gpt2", "llama"])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_the_head_has_as_many_parameters_as_transformers_gives_it(
+    tmp_path: Path, kind: str, pooled: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from fedtune.model.load import dense_shapes, tensor_names
+
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = transformers.AutoConfig.for_model(kind, intermediate_size=12, vocab_size=10, **sizes)
+    model = transformers.AutoModel.from_config(config)
+    if hasattr(model, "pooler") and not pooled:
+        model.pooler = None
+    model.save_pretrained(tmp_path)
+    shapes = dense_shapes(tmp_path, "sequence-classification", tensor_names(tmp_path))
+    expected = sum(math.prod(axis or 5 for axis in shape) for shape in shapes.values())
+    assert head_parameters(tmp_path, 5) == expected
