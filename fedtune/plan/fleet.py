@@ -1,0 +1,217 @@
+"""How long a round may take, and what each kind of device does within it.
+
+A fleet's plan is the one of most
+
+    gain_weight * log(gain) - makespan_weight * log(seconds of the slowest device)
+
+where the gain is the mean over the devices, by their samples, of coverage (share of the gain of the
+global rank order) times share of the local steps. For a fixed length of the round the devices are
+independent, so lengths are tried one after another: between the shortest and the longest round that
+any kind of device takes for its whole share, that of each kind among them. A fleet of equal devices
+has one such length, and does all steps.
+
+Ranks nest: within the chosen length, devices are settled in the order of what they can gain, and
+each takes its rungs from those of the one before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedtune.plan.candidates import Caps, Pick, Table, best, make_table
+from fedtune.plan.costs import Costs
+from fedtune.plan.limits import NEARLY, round_seconds
+from fedtune.plan.mixing import mixed_forms
+from fedtune.plan.settings import PlanSettings
+from fedtune.plan.settle import search, settle
+from fedtune.plan.shortfall import shortfall
+from fedtune.plan.task import Choice, Task
+from fedtune.records import MatrixForm
+
+LENGTHS = 33
+"""Lengths of a round that are tried, evenly apart by ratio, beside each kind's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Devices that differ in nothing but their names.
+
+    Attributes:
+        weight: what their gain counts: their samples, or their number.
+    """
+
+    task: Task
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a kind of device does.
+
+    Attributes:
+        forms: of each matrix.
+        seconds: predicted, of a round.
+        unfinished: whether a mixed-integer program was stopped by its limit.
+    """
+
+    choice: Choice
+    forms: Mapping[str, MatrixForm]
+    seconds: float
+    unfinished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FleetChoice:
+    """What every kind does, in the order of the kinds.
+
+    Attributes:
+        seconds: longest round that was allowed; infinite if none was set.
+        caps: what stronger devices left open to each kind.
+    """
+
+    settled: tuple[Settled, ...]
+    seconds: float
+    caps: tuple[Caps | None, ...]
+
+    def pacer(self) -> int:
+        """The kind whose round is the longest."""
+        return max(range(len(self.settled)), key=lambda kind: self.settled[kind].seconds)
+
+
+def choose_fleet(kinds: Sequence[Kind], settings: PlanSettings, costs: Costs) -> FleetChoice:
+    """A choice for every kind of device.
+
+    Raises:
+        PlanError: a device cannot carry even the smallest plan.
+    """
+    limit = settings.round_seconds or math.inf
+    tables = [make_table(kind.task, costs) for kind in kinds]
+    alone = [
+        settled_within(kind.task, table, limit) for kind, table in zip(kinds, tables, strict=True)
+    ]
+    seconds = limit
+    if settings.makespan_weight > 0:
+        longest = _best_length(kinds, tables, alone, settings)
+        seconds = min(limit, longest) if longest < _slowest(alone) else limit
+    return _nested(kinds, costs, tables, alone, seconds)
+
+
+def settled_within(
+    task: Task,
+    table: Table | None,
+    seconds: float,
+    caps: Caps | None = None,
+) -> Settled:
+    """The best choice of one kind within a length of the round.
+
+    Raises:
+        PlanError: there is none.
+    """
+    pick = None if table is None else best(table, task, seconds)
+    choice = None if pick is None else settle(task, pick, seconds, caps)
+    choice = choice or search(task, seconds, caps)
+    if choice is None and caps is not None:
+        return settled_within(task, table, seconds)
+    if choice is None:
+        raise shortfall(task)
+    forms = mixed_forms(task, choice, seconds)
+    return Settled(choice, forms, round_seconds(task, choice, forms))
+
+
+def _slowest(alone: Sequence[Settled]) -> float:
+    return max(settled.seconds for settled in alone)
+
+
+def _best_length(
+    kinds: Sequence[Kind],
+    tables: Sequence[Table | None],
+    alone: Sequence[Settled],
+    settings: PlanSettings,
+) -> float:
+    """The length of a round by which the fleet's plan is best."""
+    own = sorted({settled.seconds for settled in alone})
+    if own[0] <= 0 or own[-1] <= own[0] * (1 + NEARLY):
+        return own[-1]
+    ratio: float = own[-1] / own[0]
+    lengths = sorted(
+        {*own, *(own[0] * math.pow(ratio, step / LENGTHS) for step in range(1, LENGTHS))}
+    )
+    scored = [(length, _score(kinds, tables, settings, length)) for length in lengths]
+    return max(scored, key=lambda each: each[1])[0]
+
+
+def _score(
+    kinds: Sequence[Kind],
+    tables: Sequence[Table | None],
+    settings: PlanSettings,
+    seconds: float,
+) -> float:
+    """The objective at one length of the round; minus infinity if a kind cannot keep it."""
+    picks: list[Pick] = []
+    for kind, table in zip(kinds, tables, strict=True):
+        pick = None if table is None else best(table, kind.task, seconds * (1 + 1e-6))
+        if pick is None:
+            return -math.inf
+        picks.append(pick)
+    weights = sum(kind.weight for kind in kinds)
+    gain = sum(kind.weight * pick.gain for kind, pick in zip(kinds, picks, strict=True)) / weights
+    slowest = max(pick.seconds for pick in picks)
+    return settings.gain_weight * math.log(gain) - settings.makespan_weight * math.log(slowest)
+
+
+def _nested(
+    kinds: Sequence[Kind],
+    costs: Costs,
+    tables: Sequence[Table | None],
+    alone: Sequence[Settled],
+    seconds: float,
+) -> FleetChoice:
+    """Every kind within the length, each within the rungs of the one that can gain more."""
+
+    picks = [
+        None if table is None else best(table, kind.task, seconds)
+        for kind, table in zip(kinds, tables, strict=True)
+    ]
+
+    def strength(kind: int) -> tuple[float, float, int]:
+        pick = picks[kind]
+        most = 0.0 if pick is None else pick.most
+        return -most, -alone[kind].choice.coverage(kinds[kind].task), kind
+
+    settled: dict[int, Settled] = {}
+    caps_of: dict[int, Caps | None] = {}
+    caps: Caps | None = None
+    for kind in sorted(range(len(kinds)), key=strength):
+        task, table = kinds[kind].task, tables[kind]
+        own = None if task.pins.rank else caps
+        found = alone[kind]
+        if found.seconds > seconds * (1 + NEARLY):
+            found = settled_within(task, table, seconds)
+        if not _within(task, found.choice, own):
+            # The format stays: it was chosen by what memory allows, not by what others have.
+            formats = (found.choice.option.format,)
+            found = settled_within(task, make_table(task, costs, own, formats), seconds, own)
+        settled[kind], caps_of[kind] = found, own
+        if not task.pins.rank:
+            caps = _tighter(caps, Caps(found.choice.end(task), found.choice.option.depth))
+    order = range(len(kinds))
+    return FleetChoice(
+        tuple(settled[kind] for kind in order), seconds, tuple(caps_of[kind] for kind in order)
+    )
+
+
+def _within(task: Task, choice: Choice, caps: Caps | None) -> bool:
+    """Whether all rungs of a choice are open."""
+    if caps is None:
+        return True
+    ladder = choice.ladder(task)
+    last = ladder.positions[choice.length - 1]
+    return last < caps.end and choice.option.depth >= caps.depth
+
+
+def _tighter(first: Caps | None, second: Caps) -> Caps:
+    if first is None:
+        return second
+    return Caps(min(first.end, second.end), max(first.depth, second.depth))
