@@ -17,12 +17,14 @@ def binding(task: Task, settled: Settled, pacer: DeviceProfile) -> str:
     pins, settings, choice = task.pins, task.settings, settled.choice
     stopped = choice.stopped_by or "rank-max"
     words = [f"pinned rank {pins.rank}" if pins.rank else stopped]
+    if choice.steps < settings.local_steps and words == [MAKESPAN]:
+        words = []  # said with the steps
     if pins.format is not None:
         words.append(f"pinned format {pins.format}")
     if pins.micro_batch:
         words.append(f"pinned micro-batch {pins.micro_batch}")
     best_format = next(name for name in BACKBONE_FORMATS if name in task.profile.formats)
-    if pins.format is None and choice.option.format != best_format and words[0] != "memory":
+    if pins.format is None and choice.option.format != best_format and stopped != "memory":
         words.append(f"memory ({choice.option.format} for {best_format})")
     if choice.option.depth > task.depths()[0]:
         words.append(f"depth (layers from {choice.option.depth} up)")

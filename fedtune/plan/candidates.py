@@ -80,7 +80,8 @@ class Pick:
     Attributes:
         gain: coverage times share of the local steps.
         most: the most gain that any format gives; never less on a device that can carry more.
-        longest: whether the row has all rungs that its option's memory allows.
+        tail: share of the longest tail for which there is memory.
+        longest: whether the row has all rungs that its option allows.
     """
 
     option: Option
@@ -89,6 +90,7 @@ class Pick:
     gain: float
     most: float
     seconds: float
+    tail: float
     longest: bool
 
 
@@ -141,8 +143,15 @@ def best(table: Table, task: Task, seconds: float) -> Pick | None:
         gain=float(gain[row]),
         most=most,
         seconds=float(took[row]),
+        tail=float(table.tail[row]),
         longest=bool(table.longest[row]),
     )
+
+
+def fewest_seconds(table: Table, task: Task) -> float:
+    """The shortest round of any candidate: one local step, or all if all are wanted."""
+    steps = task.settings.local_steps if all_steps_wanted(task, 0.0) else 1
+    return float((table.transfer + steps * table.step)[table.carried].min())
 
 
 def most_steps(task: Task, seconds: float, step: float, transfer: float) -> int:
@@ -198,14 +207,19 @@ def _table(
     if caps is not None:
         depths = tuple(sorted({caps.depth, *(depth for depth in depths if depth > caps.depth)}))
     for place, name in enumerate(formats):
+        roomy = True
         for depth in depths:
             ways = options(task, name, sequence_length, depth)
-            for option, columns in _rows(task, costs, ways, caps):
+            for option, columns, complete in _rows(task, costs, ways, caps):
                 count = len(columns["length"])
                 columns["option"] = np.full(count, len(found))
                 columns["format"] = np.full(count, place)
                 parts.append(columns)
                 found.append(option)
+                fastest = option.micro_batch == task.micro_batches()[0]
+                roomy &= complete or not fastest or option.checkpointing
+        if roomy and parts:
+            break  # the fastest ways have memory for all rungs: no worse format is better
     if not parts:
         return None
     names = [field.name for field in fields(Table) if field.name != "options"]
@@ -215,33 +229,36 @@ def _table(
 
 def _rows(
     task: Task, costs: Costs, ways: Iterator[Option], caps: Caps | None
-) -> Iterator[tuple[Option, dict[str, np.ndarray]]]:
+) -> Iterator[tuple[Option, dict[str, np.ndarray], bool]]:
     """Candidates of one format and depth: what could be reached, then what memory allows.
 
-    A way is left out where a faster one already carries all rungs.
+    A way is left out where a faster one already carries all rungs. The last value says whether
+    memory refuses none of the rungs that the other limits allow.
     """
     settled = 0  # micro-batch of a way without recomputation that carries all rungs
     for place, option in enumerate(ways):
         if place and option.micro_batch <= settled:
             continue
         prefixes = costs.prefixes(task, option.depth)
-        allowed = _allowed(task, costs, option, prefixes, caps)
+        times = _times(task, costs, option, prefixes)
+        allowed = _allowed(task, option, prefixes, times, caps)
         if not len(allowed):
             continue
-        if place == 0:
-            whole = np.ones(len(prefixes.elements))
-            yield option, _columns(task, costs, option, prefixes, allowed, whole, carried=False)
         peaks, tails = _memory(task, costs, option, prefixes)
         carried = allowed[peaks[allowed] <= task.profile.budget_bytes]
+        complete = len(carried) == len(allowed)
+        if place == 0:
+            whole = np.ones(len(prefixes.elements))
+            yield option, _columns(task, prefixes, times, allowed, whole, carried=False), complete
         if not len(carried):
             continue
-        yield option, _columns(task, costs, option, prefixes, carried, tails, carried=True)
-        if carried[-1] == allowed[-1]:
+        yield option, _columns(task, prefixes, times, carried, tails, carried=True), complete
+        if complete:
             settled = max(settled, option.micro_batch)
 
 
 def _allowed(
-    task: Task, costs: Costs, option: Option, prefixes: Prefixes, caps: Caps | None
+    task: Task, option: Option, prefixes: Prefixes, times: Times, caps: Caps | None
 ) -> Int[np.ndarray, " lengths"]:
     """Numbers of rungs that every limit but memory lets pass."""
     settings, ladder = task.settings, task.ladders.above(option.depth)
@@ -256,9 +273,9 @@ def _allowed(
         numbers = elements + settings.dense_parameters
         fits &= numbers * settings.wire_itemsize <= task.upload_limit
     if settings.round_seconds > 0:
-        step, transfer = _times(task, costs, option, prefixes)
-        fits &= transfer[lengths] <= TRANSFER_SHARE * settings.round_seconds
-        fits &= transfer[lengths] + step[lengths] <= settings.round_seconds
+        step, transfer = times.step[lengths], times.transfer[lengths]
+        fits &= transfer <= TRANSFER_SHARE * settings.round_seconds
+        fits &= transfer + step <= settings.round_seconds
     return lengths[fits]
 
 
@@ -276,23 +293,41 @@ def _memory(
     return factor * line.of(prefixes.elements, ranks, offset), tails
 
 
-def _times(task: Task, costs: Costs, option: Option, prefixes: Prefixes) -> tuple[Numbers, Numbers]:
-    """Seconds of a step and of both transfers, by rungs; with the tail only if it is a must."""
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of a step and of both transfers, by rungs; what the longest tail adds to each.
+
+    Where the whole tail is a must, it is in the first two, and adds nothing.
+    """
+
+    step: Numbers
+    transfer: Numbers
+    tail_step: Numbers
+    tail_transfer: Numbers
+
+    def at(self, lengths: Int[np.ndarray, " lengths"]) -> dict[str, np.ndarray]:
+        """The columns of a table at some numbers of rungs."""
+        return {field.name: getattr(self, field.name)[lengths] for field in fields(self)}
+
+
+def _times(task: Task, costs: Costs, option: Option, prefixes: Prefixes) -> Times:
     line, transfer = costs.step(task, option), costs.transfer(task)
+    factor = task.calibration.seconds_factor
     fixed = line.fixed + line.per_pass * task.settings.batch_size / option.micro_batch
-    steps = fixed + line.trained * prefixes.elements
+    steps = factor * (fixed + line.trained * prefixes.elements)
     transfers = transfer.fixed + transfer.trained * prefixes.elements
-    if task.settings.whole_tail:
-        steps = steps + line.tail * prefixes.tail_elements
-        transfers = transfers + transfer.tail * prefixes.tail_elements
-    return task.calibration.seconds_factor * steps, transfers
+    tail_steps = factor * line.tail * prefixes.tail_elements
+    tail_transfers = transfer.tail * prefixes.tail_elements
+    if not task.settings.whole_tail:
+        return Times(steps, transfers, tail_steps, tail_transfers)
+    nothing = np.zeros_like(steps)
+    return Times(steps + tail_steps, transfers + tail_transfers, nothing, nothing)
 
 
 def _columns(
     task: Task,
-    costs: Costs,
-    option: Option,
     prefixes: Prefixes,
+    times: Times,
     allowed: Int[np.ndarray, " lengths"],
     tails: Numbers,
     carried: bool,
@@ -301,18 +336,11 @@ def _columns(
     shares = np.array(GAIN_SHARES) * prefixes.gain[allowed[-1]]
     places = np.searchsorted(prefixes.gain[allowed], shares * (1 - NEARLY))
     lengths = allowed[np.unique(np.append(places, 0))]
-    step, transfer = _times(task, costs, option, prefixes)
-    tail = np.zeros_like(step) if task.settings.whole_tail else prefixes.tail_elements
-    seconds = task.calibration.seconds_factor
-    count = len(lengths)
     return {
         "length": lengths,
-        "carried": np.full(count, carried),
+        "carried": np.full(len(lengths), carried),
         "coverage": prefixes.gain[lengths] / task.ladders.whole_gain,
-        "step": step[lengths],
-        "tail_step": seconds * costs.step(task, option).tail * tail[lengths],
-        "transfer": transfer[lengths],
-        "tail_transfer": costs.transfer(task).tail * tail[lengths],
         "tail": tails[lengths],
         "longest": lengths == allowed[-1],
+        **times.at(lengths),
     }

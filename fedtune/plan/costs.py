@@ -111,7 +111,11 @@ class Costs:
         self._peaks: dict[tuple[object, ...], PeakLine] = {}
         self._offsets: dict[tuple[object, ...], float] = {}
         self._steps: dict[tuple[object, ...], StepLine] = {}
+        self._elements: dict[tuple[object, ...], tuple[float, float]] = {}
+        # By identity: a run's tasks and ladders outlive it, and are large to compare.
         self._prefixes: dict[tuple[int, int], Prefixes] = {}
+        self._rates_of: dict[int, tuple[object, ...]] = {}
+        self._transfers: dict[int, TransferLine] = {}
 
     def prefixes(self, task: Task, depth: int) -> Prefixes:
         """The task's ladder above a depth, as arrays."""
@@ -122,19 +126,9 @@ class Costs:
 
     def transfer(self, task: Task) -> TransferLine:
         """The line of both transfers' seconds."""
-        bare = bare_load(task, Option(MatrixForm("bf16"), 1, False, 1))
-
-        def seconds(**more: Any) -> float:
-            return transfer_seconds(
-                task.profile, replace(bare, **more), task.settings.wire_itemsize
-            )
-
-        fixed = seconds()
-        return TransferLine(
-            fixed=fixed,
-            trained=(seconds(trained_elements=_ELEMENTS) - fixed) / _ELEMENTS,
-            tail=(seconds(tail_elements=_ELEMENTS) - fixed) / _ELEMENTS,
-        )
+        if id(task) not in self._transfers:
+            self._transfers[id(task)] = _transfer_line(task)
+        return self._transfers[id(task)]
 
     def peak(self, task: Task, option: Option) -> tuple[PeakLine, float]:
         """The line of an option in a reference form, and what its own form takes beyond that."""
@@ -150,12 +144,16 @@ class Costs:
         return self._peaks[mode], self._offsets[key]
 
     def step(self, task: Task, option: Option) -> StepLine:
-        """The line of an option's seconds on the task's device.
+        """The line of an option's seconds on the task's device; layers are taken to cost alike."""
+        key = (self._rates(task), option)
+        if key not in self._steps:
+            self._steps[key] = self._between(task, option)
+        return self._steps[key]
 
-        Between the first, the middle and the last layer, seconds are taken as even in the depth.
-        """
+    def _between(self, task: Task, option: Option) -> StepLine:
+        """The line at the option's depth, between those at the first and at the last layer."""
         last = self._shapes.layers - 1
-        nodes = sorted({0, last // 2, last})
+        nodes = [0, last] if last else [0]
         lines = [self._step_at(task, replace(option, depth=node)) for node in nodes]
         return StepLine(
             *(
@@ -165,30 +163,39 @@ class Costs:
         )
 
     def _step_at(self, task: Task, option: Option) -> StepLine:
+        """The line, from a step in one pass and one in as many passes as samples."""
         whole = replace(option, micro_batch=task.settings.batch_size)
-        key = (*_rates(task.profile), option.form, *_mode(whole))
+        key = (self._rates(task), "measured", whole)
         if key not in self._steps:
-            self._steps[key] = self._measured_step(task, whole)
+            batch = task.settings.batch_size
+            one = self._seconds(task, whole)
+            single = self._seconds(task, replace(whole, micro_batch=1))
+            per_pass = (single - one) / (batch - 1) if batch > 1 else 0.0
+            self._steps[key] = StepLine(one - per_pass, per_pass, *self._slopes(task, whole))
         return self._steps[key]
 
-    def _measured_step(self, task: Task, whole: Option) -> StepLine:
-        """The line, from a step in one pass and one in as many passes as samples."""
-        batch = task.settings.batch_size
+    def _slopes(self, task: Task, option: Option) -> tuple[float, float]:
+        """Seconds of a trained element and of one of the tail, which no form changes."""
+        option = replace(option, form=MatrixForm("bf16"))
+        key = (self._rates(task), option)
+        if key not in self._elements:
+            bare = self._seconds(task, option)
+            self._elements[key] = (
+                (self._seconds(task, option, trained_elements=_ELEMENTS) - bare) / _ELEMENTS,
+                (self._seconds(task, option, tail_elements=_ELEMENTS) - bare) / _ELEMENTS,
+            )
+        return self._elements[key]
 
-        def seconds(option: Option, **more: Any) -> float:
-            load = replace(self._load(task, option), **more)
-            forms, _ = self._uniform(option.form)
-            return step_seconds(task.profile, self._shapes, forms, load, batch)
+    def _seconds(self, task: Task, option: Option, **more: Any) -> float:
+        load = replace(self._load(task, option), **more)
+        forms, _ = self._uniform(option.form)
+        return step_seconds(task.profile, self._shapes, forms, load, task.settings.batch_size)
 
-        one = seconds(whole)
-        single = seconds(replace(whole, micro_batch=1))
-        per_pass = (single - one) / (batch - 1) if batch > 1 else 0.0
-        return StepLine(
-            fixed=one - per_pass,
-            per_pass=per_pass,
-            trained=(seconds(whole, trained_elements=_ELEMENTS) - one) / _ELEMENTS,
-            tail=(seconds(whole, tail_elements=_ELEMENTS) - one) / _ELEMENTS,
-        )
+    def _rates(self, task: Task) -> tuple[object, ...]:
+        key = id(task)
+        if key not in self._rates_of:
+            self._rates_of[key] = _rates(task.profile)
+        return self._rates_of[key]
 
     def _bytes(self, task: Task, option: Option, **more: Any) -> int:
         load = replace(self._load(task, option), **more)
@@ -204,6 +211,20 @@ class Costs:
             pairs = sum(correction_elements(matrix, form) for matrix in matrices)
             self._forms[form] = {matrix.name: form for matrix in matrices}, pairs
         return self._forms[form]
+
+
+def _transfer_line(task: Task) -> TransferLine:
+    bare = bare_load(task, Option(MatrixForm("bf16"), 1, False, 1))
+
+    def seconds(**more: Any) -> float:
+        return transfer_seconds(task.profile, replace(bare, **more), task.settings.wire_itemsize)
+
+    fixed = seconds()
+    return TransferLine(
+        fixed=fixed,
+        trained=(seconds(trained_elements=_ELEMENTS) - fixed) / _ELEMENTS,
+        tail=(seconds(tail_elements=_ELEMENTS) - fixed) / _ELEMENTS,
+    )
 
 
 def _peak_line(bytes_of: Callable[..., int]) -> PeakLine:

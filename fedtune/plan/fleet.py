@@ -10,8 +10,8 @@ independent, so lengths are tried one after another: between the shortest and th
 any kind of device takes for its whole share, that of each kind among them. A fleet of equal devices
 has one such length, and does all steps.
 
-Ranks nest: within the chosen length, devices are settled in the order of what they can gain, and
-each takes its rungs from those of the one before.
+Ranks nest: a device takes its rungs from those of every device that can carry more
+(`fedtune.plan.nesting`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedtune.plan.candidates import Caps, Pick, Table, best, make_table
+from fedtune.plan.candidates import Caps, Pick, Table, best, fewest_seconds, make_table
 from fedtune.plan.costs import Costs
 from fedtune.plan.limits import NEARLY, round_seconds
 from fedtune.plan.mixing import mixed_forms
+from fedtune.plan.nesting import common_caps, from_the_strongest, within
 from fedtune.plan.settings import PlanSettings
 from fedtune.plan.settle import search, settle
 from fedtune.plan.shortfall import shortfall
@@ -32,6 +33,10 @@ from fedtune.records import MatrixForm
 
 LENGTHS = 33
 """Lengths of a round that are tried, evenly apart by ratio, beside each kind's own."""
+
+SLACK = 1e-3
+"""Share of a round by which the straight lines of candidates may be off: the shortest round in
+which every device has a candidate is taken as longer by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +114,19 @@ def settled_within(
     Raises:
         PlanError: there is none.
     """
-    pick = None if table is None else best(table, task, seconds)
-    choice = None if pick is None else settle(task, pick, seconds, caps)
-    choice = choice or search(task, seconds, caps)
+    choice: Choice | None = None
+    limit = task.settings.round_seconds or math.inf
+    for longest in (seconds, seconds * (1 + SLACK), seconds * 1.1):
+        pick = None if table is None else best(table, task, min(longest, limit))
+        choice = None if pick is None else settle(task, pick, min(longest, limit), caps)
+        if choice is not None:
+            break
+    choice = choice or search(task, limit, caps)
     if choice is None and caps is not None:
         return settled_within(task, table, seconds)
     if choice is None:
         raise shortfall(task)
+    seconds = max(seconds, round_seconds(task, choice, choice.option.forms(task.shapes)))
     forms = mixed_forms(task, choice, seconds)
     return Settled(choice, forms, round_seconds(task, choice, forms))
 
@@ -134,10 +145,11 @@ def _best_length(
     own = sorted({settled.seconds for settled in alone})
     if own[0] <= 0 or own[-1] <= own[0] * (1 + NEARLY):
         return own[-1]
+    floors = [fewest_seconds(t, kind.task) for kind, t in zip(kinds, tables, strict=True) if t]
+    floor = min(max(floors, default=own[0]) * (1 + SLACK), own[-1])
     ratio: float = own[-1] / own[0]
-    lengths = sorted(
-        {*own, *(own[0] * math.pow(ratio, step / LENGTHS) for step in range(1, LENGTHS))}
-    )
+    even = (own[0] * math.pow(ratio, step / LENGTHS) for step in range(1, LENGTHS))
+    lengths = sorted({floor, *own, *even})
     scored = [(length, _score(kinds, tables, settings, length)) for length in lengths]
     return max(scored, key=lambda each: each[1])[0]
 
@@ -168,50 +180,25 @@ def _nested(
     alone: Sequence[Settled],
     seconds: float,
 ) -> FleetChoice:
-    """Every kind within the length, each within the rungs of the one that can gain more."""
-
-    picks = [
-        None if table is None else best(table, kind.task, seconds)
-        for kind, table in zip(kinds, tables, strict=True)
-    ]
-
-    def strength(kind: int) -> tuple[float, float, int]:
-        pick = picks[kind]
-        most = 0.0 if pick is None else pick.most
-        return -most, -alone[kind].choice.coverage(kinds[kind].task), kind
-
+    """Every kind within the length, and within the rungs of those that can carry more."""
+    tasks = [kind.task for kind in kinds]
     settled: dict[int, Settled] = {}
     caps_of: dict[int, Caps | None] = {}
-    caps: Caps | None = None
-    for kind in sorted(range(len(kinds)), key=strength):
-        task, table = kinds[kind].task, tables[kind]
-        own = None if task.pins.rank else caps
+    for kind, stronger in from_the_strongest(tasks):
+        task = tasks[kind]
+        caps = common_caps(
+            Caps(settled[other].choice.end(tasks[other]), settled[other].choice.option.depth)
+            for other in stronger
+        )
         found = alone[kind]
         if found.seconds > seconds * (1 + NEARLY):
-            found = settled_within(task, table, seconds)
-        if not _within(task, found.choice, own):
+            found = settled_within(task, tables[kind], seconds)
+        if not within(task, found.choice, caps):
             # The format stays: it was chosen by what memory allows, not by what others have.
             formats = (found.choice.option.format,)
-            found = settled_within(task, make_table(task, costs, own, formats), seconds, own)
-        settled[kind], caps_of[kind] = found, own
-        if not task.pins.rank:
-            caps = _tighter(caps, Caps(found.choice.end(task), found.choice.option.depth))
+            found = settled_within(task, make_table(task, costs, caps, formats), seconds, caps)
+        settled[kind], caps_of[kind] = found, caps
     order = range(len(kinds))
     return FleetChoice(
         tuple(settled[kind] for kind in order), seconds, tuple(caps_of[kind] for kind in order)
     )
-
-
-def _within(task: Task, choice: Choice, caps: Caps | None) -> bool:
-    """Whether all rungs of a choice are open."""
-    if caps is None:
-        return True
-    ladder = choice.ladder(task)
-    last = ladder.positions[choice.length - 1]
-    return last < caps.end and choice.option.depth >= caps.depth
-
-
-def _tighter(first: Caps | None, second: Caps) -> Caps:
-    if first is None:
-        return second
-    return Caps(min(first.end, second.end), max(first.depth, second.depth))

@@ -48,13 +48,16 @@ class Ladder:
     gain: tuple[float, ...]
     first_layer: tuple[int, ...]
     positions: tuple[int, ...]
+    _ranks: dict[int, dict[str, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.rungs)
 
     def ranks(self, length: int) -> dict[str, int]:
         """Rank of every matrix after the first `length` rungs; matrices at rank 0 are absent."""
-        return {rung.matrix.name: rung.rank for rung in self.rungs[:length]}
+        if length not in self._ranks:
+            self._ranks[length] = {r.matrix.name: r.rank for r in self.rungs[:length]}
+        return self._ranks[length]
 
     def coverage(self, length: int) -> float:
         """Share of the whole ladder's gain that the first `length` rungs have, 0..1."""

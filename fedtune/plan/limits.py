@@ -63,7 +63,9 @@ def load_of(
         tail_elements=tail_elements,
         tail_ranks=tail_ranks,
         correction_elements=sum(
-            correction_elements(matrix, forms[matrix.name]) for matrix in task.shapes.matrices
+            correction_elements(matrix, forms[matrix.name])
+            for matrix in task.shapes.matrices
+            if forms[matrix.name].correction_rank
         ),
     )
 

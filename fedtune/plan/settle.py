@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from fedtune.plan.candidates import Caps, Pick, Table, most_steps
+from fedtune.plan.candidates import Caps, Pick, most_steps
 from fedtune.plan.limits import (
     NEARLY,
     TRANSFER_SHARE,
@@ -18,7 +18,6 @@ from fedtune.plan.limits import (
     load_of,
     longest,
     refusal,
-    round_seconds,
 )
 from fedtune.plan.task import Choice, Option, Task, options, shortest, smallest_tail
 
@@ -48,7 +47,7 @@ def settle(task: Task, pick: Pick, seconds: float, caps: Caps | None) -> Choice 
     )
     if length is None:
         return None
-    tail = _tail(task, option, length, seconds)
+    tail = _tail(task, pick, length, seconds)
     steps = _steps(task, option, length, tail, seconds)
     if not steps:
         return None
@@ -60,7 +59,7 @@ def search(task: Task, seconds: float, caps: Caps | None) -> Choice | None:
     """The choice of most coverage by the exact model alone; slow, for what the lines missed."""
     best: Choice | None = None
     for option in _all_options(task, caps):
-        pick = Pick(option, shortest(task, option.depth), 1, 0.0, 0.0, 0.0, True)
+        pick = Pick(option, shortest(task, option.depth), 1, 0.0, 0.0, 0.0, 0.0, True)
         choice = settle(task, pick, seconds, caps)
         if choice and (best is None or choice.coverage(task) > best.coverage(task)):
             best = choice
@@ -84,9 +83,9 @@ def _capped(task: Task, option: Option, caps: Caps | None) -> int:
     return min(bisect_left(ladder.positions, caps.end), len(ladder))
 
 
-def _tail(task: Task, option: Option, length: int, seconds: float) -> int:
+def _tail(task: Task, pick: Pick, length: int, seconds: float) -> int:
     """The longest tail that costs neither a limit nor a step, or no more than its share of time."""
-    least, most = smallest_tail(task), task.settings.tail_max
+    option, least, most = pick.option, smallest_tail(task), task.settings.tail_max
     bare = load_of(task, option, length)
     forms = option.forms(task.shapes)
     wanted = task.settings.local_steps
@@ -102,7 +101,7 @@ def _tail(task: Task, option: Option, length: int, seconds: float) -> int:
         more = device_transfer(task, load) - transfer
         return more + wanted * (device_step(task, forms, load) - step) <= room * (1 + NEARLY)
 
-    return longest(least, most, allowed, most) or 0
+    return longest(least, most, allowed, int(pick.tail * most)) or 0
 
 
 def _steps(task: Task, option: Option, length: int, tail: int, seconds: float) -> int:
@@ -125,11 +124,3 @@ def _stopped_by(task: Task, choice: Choice, capped: int) -> str:
     if whole == length:
         return ""
     return refuses(lowest, whole) or MAKESPAN
-
-
-def seconds_of(task: Task, choice: Choice) -> float:
-    """Predicted seconds of the choice's round with all matrices in one form."""
-    return round_seconds(task, choice, choice.option.forms(task.shapes))
-
-
-__all__ = ["MAKESPAN", "NESTING", "Table", "search", "seconds_of", "settle"]
