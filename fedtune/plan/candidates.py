@@ -240,8 +240,8 @@ def _rows(
         if place and option.micro_batch <= settled:
             continue
         prefixes = costs.prefixes(task, option.depth)
-        times = _times(task, costs, option, prefixes)
-        allowed = _allowed(task, option, prefixes, times, caps)
+        times = option_times(task, costs, option, prefixes)
+        allowed = allowed_lengths(task, option, prefixes, times, caps)
         if not len(allowed):
             continue
         peaks, tails = _memory(task, costs, option, prefixes)
@@ -257,7 +257,7 @@ def _rows(
             settled = max(settled, option.micro_batch)
 
 
-def _allowed(
+def allowed_lengths(
     task: Task, option: Option, prefixes: Prefixes, times: Times, caps: Caps | None
 ) -> Int[np.ndarray, " lengths"]:
     """Numbers of rungs that every limit but memory lets pass."""
@@ -310,7 +310,8 @@ class Times:
         return {field.name: getattr(self, field.name)[lengths] for field in fields(self)}
 
 
-def _times(task: Task, costs: Costs, option: Option, prefixes: Prefixes) -> Times:
+def option_times(task: Task, costs: Costs, option: Option, prefixes: Prefixes) -> Times:
+    """The seconds of an option with every number of rungs."""
     line, transfer = costs.step(task, option), costs.transfer(task)
     factor = task.calibration.seconds_factor
     fixed = line.fixed + line.per_pass * task.settings.batch_size / option.micro_batch

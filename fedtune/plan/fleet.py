@@ -24,7 +24,7 @@ from fedtune.plan.candidates import Caps, Pick, Table, best, fewest_seconds, mak
 from fedtune.plan.costs import Costs
 from fedtune.plan.limits import NEARLY, round_seconds
 from fedtune.plan.mixing import mixed_forms
-from fedtune.plan.nesting import common_caps, from_the_strongest, within
+from fedtune.plan.nesting import caps_by, common_caps, from_the_strongest, within
 from fedtune.plan.settings import PlanSettings
 from fedtune.plan.settle import search, settle
 from fedtune.plan.shortfall import shortfall
@@ -73,12 +73,10 @@ class FleetChoice:
 
     Attributes:
         seconds: longest round that was allowed; infinite if none was set.
-        caps: what stronger devices left open to each kind.
     """
 
     settled: tuple[Settled, ...]
     seconds: float
-    caps: tuple[Caps | None, ...]
 
     def pacer(self) -> int:
         """The kind whose round is the longest."""
@@ -183,13 +181,9 @@ def _nested(
     """Every kind within the length, and within the rungs of those that can carry more."""
     tasks = [kind.task for kind in kinds]
     settled: dict[int, Settled] = {}
-    caps_of: dict[int, Caps | None] = {}
     for kind, stronger in from_the_strongest(tasks):
         task = tasks[kind]
-        caps = common_caps(
-            Caps(settled[other].choice.end(tasks[other]), settled[other].choice.option.depth)
-            for other in stronger
-        )
+        caps = common_caps(caps_by(tasks[other], settled[other].choice) for other in stronger)
         found = alone[kind]
         if found.seconds > seconds * (1 + NEARLY):
             found = settled_within(task, tables[kind], seconds)
@@ -197,8 +191,5 @@ def _nested(
             # The format stays: it was chosen by what memory allows, not by what others have.
             formats = (found.choice.option.format,)
             found = settled_within(task, make_table(task, costs, caps, formats), seconds, caps)
-        settled[kind], caps_of[kind] = found, caps
-    order = range(len(kinds))
-    return FleetChoice(
-        tuple(settled[kind] for kind in order), seconds, tuple(caps_of[kind] for kind in order)
-    )
+        settled[kind] = found
+    return FleetChoice(tuple(settled[kind] for kind in range(len(kinds))), seconds)

@@ -34,6 +34,11 @@ def from_the_strongest(tasks: Sequence[Task]) -> Iterator[tuple[int, list[int]]]
         settled.add(place)
 
 
+def caps_by(task: Task, choice: Choice) -> Caps:
+    """What a choice leaves open to devices that can carry less."""
+    return Caps(choice.end(task), choice.option.depth)
+
+
 def common_caps(caps: Iterable[Caps]) -> Caps | None:
     """What all of them leave open; None if there are none."""
     found = list(caps)

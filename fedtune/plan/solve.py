@@ -89,9 +89,10 @@ def plan_fleet(
         factors = calibration.get(profile.device_class, CostCalibration())
         task = Task(profile, shapes, settings, fixed, ladders[limit], distortion, factors)
         kinds.append(Kind(task, _weight(group, samples)))
-    choice = choose_fleet(kinds, settings, Costs(shapes))
+    costs = Costs(shapes)
+    choice = choose_fleet(kinds, settings, costs)
     if settings.solver == "milp":
-        choice = refine(kinds, choice, settings.solver_seconds)
+        choice = refine(kinds, choice, costs, settings.solver_seconds)
     plans = [
         replace(plan, device=profile.name)
         for group, plan in zip(groups, _kind_plans(kinds, choice), strict=True)
