@@ -13,8 +13,9 @@ Without a table the plan has one form per device, and there is nothing to trade.
 
 Source: LQ-LoRA (https://arxiv.org/abs/2311.12023), section 3.1, has the program of the forms; the
 prefix of ranks is ours. Solved by HiGHS (`scipy.optimize.milp`), whose limits are on nodes and gap,
-which give the same answer on every machine. The limit on time is a last resort, and a plan that was
-cut short by it says so.
+which give the same answer on every machine. For the same reason only as many programs are solved as
+are sure to end within `plan.solver_seconds`, those of the devices with most samples first. The
+others keep their greedy plans and say so, as does one that the time cut short after all.
 """
 
 from __future__ import annotations
@@ -35,15 +36,21 @@ from fedtune.plan.limits import device_step, load_of, longest, round_seconds
 from fedtune.plan.mixing import allowed_forms, fits, fixed_bytes, form_errors, form_sizes, mixes
 from fedtune.plan.nesting import caps_by, common_caps, from_the_strongest
 from fedtune.plan.task import Choice, Task
+from fedtune.plan.widths import lower_hull
 from fedtune.records import MatrixForm
 
 ENDS = 24
 """Ends of the prefix that a program chooses among; what fits beyond is granted afterwards."""
 FEWEST = 0.5
 """Share of the greedy plan's rungs that a program keeps at least."""
-GAP = 1e-4
+GAP = 1e-3
 NODES = 200
 """When HiGHS may stop: at this relative gap, or after so many nodes of the search tree."""
+BETTER = 1e-4
+"""By how much the objective must grow for a program's answer to be taken."""
+SECONDS_PER_FORM = 5e-4
+"""Time that a program is allowed for each pair of matrix and form; 3100 such pairs, of a model of
+224 matrices, took 0.06 to 0.6 s on one core."""
 SPARE_BYTES = 4096
 """Of the budget, for what the straight lines of the costs round away."""
 
@@ -93,24 +100,38 @@ def refine(kinds: Sequence[Kind], choice: FleetChoice, costs: Costs, seconds: fl
     Args:
         seconds: longest time of all programs together.
     """
-    tasks = [kind.task for kind in kinds]
-    settled = list(choice.settled)
-    mixed = [mixes(task, each.choice) for task, each in zip(tasks, settled, strict=True)]
-    if not any(mixed):
-        return choice
-    weaker: dict[int, list[int]] = {place: [] for place in range(len(tasks))}
-    order = list(from_the_strongest(tasks))
+    tasks, settled = [kind.task for kind in kinds], list(choice.settled)
+    wanted = [
+        place for place, task in enumerate(tasks) if mixes(task, choice.settled[place].choice)
+    ]
+    solved = _affordable(kinds, wanted, seconds)
+    order = list(from_the_strongest(tasks)) if wanted else []
     for place, stronger in order:
-        for other in stronger:
-            weaker[other].append(place)
-    for place, stronger in order:
-        if not mixed[place]:
+        if place not in wanted:
+            continue
+        if place not in solved:
+            settled[place] = replace(settled[place], unfinished=True)
             continue
         caps = common_caps(caps_by(tasks[other], settled[other].choice) for other in stronger)
-        least = max((settled[each].choice.end(tasks[each]) for each in weaker[place]), default=0)
+        weaker = [other for other, above in order if place in above]
+        least = max((settled[other].choice.end(tasks[other]) for other in weaker), default=0)
         limits = Limits(choice.seconds, least, None if caps is None else caps.end)
-        settled[place] = _refined(tasks[place], settled[place], costs, limits, seconds / sum(mixed))
+        settled[place] = _refined(
+            tasks[place], settled[place], costs, limits, seconds / len(solved)
+        )
     return replace(choice, settled=tuple(settled))
+
+
+def _affordable(kinds: Sequence[Kind], wanted: Sequence[int], seconds: float) -> set[int]:
+    """The kinds whose programs are solved: those that weigh most, as far as the time is enough."""
+    solved: set[int] = set()
+    for place in sorted(wanted, key=lambda place: (-kinds[place].weight, place)):
+        task = kinds[place].task
+        seconds -= SECONDS_PER_FORM * len(task.shapes.matrices) * len(allowed_forms(task))
+        if seconds < 0:
+            break
+        solved.add(place)
+    return solved
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +172,10 @@ def _refined(task: Task, greedy: Settled, costs: Costs, limits: Limits, seconds:
     if granted is None:
         return marked
     choice = replace(greedy.choice, length=granted, stopped_by=_stopped(greedy.choice, granted))
-    if score(task, greedy, choice, held) <= score(task, greedy, greedy.choice, greedy.forms) + GAP:
+    if (
+        score(task, greedy, choice, held)
+        <= score(task, greedy, greedy.choice, greedy.forms) + BETTER
+    ):
         return marked
     return Settled(choice, held, round_seconds(task, choice, held), not solution.finished)
 
@@ -309,15 +333,8 @@ def solve(program: Program, seconds: float) -> Solution | None:
 
 
 def _useful(program: Program) -> np.ndarray:
-    """Forms of each matrix that no other form of it beats in error, bytes and seconds at once."""
-    parts = (program.errors, program.sizes, program.seconds)
-    beaten = np.zeros(program.errors.shape, dtype=bool)
-    for other in range(program.errors.shape[1]):
-        no_worse = np.ones(program.errors.shape, dtype=bool)
-        better = np.zeros(program.errors.shape, dtype=bool)
-        for part in parts:
-            no_worse &= part[:, [other]] <= part
-            better |= part[:, [other]] < part
-        beaten |= no_worse & better
-    useful: np.ndarray = np.isfinite(program.errors) & ~beaten
+    """Forms of each matrix on the lower hull of bytes and error, as seconds go with bytes."""
+    useful = np.zeros(program.errors.shape, dtype=bool)
+    for row, (errors, sizes) in enumerate(zip(program.errors, program.sizes, strict=True)):
+        useful[row, lower_hull(errors, sizes)] = True
     return useful
