@@ -6,9 +6,9 @@ A fleet's plan is the one of most
 
 where the gain is the mean over the devices, by their samples, of coverage (share of the gain of the
 global rank order) times share of the local steps. For a fixed length of the round the devices are
-independent, so lengths are tried one after another: between the shortest and the longest round that
-any kind of device takes for its whole share, that of each kind among them. A fleet of equal devices
-has one such length, and does all steps.
+independent, so lengths are tried one after another: from the round in which the quickest kind of
+device, that of most coverage per second, does its whole share, to that in which the slowest does.
+So the quickest gives up nothing, and a fleet of equal devices does all steps.
 
 Ranks nest: a device takes its rungs from those of every device that can carry more
 (`fedtune.plan.nesting`).
@@ -58,12 +58,14 @@ class Settled:
     Attributes:
         forms: of each matrix.
         seconds: predicted, of a round.
+        coverage: share of the gain of the fleet's order of ranks.
         unfinished: whether a mixed-integer program was stopped by its limit.
     """
 
     choice: Choice
     forms: Mapping[str, MatrixForm]
     seconds: float
+    coverage: float
     unfinished: bool = False
 
 
@@ -126,7 +128,7 @@ def settled_within(
         raise shortfall(task)
     seconds = max(seconds, round_seconds(task, choice, choice.option.forms(task.shapes)))
     forms = mixed_forms(task, choice, seconds)
-    return Settled(choice, forms, round_seconds(task, choice, forms))
+    return Settled(choice, forms, round_seconds(task, choice, forms), choice.coverage(task))
 
 
 def _slowest(alone: Sequence[Settled]) -> float:
@@ -140,13 +142,14 @@ def _best_length(
     settings: PlanSettings,
 ) -> float:
     """The length of a round by which the fleet's plan is best."""
-    own = sorted({settled.seconds for settled in alone})
-    if own[0] <= 0 or own[-1] <= own[0] * (1 + NEARLY):
-        return own[-1]
+    quickest = max(alone, key=lambda each: each.coverage / max(each.seconds, 1e-30))
+    shortest, slowest = quickest.seconds, _slowest(alone)
+    if shortest <= 0 or slowest <= shortest * (1 + NEARLY):
+        return slowest
     floors = [fewest_seconds(t, kind.task) for kind, t in zip(kinds, tables, strict=True) if t]
-    floor = min(max(floors, default=own[0]) * (1 + SLACK), own[-1])
-    ratio: float = own[-1] / own[0]
-    even = (own[0] * math.pow(ratio, step / LENGTHS) for step in range(1, LENGTHS))
+    floor = min(max([shortest, *floors]) * (1 + SLACK), slowest)
+    even = (shortest * math.pow(slowest / shortest, step / LENGTHS) for step in range(LENGTHS))
+    own = (each.seconds for each in alone if each.seconds >= shortest)
     lengths = sorted({floor, *own, *even})
     scored = [(length, _score(kinds, tables, settings, length)) for length in lengths]
     return max(scored, key=lambda each: each[1])[0]

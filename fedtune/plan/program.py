@@ -177,7 +177,8 @@ def _refined(task: Task, greedy: Settled, costs: Costs, limits: Limits, seconds:
         <= score(task, greedy, greedy.choice, greedy.forms) + BETTER
     ):
         return marked
-    return Settled(choice, held, round_seconds(task, choice, held), not solution.finished)
+    seconds_now = round_seconds(task, choice, held)
+    return Settled(choice, held, seconds_now, choice.coverage(task), not solution.finished)
 
 
 def _stopped(greedy: Choice, granted: int) -> str:
@@ -187,7 +188,7 @@ def _stopped(greedy: Choice, granted: int) -> str:
 
 def score(task: Task, greedy: Settled, choice: Choice, forms: Mapping[str, MatrixForm]) -> float:
     """The objective of the program, of any choice."""
-    coverage = choice.coverage(task) / greedy.choice.coverage(task)
+    coverage = choice.coverage(task) / greedy.coverage
     before = _error(task, greedy.forms)
     lost = _error(task, forms) / before if before > 0 else 0.0
     return coverage - (1 - ENOUGH_GAIN) * lost
