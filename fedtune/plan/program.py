@@ -51,7 +51,7 @@ BETTER = 1e-4
 SECONDS_PER_FORM = 5e-4
 """Time that a program is allowed for each pair of matrix and form; 3100 such pairs, of a model of
 224 matrices, took 0.06 to 0.6 s on one core."""
-SPARE_BYTES = 4096
+SPARE_BYTES = 256
 """Of the budget, for what the straight lines of the costs round away."""
 
 
