@@ -20,14 +20,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedtune.plan.candidates import Caps, Pick, Table, best, fewest_seconds, make_table
+from fedtune.plan.candidates import Caps, Table, best, fewest_seconds, make_table
 from fedtune.plan.costs import Costs
 from fedtune.plan.limits import NEARLY, round_seconds
 from fedtune.plan.mixing import mixed_forms
 from fedtune.plan.nesting import caps_by, common_caps, from_the_strongest, within
 from fedtune.plan.settings import PlanSettings
 from fedtune.plan.settle import search, settle
-from fedtune.plan.shortfall import shortfall
+from fedtune.plan.shortfall import can_fit, shortfall
 from fedtune.plan.task import Choice, Task
 from fedtune.records import MatrixForm
 
@@ -94,7 +94,7 @@ def choose_fleet(kinds: Sequence[Kind], settings: PlanSettings, costs: Costs) ->
     limit = settings.round_seconds or math.inf
     tables = [make_table(kind.task, costs) for kind in kinds]
     alone = [
-        settled_within(kind.task, table, limit) for kind, table in zip(kinds, tables, strict=True)
+        settled_alone(kind.task, table, limit) for kind, table in zip(kinds, tables, strict=True)
     ]
     seconds = limit
     if settings.makespan_weight > 0:
@@ -103,32 +103,45 @@ def choose_fleet(kinds: Sequence[Kind], settings: PlanSettings, costs: Costs) ->
     return _nested(kinds, costs, tables, alone, seconds)
 
 
-def settled_within(
-    task: Task,
-    table: Table | None,
-    seconds: float,
-    caps: Caps | None = None,
-) -> Settled:
-    """The best choice of one kind within a length of the round.
+def settled_alone(task: Task, table: Table | None, limit: float) -> Settled:
+    """What a kind does if no other device matters.
 
     Raises:
-        PlanError: there is none.
+        PlanError: it cannot carry even the smallest plan.
     """
-    choice: Choice | None = None
+    found = settled_within(task, table, limit)
+    if found is None and can_fit(task):
+        choice = search(task, limit)
+        found = None if choice is None else _with_forms(task, choice, limit)
+    if found is None:
+        raise shortfall(task)
+    return found
+
+
+def settled_within(
+    task: Task, table: Table | None, seconds: float, caps: Caps | None = None
+) -> Settled | None:
+    """The best choice of one kind within a length of the round; None if it has none.
+
+    The length is stretched by a little where the straight lines of the table promised too much.
+    """
     limit = task.settings.round_seconds or math.inf
     for longest in (seconds, seconds * (1 + SLACK), seconds * 1.1):
-        pick = None if table is None else best(table, task, min(longest, limit))
-        choice = None if pick is None else settle(task, pick, min(longest, limit), caps)
+        longest = min(longest, limit)
+        pick = None if table is None else best(table, task, longest)
+        choice = None if pick is None else settle(task, pick, longest, caps)
         if choice is not None:
-            break
-    choice = choice or search(task, limit, caps)
-    if choice is None and caps is not None:
-        return settled_within(task, table, seconds)
-    if choice is None:
-        raise shortfall(task)
-    seconds = max(seconds, round_seconds(task, choice, choice.option.forms(task.shapes)))
+            return _with_forms(task, choice, longest)
+    return None
+
+
+def _with_forms(task: Task, choice: Choice, seconds: float) -> Settled:
     forms = mixed_forms(task, choice, seconds)
     return Settled(choice, forms, round_seconds(task, choice, forms), choice.coverage(task))
+
+
+def _gain_per_second(settled: Settled) -> float:
+    return settled.coverage * settled.choice.steps / settled.seconds
 
 
 def _slowest(alone: Sequence[Settled]) -> float:
@@ -142,35 +155,55 @@ def _best_length(
     settings: PlanSettings,
 ) -> float:
     """The length of a round by which the fleet's plan is best."""
-    quickest = max(alone, key=lambda each: each.coverage / max(each.seconds, 1e-30))
-    shortest, slowest = quickest.seconds, _slowest(alone)
-    if shortest <= 0 or slowest <= shortest * (1 + NEARLY):
+    slowest = _slowest(alone)
+    timed = [each for each in alone if each.seconds > 0]  # the others say nothing of their rates
+    quickest = max(timed, key=_gain_per_second, default=alone[0])
+    shortest = quickest.seconds
+    if slowest <= shortest * (1 + NEARLY):
         return slowest
     floors = [fewest_seconds(t, kind.task) for kind, t in zip(kinds, tables, strict=True) if t]
     floor = min(max([shortest, *floors]) * (1 + SLACK), slowest)
     even = (shortest * math.pow(slowest / shortest, step / LENGTHS) for step in range(LENGTHS))
     own = (each.seconds for each in alone if each.seconds >= shortest)
     lengths = sorted({floor, *own, *even})
-    scored = [(length, _score(kinds, tables, settings, length)) for length in lengths]
-    return max(scored, key=lambda each: each[1])[0]
+    whole = [
+        Outcome(each.coverage * each.choice.steps / settings.local_steps, each.seconds)
+        for each in alone
+    ]
+    scored = [(_score(kinds, tables, whole, settings, length), length) for length in lengths]
+    best_score = max(score for score, _ in scored)
+    return max(length for score, length in scored if score >= best_score)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a round of a kind gains, and how long it is."""
+
+    gain: float
+    seconds: float
 
 
 def _score(
     kinds: Sequence[Kind],
     tables: Sequence[Table | None],
+    whole: Sequence[Outcome],
     settings: PlanSettings,
     seconds: float,
 ) -> float:
-    """The objective at one length of the round; minus infinity if a kind cannot keep it."""
-    picks: list[Pick] = []
-    for kind, table in zip(kinds, tables, strict=True):
+    """The objective at one length of the round; minus infinity if a kind cannot keep it.
+
+    Args:
+        whole: of each kind alone; stands for one without candidates.
+    """
+    found: list[Outcome] = []
+    for kind, table, own in zip(kinds, tables, whole, strict=True):
         pick = None if table is None else best(table, kind.task, seconds * (1 + 1e-6))
-        if pick is None:
+        if table is not None and pick is None:
             return -math.inf
-        picks.append(pick)
+        found.append(own if pick is None else Outcome(pick.gain, pick.seconds))
     weights = sum(kind.weight for kind in kinds)
-    gain = sum(kind.weight * pick.gain for kind, pick in zip(kinds, picks, strict=True)) / weights
-    slowest = max(pick.seconds for pick in picks)
+    gain = sum(kind.weight * each.gain for kind, each in zip(kinds, found, strict=True)) / weights
+    slowest = max(each.seconds for each in found)
     return settings.gain_weight * math.log(gain) - settings.makespan_weight * math.log(slowest)
 
 
@@ -189,10 +222,11 @@ def _nested(
         caps = common_caps(caps_by(tasks[other], settled[other].choice) for other in stronger)
         found = alone[kind]
         if found.seconds > seconds * (1 + NEARLY):
-            found = settled_within(task, tables[kind], seconds)
+            found = settled_within(task, tables[kind], seconds) or found
         if not within(task, found.choice, caps):
             # The format stays: it was chosen by what memory allows, not by what others have.
             formats = (found.choice.option.format,)
-            found = settled_within(task, make_table(task, costs, caps, formats), seconds, caps)
+            table = make_table(task, costs, caps, formats)
+            found = settled_within(task, table, seconds, caps) or found
         settled[kind] = found
     return FleetChoice(tuple(settled[kind] for kind in range(len(kinds))), seconds)

@@ -55,24 +55,23 @@ def settle(task: Task, pick: Pick, seconds: float, caps: Caps | None) -> Choice 
     return replace(choice, stopped_by=_stopped_by(task, choice, capped))
 
 
-def search(task: Task, seconds: float, caps: Caps | None) -> Choice | None:
+def search(task: Task, seconds: float) -> Choice | None:
     """The choice of most coverage by the exact model alone; slow, for what the lines missed."""
     best: Choice | None = None
-    for option in _all_options(task, caps):
+    for option in _all_options(task):
         pick = Pick(option, shortest(task, option.depth), 1, 0.0, 0.0, 0.0, 0.0, True)
-        choice = settle(task, pick, seconds, caps)
+        choice = settle(task, pick, seconds, None)
         if choice and (best is None or choice.coverage(task) > best.coverage(task)):
             best = choice
     return best
 
 
-def _all_options(task: Task, caps: Caps | None) -> Iterator[Option]:
+def _all_options(task: Task) -> Iterator[Option]:
     """Every way to compute; shorter samples only come after all ways with longer ones."""
     for sequence_length in task.sequence_lengths():
         for name in task.formats():
             for depth in task.depths():
-                if caps is None or depth >= caps.depth:
-                    yield from options(task, name, sequence_length, depth)
+                yield from options(task, name, sequence_length, depth)
 
 
 def _capped(task: Task, option: Option, caps: Caps | None) -> int:

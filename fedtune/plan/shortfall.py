@@ -48,6 +48,11 @@ def shortfall(task: Task) -> PlanError:
     )
 
 
+def can_fit(task: Task) -> bool:
+    """Whether the memory of a device is enough for its smallest plan."""
+    return any(_needed(task, each) <= task.profile.budget_bytes for each in _smallest_options(task))
+
+
 def _smallest_options(task: Task) -> Iterator[Option]:
     """The ways of least memory: samples as short as may be, trained as high up as may be."""
     for name in task.formats():

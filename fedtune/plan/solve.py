@@ -89,6 +89,8 @@ def plan_fleet(
         factors = calibration.get(profile.device_class, CostCalibration())
         task = Task(profile, shapes, settings, fixed, ladders[limit], distortion, factors)
         kinds.append(Kind(task, _weight(group, samples)))
+    if not kinds:
+        return FleetPlan(())
     costs = Costs(shapes)
     choice = choose_fleet(kinds, settings, costs)
     if settings.solver == "milp":
