@@ -62,6 +62,21 @@ def test_the_lines_are_the_cost_model(option: Option, share: float, tail: int, t
     assert seconds == pytest.approx(device_step(task, forms, load), rel=1e-6)
 
 
+@pytest.mark.parametrize("length", [1, 100, 320, 400, 560])
+def test_two_lines_follow_the_head_and_the_block_that_take_turns(length: int) -> None:
+    """At this vocabulary, logits take most up to rank 325, and a block's pass beyond."""
+    task = replace(TASK, shapes=replace(TINY, vocabulary=1600))
+    option = Option(TASK.form("nf4"), 16, True, 64)
+    line, offset = Costs(task.shapes).peak(task, option)
+    assert line.low[0] > line.high[0]
+    assert line.low[1] < line.high[1]
+    prefixes = COSTS.prefixes(TASK, 0)
+    found = line.of(prefixes.elements, prefixes.ranks, offset)[length]
+    load = replace(load_of(task, option, length), first_trained_layer=0)
+    exact = device_peak(task, option.forms(TINY), load)
+    assert found == pytest.approx(exact, abs=64)
+
+
 def test_the_tail_that_has_room_fills_the_memory() -> None:
     option = Option(TASK.form("nf4"), 16, False, 64)
     prefixes, (line, offset) = COSTS.prefixes(TASK, 0), COSTS.peak(TASK, option)

@@ -145,6 +145,20 @@ def test_no_devices_have_a_plan_of_none() -> None:
     assert plan_fleet([], TINY, PACED) == FleetPlan(())
 
 
+def test_a_tail_costs_a_slow_device_no_step_or_a_quarter_of_the_round() -> None:
+    run = replace(PACED, tail=24, rank_cap=32, rank_max=8)
+    slow_link = replace(SLOW, memory_bytes=64 * MB, link_bytes_per_s=3e5)
+    found = plans([FAST, MIDDLE, slow_link], run)
+    alone = plans([slow_link], replace(run, makespan_weight=0.0))["slow"]
+    span, plan = makespan(found), found["slow"]
+    sides = {m.name: m.out_features + m.in_features for m in TINY.matrices}
+    tail = sum(m.tail_rank * sides[m.name] for m in plan.matrices) * run.wire_itemsize
+    assert plan.local_steps < 10
+    assert tail / 3e5 <= 0.25 * span * 1.1
+    assert max(m.tail_rank for m in plan.matrices) < max(m.tail_rank for m in alone.matrices)
+    assert {m.tail_rank for m in found["fast"].matrices} == {24}
+
+
 def test_a_limit_of_all_updates_holds_for_every_device() -> None:
     run = replace(PACED, upload_bytes=60_000)
     found = plans(THREE, run)

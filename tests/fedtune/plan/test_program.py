@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.plan import program as program_module
 from fedtune.plan.candidates import ENOUGH_GAIN
-from fedtune.plan.program import Program, solve
+from fedtune.plan.program import Program, Solution, solve
 from fedtune.plan.settings import Pins, PlanSettings
 from fedtune.plan.solve import plan_fleet
 from fedtune.records import DevicePlan, DistortionTable
@@ -141,6 +141,17 @@ def test_kinds_for_which_there_is_no_time_keep_the_greedy_plan_and_say_so() -> N
     greedy = plan(4 * MB, replace(MILP, solver="greedy"))
     assert replace(hurried, binding=greedy.binding) == greedy
     assert hurried.binding == f"{greedy.binding}, solver limit"
+
+
+def test_an_answer_that_is_worse_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the straight lines, and not the exact model, are what a program knows."""
+
+    def poor(program: Program, seconds: float) -> Solution:
+        smallest = np.argmin(program.sizes, axis=1)
+        return Solution(int(program.ends[0]), smallest, True)
+
+    monkeypatch.setattr(program_module, "solve", poor)
+    assert plan(4 * MB) == plan(4 * MB, replace(MILP, solver="greedy"))
 
 
 def test_without_a_table_the_program_changes_nothing() -> None:
