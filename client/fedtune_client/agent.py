@@ -189,12 +189,13 @@ class Agent:
         """
         dispatch, backbone = self._accept(order, packed)
         train, held_out = self._tokenised(order.labels)
-        if not train.samples:
-            raise ProtocolError(f"{self.name}: there is no sample to train on; plan without it")
         plan = order.plan
+        samples = self._within(train.samples, plan.sequence_length, order.labels)
+        if not samples:
+            raise ProtocolError(f"{self.name}: there is no sample to train on; plan without it")
         taken = plan.batch_size * plan.local_steps
         picked = stream(
-            len(train.samples),
+            len(samples),
             [order.seed, zlib.crc32(self.name.encode("utf-8"))],
             (order.round - 1) * taken,
             taken,
@@ -202,7 +203,7 @@ class Agent:
         return Work(
             backbone=backbone,
             dispatch=dispatch,
-            batches=_batches(train.samples, picked, plan.batch_size),
+            batches=_batches(samples, picked, plan.batch_size),
             memory=self._memory(order) if order.optimizer.keep else None,
             held_out=held_out.samples if order.evaluate else (),
         )
@@ -296,6 +297,16 @@ class Agent:
                 labels: (build_samples(rows.train, builder), build_samples(rows.held_out, builder))
             }
         return self._samples[labels]
+
+    def _within(
+        self, samples: Sequence[Sample], length: int, labels: tuple[str, ...]
+    ) -> Sequence[Sample]:
+        """Samples cut to a plan's length; without those that then have nothing to learn from."""
+        if length >= self._site.data.max_tokens:
+            return samples
+        data = self._site.data.model_copy(update={"max_tokens": length})
+        builder = SampleBuilder(self._tokenizer, data, labels)
+        return [cut for cut in map(builder.fit, samples) if cut is not None]
 
     def _accept(self, order: Order, packed: bytes) -> tuple[Dispatch, Backbone]:
         """Check an instruction, and have its tensors and its backbone ready."""

@@ -6,7 +6,7 @@ before it plans (their profiles, labels, samples) comes from the run file and th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def plan_on_paper(
     if config.plan.file:
         plan = _followed(config, profiles, shapes, settings, declared)
     else:
-        plan = _planned(config, profiles, shapes, settings, notes)
+        plan = _planned(config, profiles, shapes, settings, _samples(config, sites), notes)
     return PaperPlan(plan, profiles, shapes, settings, named, tuple(notes))
 
 
@@ -137,6 +137,13 @@ def _dense_parameters(config: RunConfig, folder: Path, sites: Sites | None) -> i
     return head_parameters(folder, max(len(labels), _FEWEST_LABELS))
 
 
+def _samples(config: RunConfig, sites: Sites | None) -> Mapping[str, int] | None:
+    """What each site's share in the joined adapter goes by; None where all count alike."""
+    if sites is None or config.aggregate.weights == "uniform":
+        return None
+    return {name: len(sites.site(name).train) for name in sites.names}
+
+
 def _followed(
     config: RunConfig,
     profiles: Sequence[DeviceProfile],
@@ -156,6 +163,7 @@ def _planned(
     profiles: Sequence[DeviceProfile],
     shapes: ModelShapes,
     settings: PlanSettings,
+    samples: Mapping[str, int] | None,
     notes: list[str],
 ) -> FleetPlan:
     """The planner's plan; adds to the notes what a run would know beyond it."""
@@ -172,6 +180,7 @@ def _planned(
         importance=importance,
         pins=plan_pins(config),
         distortion=table,
+        samples=samples,
     )
     if table is None and config.plan.widths == "mixed" and may_mix(plan):
         notes.append(

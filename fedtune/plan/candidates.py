@@ -1,251 +1,347 @@
-"""What one device could do: a format, a micro-batch, checkpointing, and how far up the ladder."""
+"""All that one device could do, as columns of numbers, and the best of it within a time.
+
+A row is an option (format, micro-batch, checkpointing, depth, length of samples) with a number of
+granted rungs. Rows come from straight lines in the ranks (`fedtune.plan.costs`), so a model of
+hundreds of matrices has its thousands of rows in some milliseconds. Which row is best depends on
+the seconds that a round may take, and on what stronger devices of the fleet leave open.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
-from fedtune.plan.cost import (
-    Load,
-    correction_elements,
-    peak_bytes,
-    step_seconds,
-    transfer_seconds,
-    upload_bytes,
-)
-from fedtune.plan.ladder import Ladder
-from fedtune.plan.settings import Pins, PlanSettings
-from fedtune.records import (
-    BACKBONE_FORMATS,
-    BLOCK_BITS,
-    DEFAULT_BLOCK,
-    DeviceProfile,
-    DistortionTable,
-    FormatName,
-    MatrixForm,
-    ModelShapes,
-)
+import numpy as np
+from jaxtyping import Bool, Float, Int
 
-LOSSY_FORMATS: frozenset[FormatName] = frozenset(
-    name for name, bits in BLOCK_BITS.items() if bits <= 4
-)
-"""Formats that lose enough for single matrices to be worth more bits, or a pair that repairs them:
-4 bits lose 9 % of a matrix, 8 bits half a per cent."""
+from fedtune.plan.costs import Costs, Prefixes
+from fedtune.plan.limits import NEARLY, TRANSFER_SHARE
+from fedtune.plan.task import Option, Task, options, shortest
+from fedtune.records import FormatName
 
-TRANSFER_SHARE = 0.25
-"""Share of `round_seconds` that both transfers may take. Chosen: steps teach the model, transfers
-do not, and a message four times as long buys little more rank than one."""
+ENOUGH_GAIN = 0.9
+"""Share of the reachable gain below which a better format is given up for more rank. Chosen: with
+the prior, nine tenths are 12 of 16 ranks, and the last ranks gain least."""
+
+GAIN_SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""Shares of the most gain that an option's memory allows at which it is a candidate: fewer ranks
+make messages shorter and steps a little faster."""
+
+Numbers = Float[np.ndarray, " rows"]
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """One device's planning problem.
+class Caps:
+    """What a device may have at most, so that its ranks nest in those of stronger ones.
 
     Attributes:
-        distortion: what each matrix loses in each form; None where nobody has measured it.
+        end: place in the fleet's order at which its rungs end.
+        depth: lowest layer that it may train.
     """
 
-    profile: DeviceProfile
-    shapes: ModelShapes
-    settings: PlanSettings
-    pins: Pins
-    ladder: Ladder
-    distortion: DistortionTable | None = None
-
-    def formats(self) -> tuple[FormatName, ...]:
-        """Formats to try, best first."""
-        wanted = BACKBONE_FORMATS if self.pins.format is None else (self.pins.format,)
-        return tuple(name for name in wanted if name in self.profile.formats)
-
-    def form(self, format_name: FormatName) -> MatrixForm:
-        """How a matrix is held when all have the same format."""
-        block = DEFAULT_BLOCK if format_name in BLOCK_BITS else 0
-        repaired = format_name in LOSSY_FORMATS
-        return MatrixForm(format_name, block, self.pins.correction_rank or 0 if repaired else 0)
-
-    def micro_batches(self) -> tuple[int, ...]:
-        """Sizes to try, largest first: powers of two that divide the batch size."""
-        if self.pins.micro_batch:
-            return (self.pins.micro_batch,)
-        largest = self.settings.batch_size & -self.settings.batch_size
-        return tuple(1 << power for power in reversed(range(largest.bit_length())))
+    end: int
+    depth: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
-    """How a device computes, before ranks are granted: all matrices in one form."""
-
-    form: MatrixForm
-    micro_batch: int
-    checkpointing: bool
-
-    @property
-    def format(self) -> FormatName:
-        return self.form.format
-
-    def forms(self, shapes: ModelShapes) -> dict[str, MatrixForm]:
-        return {matrix.name: self.form for matrix in shapes.matrices}
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """An option with its rank prefix and its tail.
+class Table:
+    """Rows of candidates; equal columns.
 
     Attributes:
-        length: rungs of the ladder that are granted.
-        tail: frozen directions of each matrix beyond the trained ones.
-        stopped_by: what refused the next rung; empty when there is none.
+        options: what `option` counts.
+        format: place of the option's format among the device's, the best first.
+        carried: whether memory allows the row; others say what could be reached.
+        coverage: share of the gain of the fleet's order.
+        step, tail_step: seconds of a step without a tail, and what the longest tail adds.
+        transfer, tail_transfer: the same of both transfers.
+        tail: share of the longest tail for which there is memory.
+        longest: whether the row has all rungs that its option allows.
+    """
+
+    options: tuple[Option, ...]
+    option: Int[np.ndarray, " rows"]
+    length: Int[np.ndarray, " rows"]
+    format: Int[np.ndarray, " rows"]
+    carried: Bool[np.ndarray, " rows"]
+    coverage: Numbers
+    step: Numbers
+    tail_step: Numbers
+    transfer: Numbers
+    tail_transfer: Numbers
+    tail: Numbers
+    longest: Bool[np.ndarray, " rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """The best row of a table within a time.
+
+    Attributes:
+        gain: coverage times share of the local steps.
+        most: the most gain that any format gives; never less on a device that can carry more.
+        tail: share of the longest tail for which there is memory.
+        longest: whether the row has all rungs that its option allows.
     """
 
     option: Option
     length: int
-    tail: int
-    stopped_by: str
+    steps: int
+    gain: float
+    most: float
+    seconds: float
+    tail: float
+    longest: bool
 
 
-def options(task: Task, format_name: FormatName) -> Iterator[Option]:
-    """Ways to compute in one format, fastest first: checkpointing costs a third of the work."""
-    for checkpointing in (False, True) if task.settings.checkpointing else (False,):
-        for micro_batch in task.micro_batches():
-            yield Option(task.form(format_name), micro_batch, checkpointing)
-
-
-def shortest(task: Task) -> int:
-    """Fewest rungs that a plan may grant: the first one, or all of them under a pinned rank."""
-    return len(task.ladder) if task.pins.rank else 1
-
-
-def smallest_tail(task: Task) -> int:
-    """Tail that a plan must leave room for: none, unless every device gets all of it."""
-    return task.settings.tail_max if task.settings.whole_tail else 0
-
-
-def load_of(
+def make_table(
     task: Task,
-    option: Option,
-    length: int,
-    tail: int = 0,
-    forms: Mapping[str, MatrixForm] | None = None,
-) -> Load:
-    """What the device computes with the first `length` rungs and a tail.
+    costs: Costs,
+    caps: Caps | None = None,
+    formats: Sequence[FormatName] | None = None,
+) -> Table | None:
+    """All candidates of a device at the longest samples it can carry; None if it carries none.
 
     Args:
-        forms: of each matrix; None takes the option's.
+        formats: None takes all of the device's.
     """
-    tail_ranks, tail_elements = _tail_sums(task, length, tail)
-    forms = option.forms(task.shapes) if forms is None else forms
-    return Load(
-        micro_batch=option.micro_batch,
-        sequence_length=task.settings.sequence_length,
-        checkpointing=option.checkpointing,
-        first_trained_layer=task.ladder.first_layer[length],
-        trained_elements=task.ladder.elements[length],
-        trained_ranks=length,
-        tail_elements=tail_elements,
-        tail_ranks=tail_ranks,
-        correction_elements=sum(
-            correction_elements(matrix, forms[matrix.name]) for matrix in task.shapes.matrices
-        ),
-        dense_parameters=task.settings.dense_parameters,
-        task=task.settings.task,
-        eager_attention=task.settings.eager_attention,
-        whole_matrices=task.profile.accelerator != "cpu",
-        itemsize=task.settings.compute_itemsize,
+    formats = task.formats() if formats is None else formats
+    for length in task.sequence_lengths():
+        table = _table(task, costs, formats, length, caps)
+        if table is not None and table.carried.any():
+            return table
+    return None
+
+
+def best(table: Table, task: Task, seconds: float) -> Pick | None:
+    """The best row whose round takes at most these seconds; None if there is none.
+
+    The best format whose coverage is `ENOUGH_GAIN` of what could be reached if memory did not
+    count, or else the format of most coverage: no format is given up for more steps. In it the
+    most gain, then the most coverage, then the least seconds.
+    """
+    steps, took = _steps(table, task, seconds)
+    gain = table.coverage * steps / task.settings.local_steps
+    rows = np.flatnonzero((steps >= 1) & table.carried)
+    if not len(rows):
+        return None
+    reachable = float(table.coverage[steps >= 1].max())
+    formats, most = table.format[rows], float(gain[rows].max())
+    places = np.unique(formats)
+    covered = np.array([table.coverage[rows[formats == place]].max() for place in places])
+    enough = np.flatnonzero(covered >= ENOUGH_GAIN * reachable * (1 - NEARLY))
+    chosen = enough[0] if len(enough) else int(np.argmax(covered >= covered.max() * (1 - NEARLY)))
+    rows = rows[formats == places[chosen]]
+    for key in (gain, table.coverage, -took):
+        values = key[rows]
+        rows = rows[values >= values.max() - NEARLY * abs(values.max())]
+    row = rows[0]
+    return Pick(
+        option=table.options[table.option[row]],
+        length=int(table.length[row]),
+        steps=int(steps[row]),
+        gain=float(gain[row]),
+        most=most,
+        seconds=float(took[row]),
+        tail=float(table.tail[row]),
+        longest=bool(table.longest[row]),
     )
 
 
-def tail_ranks(task: Task, ranks: Mapping[str, int], tail: int) -> dict[str, int]:
-    """Tail of each matrix that may be trained: at most `tail`, the cap's rest, the matrix's rest.
-
-    The global adapter has no directions in other matrices, so they get none.
-    """
-    trainable = set(task.settings.trainable)
-    found: dict[str, int] = {}
-    for matrix in task.shapes.matrices:
-        if trainable and matrix.name not in trainable:
-            continue
-        most = min(task.settings.rank_cap, matrix.out_features, matrix.in_features)
-        trained = 0 if task.settings.whole_tail else ranks.get(matrix.name, 0)
-        found[matrix.name] = max(0, min(tail, most - trained))
-    return found
+def fewest_seconds(table: Table, task: Task) -> float:
+    """The shortest round of any candidate: one local step, or all if all are wanted."""
+    steps = task.settings.local_steps if all_steps_wanted(task, 0.0) else 1
+    return float((table.transfer + steps * table.step)[table.carried].min())
 
 
-def refusal(
+def most_steps(task: Task, seconds: float, step: float, transfer: float) -> int:
+    """Local steps that fit in a round's seconds after both transfers; 0 if none does."""
+    wanted = task.settings.local_steps
+    if np.isinf(seconds) or step <= 0:
+        return wanted if transfer <= seconds else 0
+    fitting = int((seconds - transfer) / step * (1 + NEARLY) + NEARLY)
+    if all_steps_wanted(task, seconds) and fitting < wanted:
+        return 0
+    return max(0, min(wanted, fitting))
+
+
+def all_steps_wanted(task: Task, seconds: float) -> bool:
+    """Whether a plan of fewer local steps is none; a limit of the run file may force them."""
+    limit = task.settings.round_seconds
+    return task.settings.steps == "equal" and not 0 < limit <= seconds
+
+
+def _steps(
+    table: Table, task: Task, seconds: float
+) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
+    """Local steps of every row within a time, and the seconds of its round."""
+    wanted = task.settings.local_steps
+    step, transfer = table.step, table.transfer
+    if np.isinf(seconds):
+        steps = np.full(len(step), float(wanted))
+    else:
+        share = table.tail
+        if not task.settings.whole_tail:
+            room = np.maximum(seconds - transfer - wanted * step, TRANSFER_SHARE * seconds)
+            cost = table.tail_transfer + wanted * table.tail_step
+            share = np.minimum(share, np.clip(room / np.maximum(cost, 1e-30), 0, 1))
+        step = step + share * table.tail_step
+        transfer = transfer + share * table.tail_transfer
+        fitting = (seconds - transfer) / np.maximum(step, 1e-30)
+        steps = np.clip(np.floor(fitting * (1 + 1e-6) + NEARLY), 0, wanted)
+        if all_steps_wanted(task, seconds):
+            steps[steps < wanted] = 0
+    return steps, transfer + steps * step
+
+
+def _table(
     task: Task,
-    option: Option,
-    length: int,
-    tail: int = 0,
-    forms: Mapping[str, MatrixForm] | None = None,
-) -> str:
-    """Which limit refuses the first `length` rungs with a tail; empty if none does.
+    costs: Costs,
+    formats: Sequence[FormatName],
+    sequence_length: int,
+    caps: Caps | None,
+) -> Table | None:
+    parts: list[dict[str, np.ndarray]] = []
+    found: list[Option] = []
+    depths = task.depths()
+    if caps is not None:
+        depths = tuple(sorted({caps.depth, *(depth for depth in depths if depth > caps.depth)}))
+    for place, name in enumerate(formats):
+        roomy = True
+        for depth in depths:
+            ways = options(task, name, sequence_length, depth)
+            for option, columns, complete in _rows(task, costs, ways, caps):
+                count = len(columns["length"])
+                columns["option"] = np.full(count, len(found))
+                columns["format"] = np.full(count, place)
+                parts.append(columns)
+                found.append(option)
+                fastest = option.micro_batch == task.micro_batches()[0]
+                roomy &= complete or not fastest or option.checkpointing
+        if roomy and parts:
+            break  # the fastest ways have memory for all rungs: no worse format is better
+    if not parts:
+        return None
+    names = [field.name for field in fields(Table) if field.name != "options"]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in names}
+    return Table(options=tuple(found), **columns)
 
-    Args:
-        forms: of each matrix; None takes the option's.
+
+def _rows(
+    task: Task, costs: Costs, ways: Iterator[Option], caps: Caps | None
+) -> Iterator[tuple[Option, dict[str, np.ndarray], bool]]:
+    """Candidates of one format and depth: what could be reached, then what memory allows.
+
+    A way is left out where a faster one already carries all rungs. The last value says whether
+    memory refuses none of the rungs that the other limits allow.
     """
-    settings = task.settings
-    forms = option.forms(task.shapes) if forms is None else forms
-    load = load_of(task, option, length, tail, forms)
-    if peak_bytes(task.shapes, forms, load).total > task.profile.budget_bytes:
-        return "memory"
-    most = task.pins.upload_bytes
-    if most and upload_bytes(load, settings.wire_itemsize) > most:
-        return "upload size"
+    settled = 0  # micro-batch of a way without recomputation that carries all rungs
+    for place, option in enumerate(ways):
+        if place and option.micro_batch <= settled:
+            continue
+        prefixes = costs.prefixes(task, option.depth)
+        times = option_times(task, costs, option, prefixes)
+        allowed = allowed_lengths(task, option, prefixes, times, caps)
+        if not len(allowed):
+            continue
+        peaks, tails = _memory(task, costs, option, prefixes)
+        carried = allowed[peaks[allowed] <= task.profile.budget_bytes]
+        complete = len(carried) == len(allowed)
+        if place == 0:
+            whole = np.ones(len(prefixes.elements))
+            yield option, _columns(task, prefixes, times, allowed, whole, carried=False), complete
+        if not len(carried):
+            continue
+        yield option, _columns(task, prefixes, times, carried, tails, carried=True), complete
+        if complete:
+            settled = max(settled, option.micro_batch)
+
+
+def allowed_lengths(
+    task: Task, option: Option, prefixes: Prefixes, times: Times, caps: Caps | None
+) -> Int[np.ndarray, " lengths"]:
+    """Numbers of rungs that every limit but memory lets pass."""
+    settings, ladder = task.settings, task.ladders.above(option.depth)
+    lengths = np.arange(shortest(task, option.depth), len(ladder) + 1)
+    if caps is not None:
+        lengths = lengths[
+            : np.searchsorted(lengths, bisect_left(ladder.positions, caps.end), "right")
+        ]
+    elements = prefixes.elements[lengths]
+    fits = np.ones(len(lengths), dtype=bool)
+    if task.upload_limit:
+        numbers = elements + settings.dense_parameters
+        fits &= numbers * settings.wire_itemsize <= task.upload_limit
     if settings.round_seconds > 0:
-        transfer = transfer_seconds(task.profile, load, settings.wire_itemsize)
-        if transfer > TRANSFER_SHARE * settings.round_seconds:
-            return "upload time"
-        step = step_seconds(task.profile, task.shapes, forms, load, settings.batch_size)
-        if transfer + step > settings.round_seconds:
-            return "round time"
-    return ""
+        step, transfer = times.step[lengths], times.transfer[lengths]
+        fits &= transfer <= TRANSFER_SHARE * settings.round_seconds
+        fits &= transfer + step <= settings.round_seconds
+    return lengths[fits]
 
 
-def longest(first: int, last: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest number in first..last that fits, if fitting never returns once it is lost."""
-    if not fits(first):
-        return None
-    low, high = first, last  # low fits
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _memory(
+    task: Task, costs: Costs, option: Option, prefixes: Prefixes
+) -> tuple[Numbers, Numbers]:
+    """Peak bytes of every number of rungs, and the share of the longest tail beside them."""
+    line, offset = costs.peak(task, option)
+    factor, ranks = task.calibration.bytes_factor, prefixes.ranks
+    if task.settings.whole_tail:
+        peaks = line.of(prefixes.elements, ranks + prefixes.tail_ranks, offset)
+        return factor * (peaks + line.tail * prefixes.tail_elements), np.ones(len(ranks))
+    left = task.profile.budget_bytes / factor - offset - line.trained * prefixes.elements
+    tails = line.room(left, ranks, prefixes.tail_elements, prefixes.tail_ranks)
+    return factor * line.of(prefixes.elements, ranks, offset), tails
 
 
-def best_choice(task: Task, format_name: FormatName) -> Choice | None:
-    """The choice of most rank in one format, and the fastest of those; None if none fits.
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of a step and of both transfers, by rungs; what the longest tail adds to each.
 
-    Rank comes before speed because accumulated micro-batches and recomputed activations give the
-    same gradients, only later, while a rank that is not granted is lost.
+    Where the whole tail is a must, it is in the first two, and adds nothing.
     """
-    best: tuple[int, Option] | None = None
-    least, tail_least = shortest(task), smallest_tail(task)
-    for option in options(task, format_name):
-        fits = partial(_fits, task, option, tail=tail_least)
-        length = longest(least, len(task.ladder), fits)
-        if length is not None and (best is None or length > best[0]):
-            best = length, option
-    if best is None:
-        return None
-    length, option = best
-    stopped_by = "" if length == len(task.ladder) else refusal(task, option, length + 1, tail_least)
-    tail = longest(tail_least, task.settings.tail_max, partial(_fits, task, option, length))
-    assert tail is not None
-    return Choice(option, length, tail, stopped_by)
+
+    step: Numbers
+    transfer: Numbers
+    tail_step: Numbers
+    tail_transfer: Numbers
+
+    def at(self, lengths: Int[np.ndarray, " lengths"]) -> dict[str, np.ndarray]:
+        """The columns of a table at some numbers of rungs."""
+        return {field.name: getattr(self, field.name)[lengths] for field in fields(self)}
 
 
-def _fits(task: Task, option: Option, length: int, tail: int = 0) -> bool:
-    return not refusal(task, option, length, tail)
+def option_times(task: Task, costs: Costs, option: Option, prefixes: Prefixes) -> Times:
+    """The seconds of an option with every number of rungs."""
+    line, transfer = costs.step(task, option), costs.transfer(task)
+    factor = task.calibration.seconds_factor
+    fixed = line.fixed + line.per_pass * task.settings.batch_size / option.micro_batch
+    steps = factor * (fixed + line.trained * prefixes.elements)
+    transfers = transfer.fixed + transfer.trained * prefixes.elements
+    tail_steps = factor * line.tail * prefixes.tail_elements
+    tail_transfers = transfer.tail * prefixes.tail_elements
+    if not task.settings.whole_tail:
+        return Times(steps, transfers, tail_steps, tail_transfers)
+    nothing = np.zeros_like(steps)
+    return Times(steps + tail_steps, transfers + tail_transfers, nothing, nothing)
 
 
-def _tail_sums(task: Task, length: int, tail: int) -> tuple[int, int]:
-    """Sum of tail ranks, and of their elements, over the matrices."""
-    if tail == 0:
-        return 0, 0
-    by_name = task.shapes.by_name()
-    ranks = tail_ranks(task, task.ladder.ranks(length), tail)
-    elements = (n * (by_name[k].out_features + by_name[k].in_features) for k, n in ranks.items())
-    return sum(ranks.values()), sum(elements)
+def _columns(
+    task: Task,
+    prefixes: Prefixes,
+    times: Times,
+    allowed: Int[np.ndarray, " lengths"],
+    tails: Numbers,
+    carried: bool,
+) -> dict[str, np.ndarray]:
+    """The rows of one option, as columns, at some of the allowed numbers of rungs."""
+    shares = np.array(GAIN_SHARES) * prefixes.gain[allowed[-1]]
+    places = np.searchsorted(prefixes.gain[allowed], shares * (1 - NEARLY))
+    lengths = allowed[np.unique(np.append(places, 0))]
+    return {
+        "length": lengths,
+        "carried": np.full(len(lengths), carried),
+        "coverage": prefixes.gain[lengths] / task.ladders.whole_gain,
+        "tail": tails[lengths],
+        "longest": lengths == allowed[-1],
+        **times.at(lengths),
+    }

@@ -297,7 +297,7 @@ def _check_cost(
         )
     limits = {
         f"fleet.{profile.device_class}.upload": pins.upload_bytes,
-        "plan.max_bytes": int(getattr(settings, "upload_bytes", 0)),
+        "plan.max_bytes": settings.upload_bytes,
     }
     for key, limit in limits.items():
         if 0 < limit < cost.upload_bytes:

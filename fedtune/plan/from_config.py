@@ -39,6 +39,13 @@ def plan_settings(config: RunConfig, dense_parameters: int, tail: Tail) -> PlanS
         whole_tail=whole,
         correction_rank=config.plan.correction_rank,
         compute_itemsize=2 if config.train.compute in ("bf16", "fp16") else 4,
+        upload_bytes=config.plan.max_bytes,
+        makespan_weight=config.plan.makespan_weight,
+        gain_weight=config.plan.gain_weight,
+        steps=config.plan.steps,
+        shortest_sequence=config.plan.shortest_sequence,
+        solver=config.plan.solver,
+        solver_seconds=config.plan.solver_seconds,
     )
 
 

@@ -1,13 +1,14 @@
 """The one global order in which ranks are granted; a device takes a prefix of it.
 
-Because every device takes a prefix of the same order, ranks nest: of two devices with the same
-rank limit, one has at least the other's rank in every matrix.
+Because every device takes a prefix of the same order, or of its rungs from some layer up, ranks
+nest: of two devices with the same rank limit, the one whose prefix ends later and begins no higher
+has at least the other's rank in every matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
@@ -39,23 +40,65 @@ class Ladder:
         elements: sum of rank * (out + in).
         gain: sum of gains.
         first_layer: lowest layer that has a rank; the number of layers before the first rung.
+        positions: place of the rung i in the fleet's order; for the last entry, the order's length.
     """
 
     rungs: tuple[Rung, ...]
     elements: tuple[int, ...]
     gain: tuple[float, ...]
     first_layer: tuple[int, ...]
+    positions: tuple[int, ...]
+    _ranks: dict[int, dict[str, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.rungs)
 
     def ranks(self, length: int) -> dict[str, int]:
         """Rank of every matrix after the first `length` rungs; matrices at rank 0 are absent."""
-        return {rung.matrix.name: rung.rank for rung in self.rungs[:length]}
+        if length not in self._ranks:
+            self._ranks[length] = {r.matrix.name: r.rank for r in self.rungs[:length]}
+        return self._ranks[length]
 
     def coverage(self, length: int) -> float:
         """Share of the whole ladder's gain that the first `length` rungs have, 0..1."""
         return self.gain[length] / self.gain[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Ladders:
+    """The ladders of one rank limit, by the layer below which nothing is trained.
+
+    Attributes:
+        rungs: the fleet's order.
+        whole_gain: sum of the gains of the fleet's order; coverages are shares of it.
+    """
+
+    rungs: tuple[Rung, ...]
+    layers: int
+    rank_max: int
+    whole_gain: float
+    _made: dict[int, Ladder] = field(default_factory=dict, compare=False, repr=False)
+
+    def above(self, layer: int) -> Ladder:
+        """The rungs at or above a layer; made once."""
+        if layer not in self._made:
+            self._made[layer] = make_ladder(self.rungs, self.layers, self.rank_max, layer)
+        return self._made[layer]
+
+    def depths(self, count: int = 8) -> tuple[int, ...]:
+        """Layers to begin at: 0, about `count` more evenly apart, and the last that has a rung.
+
+        A layer at which no fewer rungs are left than above the one before is not named twice.
+        """
+        last = max(rung.matrix.layer for rung in self.rungs)
+        wanted = sorted({*(self.layers * step // count for step in range(count)), last})
+        sizes = {len(self.above(layer)): layer for layer in wanted if layer <= last}
+        return tuple(sorted(sizes.values()))
+
+
+def make_ladders(rungs: tuple[Rung, ...], layers: int, rank_max: int) -> Ladders:
+    """The ladders of a rank limit."""
+    return Ladders(rungs, layers, rank_max, sum(rung.gain for rung in rungs))
 
 
 def global_rungs(
@@ -93,14 +136,26 @@ def global_rungs(
     return tuple(order)
 
 
-def make_ladder(rungs: tuple[Rung, ...], layers: int, rank_max: int) -> Ladder:
-    """The rungs that a device with this rank limit can take, with running sums."""
-    kept = tuple(rung for rung in rungs if rung.rank <= rank_max)
+def make_ladder(
+    rungs: tuple[Rung, ...], layers: int, rank_max: int, first_layer: int = 0
+) -> Ladder:
+    """The rungs that a device with this rank limit can take, with running sums.
+
+    Args:
+        first_layer: rungs of layers below it are left out.
+    """
+    places = [
+        place
+        for place, rung in enumerate(rungs)
+        if rung.rank <= rank_max and rung.matrix.layer >= first_layer
+    ]
+    kept = tuple(rungs[place] for place in places)
     return Ladder(
         rungs=kept,
         elements=tuple(accumulate((r.elements for r in kept), initial=0)),
         gain=tuple(accumulate((r.gain for r in kept), initial=0.0)),
         first_layer=tuple(accumulate((r.matrix.layer for r in kept), min, initial=layers)),
+        positions=(*places, len(rungs)),
     )
 
 

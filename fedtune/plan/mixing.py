@@ -8,24 +8,15 @@ micro-batch, checkpointing and tail stay as they were chosen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from fedtune.errors import PlanError
-from fedtune.plan.candidates import (
-    LOSSY_FORMATS,
-    Choice,
-    Task,
-    load_of,
-    refusal,
-)
-from fedtune.plan.cost import (
-    form_bytes,
-    pair_bytes,
-    peak_bytes,
-)
+from fedtune.plan.cost import form_bytes, pair_bytes, peak_bytes
+from fedtune.plan.limits import NEARLY, load_of, refusal, round_seconds
+from fedtune.plan.task import LOSSY_FORMATS, Choice, Task
 from fedtune.plan.widths import choose_forms
 from fedtune.records import (
     BLOCK_BITS,
@@ -82,22 +73,26 @@ def check_table(table: DistortionTable, shapes: ModelShapes) -> None:
         )
 
 
-def mixed_forms(task: Task, choice: Choice) -> dict[str, MatrixForm]:
+def mixed_forms(task: Task, choice: Choice, seconds: float) -> dict[str, MatrixForm]:
     """The form of each matrix: that of the choice, or better ones as far as its leftover goes.
 
     The total error is never above that of the uniform choice, nor the peak above the budget.
+
+    Args:
+        seconds: longest round with the choice's steps.
     """
     uniform = choice.option.forms(task.shapes)
-    forms = _allowed(task)
-    if choice.option.format not in LOSSY_FORMATS or choice.option.form not in forms:
+    if not mixes(task, choice):
         return uniform
-    errors, sizes = _errors(task, forms), _sizes(task, forms)
+    forms = allowed_forms(task)
+    errors, sizes = form_errors(task, forms), form_sizes(task, forms)
     least, best = float(errors[:, forms.index(choice.option.form)].sum()), uniform
-    fixed = _fixed_bytes(task, choice, forms)
+    fixed = fixed_bytes(task, choice, forms)
+    budget = int(task.profile.budget_bytes / task.calibration.bytes_factor)
     # Some forms need more workspace; only where one of them is used is there less for the rest.
     for most in np.unique(fixed).tolist():
         usable = np.where(fixed <= most, errors, np.inf)
-        chosen = choose_forms(usable, sizes, task.profile.budget_bytes - most)
+        chosen = choose_forms(usable, sizes, budget - most)
         if chosen is None:
             continue
         found = {
@@ -106,12 +101,25 @@ def mixed_forms(task: Task, choice: Choice) -> dict[str, MatrixForm]:
         }
         left = float(errors[np.arange(len(chosen)), chosen].sum())
         # Wider matrices take longer to read, which a round's seconds may not allow.
-        if left < least and not refusal(task, choice.option, choice.length, choice.tail, found):
+        if left < least and fits(task, choice, found, seconds):
             least, best = left, found
     return best
 
 
-def _allowed(task: Task) -> list[MatrixForm]:
+def mixes(task: Task, choice: Choice) -> bool:
+    """Whether matrices of the choice may have forms of their own."""
+    return choice.option.format in LOSSY_FORMATS and choice.option.form in allowed_forms(task)
+
+
+def fits(task: Task, choice: Choice, forms: Mapping[str, MatrixForm], seconds: float) -> bool:
+    """Whether a choice keeps every limit and its round these seconds with a form per matrix."""
+    option = choice.option
+    if refusal(task, option, choice.length, choice.tail, forms):
+        return False
+    return round_seconds(task, choice, forms) <= seconds * (1 + NEARLY)
+
+
+def allowed_forms(task: Task) -> list[MatrixForm]:
     """The table's forms that the device may use."""
     if task.distortion is None:
         return []
@@ -127,7 +135,8 @@ def _allowed(task: Task) -> list[MatrixForm]:
     return [form for form in task.distortion.forms if allowed(form)]
 
 
-def _errors(task: Task, forms: list[MatrixForm]) -> Float[np.ndarray, "matrices forms"]:
+def form_errors(task: Task, forms: list[MatrixForm]) -> Float[np.ndarray, "matrices forms"]:
+    """What each matrix loses in each form."""
     assert task.distortion is not None
     columns = [task.distortion.forms.index(form) for form in forms]
     errors = task.distortion.errors
@@ -136,7 +145,7 @@ def _errors(task: Task, forms: list[MatrixForm]) -> Float[np.ndarray, "matrices 
     )
 
 
-def _sizes(task: Task, forms: list[MatrixForm]) -> Int[np.ndarray, "matrices forms"]:
+def form_sizes(task: Task, forms: list[MatrixForm]) -> Int[np.ndarray, "matrices forms"]:
     """Bytes of each matrix with its correction, in each form."""
     return np.array(
         [
@@ -147,7 +156,7 @@ def _sizes(task: Task, forms: list[MatrixForm]) -> Int[np.ndarray, "matrices for
     )
 
 
-def _fixed_bytes(task: Task, choice: Choice, forms: list[MatrixForm]) -> Int[np.ndarray, " forms"]:
+def fixed_bytes(task: Task, choice: Choice, forms: list[MatrixForm]) -> Int[np.ndarray, " forms"]:
     """The peak but for the matrices and their corrections, if all matrices have that form.
 
     A matrix is unpacked by itself, so a mix needs no more than the worst of its forms.

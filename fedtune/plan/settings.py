@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fedtune.records import FormatName, TaskName
 
@@ -30,6 +31,16 @@ class PlanSettings:
         eager_attention: whether attention scores are kept in memory (not with fused kernels).
         correction_rank: highest rank of the frozen pair that may repair a quantised matrix.
         compute_itemsize: bytes of one activation; 4 covers devices that choose for themselves.
+        upload_bytes: largest update of any device in a round; 0: no limit.
+        makespan_weight: power of the round's seconds in what a plan is chosen by; 0: they do not
+            count.
+        gain_weight: power of the fleet's gain in it.
+        steps: `planned`: a device may take fewer than `local_steps`; `equal`: only if
+            `round_seconds` forces it to.
+        shortest_sequence: a device that cannot carry `sequence_length` may cut samples down to
+            this many tokens; 0: it may not.
+        solver: `milp` refines the greedy plan by a mixed-integer program per kind of device.
+        solver_seconds: longest time of all programs of a fleet.
     """
 
     rank_max: int
@@ -48,6 +59,13 @@ class PlanSettings:
     whole_tail: bool = False
     correction_rank: int = 0
     compute_itemsize: int = 4
+    upload_bytes: int = 0
+    makespan_weight: float = 0.0
+    gain_weight: float = 1.0
+    steps: Literal["planned", "equal"] = "planned"
+    shortest_sequence: int = 0
+    solver: Literal["greedy", "milp"] = "greedy"
+    solver_seconds: float = 20.0
 
     @property
     def tail_max(self) -> int:

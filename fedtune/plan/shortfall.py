@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
 from fedtune.errors import PlanError
-from fedtune.plan.candidates import (
-    Option,
-    Task,
-    load_of,
-    options,
-    refusal,
-    shortest,
-    smallest_tail,
-)
-from fedtune.plan.cost import (
-    Load,
-    PeakBytes,
-    peak_bytes,
-    step_seconds,
-    transfer_seconds,
-    upload_bytes,
-)
+from fedtune.plan.cost import Load, PeakBytes, peak_bytes, upload_bytes
+from fedtune.plan.limits import device_step, device_transfer, load_of, refusal
+from fedtune.plan.task import Option, Task, options, shortest, smallest_tail
 from fedtune.records import BLOCK_BITS
 
+_FEWER_TOKENS = "a lower data.max_tokens"
 _PARTS = {
     "backbone": ("backbone takes", "a smaller base model"),
     "correction": ("correction pairs take", "a lower correction_rank"),
     "other": ("embeddings and norms take", "a smaller base model"),
     "adapter": ("adapter takes", "a lower rank"),
-    "activations": ("activations take", "a lower data.max_tokens"),
-    "transient": ("logits and block gradients take", "a lower data.max_tokens"),
+    "activations": ("activations take", _FEWER_TOKENS),
+    "transient": ("logits and block gradients take", _FEWER_TOKENS),
     "workspace": ("unpacked matrix takes", "a base model whose largest matrix is smaller"),
 }
 """Part of the peak -> how a sentence names it, and what would lower it."""
@@ -37,25 +28,47 @@ _PARTS = {
 def shortfall(task: Task) -> PlanError:
     """Say what the smallest plan of a device needs, what takes most of it, what would free it."""
     name = task.profile.name
-    smallest = min(
-        (option for format_name in task.formats() for option in options(task, format_name)),
-        key=lambda option: _peak(task, option).total,
-    )
-    peak, budget = _peak(task, smallest), task.profile.budget_bytes
-    if peak.total <= budget:
+    smallest = min(_smallest_options(task), key=lambda option: _needed(task, option))
+    needed, budget = _needed(task, smallest), task.profile.budget_bytes
+    if needed <= budget:
         sent = upload_bytes(_load(task, smallest), task.settings.wire_itemsize)
-        if 0 < task.pins.upload_bytes < sent:
+        if 0 < task.upload_limit < sent:
             return _too_narrow(task, sent)
         return _too_slow(task)
-    part, size = peak.largest()
+    part, size = _peak(task, smallest).largest()
     takes, remedy = _PARTS[part]
+    if remedy == _FEWER_TOKENS:
+        remedy += _enough_tokens(task, smallest)
     return PlanError(
         f"device {name} has a memory budget of {human_bytes(budget)}, and the smallest plan needs "
-        f"{human_bytes(peak.total)} ({_words(task, smallest)}); its {takes} "
-        f"{human_bytes(size)}; give it a memory of "
-        f"at least {human_bytes(peak.total)} in fleet.{task.profile.device_class}"
+        f"{human_bytes(needed)} ({_words(task, smallest)}); its {takes} {human_bytes(size)}; "
+        f"{human_bytes(needed - budget)} are missing: give it a memory of at least "
+        f"{human_bytes(needed)} in fleet.{task.profile.device_class}"
         f"{''.join(', or ' + way for way in _ways(task, remedy))}"
     )
+
+
+def can_fit(task: Task) -> bool:
+    """Whether the memory of a device is enough for its smallest plan."""
+    return any(_needed(task, each) <= task.profile.budget_bytes for each in _smallest_options(task))
+
+
+def _smallest_options(task: Task) -> Iterator[Option]:
+    """The ways of least memory: samples as short as may be, trained as high up as may be."""
+    for name in task.formats():
+        yield from options(task, name, task.sequence_lengths()[-1], task.depths()[-1])
+
+
+def _enough_tokens(task: Task, smallest: Option) -> str:
+    """The most tokens at which the smallest plan would fit, in brackets; empty if none would."""
+    fitting, over = 0, smallest.sequence_length
+    while over - fitting > 1:
+        middle = (fitting + over) // 2
+        if _needed(task, replace(smallest, sequence_length=middle)) <= task.profile.budget_bytes:
+            fitting = middle
+        else:
+            over = middle
+    return f" ({fitting} would do)" if fitting else ""
 
 
 def human_bytes(count: int) -> str:
@@ -71,9 +84,11 @@ def _too_narrow(task: Task, sent: int) -> PlanError:
     """The smallest update is larger than what the device may send."""
     section = f"fleet.{task.profile.device_class}"
     pinned = f", or unpin {section}.rank" if task.pins.rank else ""
+    own = task.upload_limit == task.pins.upload_bytes
+    key = f"{section}.upload" if own else "plan.max_bytes"
     return PlanError(
-        f"device {task.profile.name} may send {human_bytes(task.pins.upload_bytes)} a round, and "
-        f"the smallest update takes {human_bytes(sent)}; raise {section}.upload{pinned}"
+        f"device {task.profile.name} may send {human_bytes(task.upload_limit)} a round, and "
+        f"the smallest update takes {human_bytes(sent)}; raise {key}{pinned}"
     )
 
 
@@ -82,9 +97,8 @@ def _too_slow(task: Task) -> PlanError:
     settings, profile = task.settings, task.profile
     fitting = [
         option
-        for format_name in task.formats()
-        for option in options(task, format_name)
-        if refusal(task, option, shortest(task), smallest_tail(task)) != "memory"
+        for option in _smallest_options(task)
+        if refusal(task, option, shortest(task, option.depth), smallest_tail(task)) != "memory"
     ]
     seconds = {option: _seconds(task, option) for option in fitting}
     fastest = min(fitting, key=lambda option: sum(seconds[option]))
@@ -98,23 +112,28 @@ def _too_slow(task: Task) -> PlanError:
 
 
 def _seconds(task: Task, option: Option) -> tuple[float, float]:
-    load, forms = _load(task, option), option.forms(task.shapes)
-    step = step_seconds(task.profile, task.shapes, forms, load, task.settings.batch_size)
-    return step, transfer_seconds(task.profile, load, task.settings.wire_itemsize)
+    load = _load(task, option)
+    return device_step(task, option.forms(task.shapes), load), device_transfer(task, load)
 
 
 def _load(task: Task, option: Option) -> Load:
-    return load_of(task, option, shortest(task), smallest_tail(task))
+    return load_of(task, option, shortest(task, option.depth), smallest_tail(task))
 
 
 def _peak(task: Task, option: Option) -> PeakBytes:
     return peak_bytes(task.shapes, option.forms(task.shapes), _load(task, option))
 
 
+def _needed(task: Task, option: Option) -> int:
+    return math.ceil(_peak(task, option).total * task.calibration.bytes_factor)
+
+
 def _words(task: Task, option: Option) -> str:
     rank = f"rank {task.pins.rank} pinned" if task.pins.rank else "rank 1 of one matrix"
     checkpointing = ", checkpointing" if option.checkpointing else ""
-    return f"{option.format} backbone, micro-batch {option.micro_batch}{checkpointing}, {rank}"
+    whole = option.sequence_length == task.settings.sequence_length
+    cut = "" if whole else f", samples of {option.sequence_length} tokens"
+    return f"{option.format} backbone, micro-batch {option.micro_batch}{checkpointing}{cut}, {rank}"
 
 
 def _ways(task: Task, remedy: str) -> list[str]:
@@ -133,4 +152,7 @@ def _ways(task: Task, remedy: str) -> list[str]:
         ways.append("allow plan.checkpointing")
     if all(BLOCK_BITS.get(name, 8) > 4 for name in task.profile.formats):
         ways.append(f"add q4 to {section}.formats")
-    return [*ways, f"choose {remedy}"]
+    ways.append(f"choose {remedy}")
+    if not task.settings.shortest_sequence:
+        ways.append("let samples be cut by plan.shortest_sequence")
+    return ways

@@ -1,50 +1,48 @@
 """Plan a fleet: for every device a backbone format, a micro-batch, and ranks that nest.
 
-Order of preference, per device:
+How long a round takes, and how ranks nest, is decided for the whole fleet (`fedtune.plan.fleet`).
+Order of preference, per device, within that time:
 
-1. the best format (`BACKBONE_FORMATS`) in which the granted ranks reach `ENOUGH_GAIN` of what
-   the device's rank limit allows; if none does, the format that reaches most, the better on ties;
-2. in that format, the most rank;
-3. among equal ranks, no checkpointing, then the largest micro-batch: both change speed only;
+1. the best format (`BACKBONE_FORMATS`) in which the granted ranks reach `ENOUGH_GAIN` of the gain
+   that they could reach if memory did not count; if none does, the format that reaches most, the
+   better on ties: no format is given up for more steps;
+2. in that format, the most gain: coverage of the global rank order times share of the local steps,
+   over ranks, depth of backpropagation, checkpointing and micro-batch;
+3. among equal gains, the most rank, then the fastest;
 4. of what memory is left, the frozen tail;
-5. with a distortion table, of what is left then, better forms of single matrices where the format
-   is one of few bits (`fedtune.plan.mixing`);
-6. of the round's seconds, as many of the local steps as fit.
+5. with a distortion table, better forms of single matrices where the format is one of few bits
+   (`fedtune.plan.mixing`), or ranks and forms together by a mixed-integer program
+   (`fedtune.plan.program`).
+
+Samples are cut only on a device that can carry nothing otherwise, and only if the settings let it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from fedtune.errors import PlanError
-from fedtune.plan.candidates import Choice, Task, best_choice, load_of, tail_ranks
-from fedtune.plan.cost import (
-    correction_rank,
-    download_bytes,
-    peak_bytes,
-    step_seconds,
-    transfer_seconds,
-    upload_bytes,
-)
-from fedtune.plan.ladder import Ladder, Rung, global_rungs, make_ladder
-from fedtune.plan.mixing import check_table, mixed_forms
+from fedtune.plan.binding import binding
+from fedtune.plan.cost import correction_rank, download_bytes, upload_bytes
+from fedtune.plan.costs import Costs
+from fedtune.plan.fleet import FleetChoice, Kind, Settled, choose_fleet
+from fedtune.plan.ladder import Ladders, Rung, global_rungs, make_ladders
+from fedtune.plan.limits import device_peak, load_of, tail_ranks
+from fedtune.plan.mixing import check_table
+from fedtune.plan.program import refine
 from fedtune.plan.settings import Pins, PlanSettings
-from fedtune.plan.shortfall import shortfall
+from fedtune.plan.task import Task
 from fedtune.records import (
-    BACKBONE_FORMATS,
+    CostCalibration,
     DevicePlan,
     DeviceProfile,
     DistortionTable,
     FleetPlan,
     ImportanceReport,
-    MatrixForm,
     MatrixPlan,
     ModelShapes,
 )
-
-ENOUGH_GAIN = 0.9
-"""Share of the reachable gain below which a better format is given up for more rank. Chosen: with
-the prior, nine tenths are 12 of 16 ranks, and the last ranks gain least."""
 
 
 def plan_fleet(
@@ -54,39 +52,69 @@ def plan_fleet(
     importance: ImportanceReport | None = None,
     pins: Mapping[str, Pins] | None = None,
     distortion: DistortionTable | None = None,
+    calibration: Mapping[str, CostCalibration] | None = None,
+    samples: Mapping[str, int] | None = None,
 ) -> FleetPlan:
     """Choose for every device what it trains, on what backbone, in which micro-batches.
 
     The same input gives the same plan; the order of the profiles does not matter. Devices that
-    differ in nothing but their names get equal plans.
+    differ in nothing but their names get equal plans, and are solved once.
 
     Args:
         importance: gains per rank; None takes a prior.
         pins: device class -> what the run file fixes for it.
         distortion: what each matrix loses in each form; None holds all matrices of a device alike.
+        calibration: device class -> measured costs over predicted; a class without is as predicted.
+        samples: device -> training samples, by which its gain counts; None: all alike.
 
     Raises:
         PlanError: a device cannot carry even the smallest plan, a pin contradicts the device or
             the settings, no matrix can be trained, or the distortion is of another base.
     """
-    pins = pins or {}
+    pins, calibration = pins or {}, calibration or {}
     if distortion is not None:
         check_table(distortion, shapes)
     rank_max = max([settings.rank_max, *(p.rank_max for p in pins.values())])
     rungs = global_rungs(shapes, settings, rank_max, importance)
-    solved: dict[tuple[object, ...], tuple[Task, Choice, Mapping[str, MatrixForm]]] = {}
-    plans = []
+    groups = _kinds_of(profiles)
+    ladders: dict[tuple[int, int], Ladders] = {}
+    kinds = []
+    for group in groups:
+        profile = group[0]
+        fixed = pins.get(profile.device_class, Pins())
+        _check_pins(profile, settings, fixed)
+        limit = (fixed.rank, fixed.rank_max)
+        if limit not in ladders:
+            ladders[limit] = _ladders(shapes, settings, fixed, rungs)
+        factors = calibration.get(profile.device_class, CostCalibration())
+        task = Task(profile, shapes, settings, fixed, ladders[limit], distortion, factors)
+        kinds.append(Kind(task, _weight(group, samples)))
+    if not kinds:
+        return FleetPlan(())
+    costs = Costs(shapes)
+    choice = choose_fleet(kinds, settings, costs)
+    if settings.solver == "milp":
+        choice = refine(kinds, choice, costs, settings.solver_seconds)
+    plans = [
+        replace(plan, device=profile.name)
+        for group, plan in zip(groups, _kind_plans(kinds, choice), strict=True)
+        for profile in group
+    ]
+    return FleetPlan(tuple(sorted(plans, key=lambda plan: plan.device)))
+
+
+def _kinds_of(profiles: Sequence[DeviceProfile]) -> list[list[DeviceProfile]]:
+    """Devices that differ in nothing but their names, in the order of names."""
+    found: dict[tuple[object, ...], list[DeviceProfile]] = {}
     for profile in sorted(profiles, key=lambda profile: profile.name):
-        device_pins = pins.get(profile.device_class, Pins())
-        key = _key(profile)
-        if key not in solved:
-            _check_pins(profile, settings, device_pins)
-            ladder = _ladder(shapes, settings, device_pins, rungs)
-            task = Task(profile, shapes, settings, device_pins, ladder, distortion)
-            choice = _choose(task)
-            solved[key] = task, choice, mixed_forms(task, choice)
-        plans.append(_device_plan(profile.name, *solved[key]))
-    return FleetPlan(tuple(plans))
+        found.setdefault(_key(profile), []).append(profile)
+    return list(found.values())
+
+
+def _weight(group: Sequence[DeviceProfile], samples: Mapping[str, int] | None) -> float:
+    if samples is None:
+        return float(len(group))
+    return float(sum(max(1, samples.get(profile.name, 1)) for profile in group))
 
 
 def _key(profile: DeviceProfile) -> tuple[object, ...]:
@@ -102,13 +130,13 @@ def _key(profile: DeviceProfile) -> tuple[object, ...]:
     )
 
 
-def _ladder(
+def _ladders(
     shapes: ModelShapes, settings: PlanSettings, pins: Pins, rungs: tuple[Rung, ...]
-) -> Ladder:
+) -> Ladders:
     """The rungs open to a device: within its rank limit, or exactly those of its pinned rank."""
     if pins.rank:
-        return make_ladder(global_rungs(shapes, settings, pins.rank), shapes.layers, pins.rank)
-    return make_ladder(rungs, shapes.layers, pins.rank_max or settings.rank_max)
+        return make_ladders(global_rungs(shapes, settings, pins.rank), shapes.layers, pins.rank)
+    return make_ladders(rungs, shapes.layers, pins.rank_max or settings.rank_max)
 
 
 def _check_pins(profile: DeviceProfile, settings: PlanSettings, pins: Pins) -> None:
@@ -125,51 +153,38 @@ def _check_pins(profile: DeviceProfile, settings: PlanSettings, pins: Pins) -> N
         )
 
 
-def _choose(task: Task) -> Choice:
-    """The device's format, option, prefix and tail, in the order of preference above."""
-    best: Choice | None = None
-    for format_name in task.formats():
-        choice = best_choice(task, format_name)
-        if choice is None:
-            continue
-        if task.ladder.coverage(choice.length) >= ENOUGH_GAIN:
-            return choice
-        if best is None or choice.length > best.length:
-            best = choice
-    if best is None:
-        raise shortfall(task)
-    return best
+def _kind_plans(kinds: Sequence[Kind], choice: FleetChoice) -> list[DevicePlan]:
+    """The plan of each kind, for the first device of it."""
+    pacer = kinds[choice.pacer()].task.profile
+    return [
+        _device_plan(kind.task, settled, binding(kind.task, settled, pacer))
+        for kind, settled in zip(kinds, choice.settled, strict=True)
+    ]
 
 
-def _device_plan(
-    name: str, task: Task, choice: Choice, forms: Mapping[str, MatrixForm]
-) -> DevicePlan:
-    settings, option = task.settings, choice.option
-    load = load_of(task, option, choice.length, choice.tail, forms)
-    step = step_seconds(task.profile, task.shapes, forms, load, settings.batch_size)
-    transfer = transfer_seconds(task.profile, load, settings.wire_itemsize)
-    local_steps = _local_steps(settings, step, transfer)
+def _device_plan(task: Task, settled: Settled, words: str) -> DevicePlan:
+    settings, choice, forms = task.settings, settled.choice, settled.forms
+    load = load_of(task, choice.option, choice.length, choice.tail, forms)
     return DevicePlan(
-        device=name,
-        matrices=_matrix_plans(task, choice, forms),
-        micro_batch=option.micro_batch,
+        device=task.profile.name,
+        matrices=_matrix_plans(task, settled),
+        micro_batch=choice.option.micro_batch,
         batch_size=settings.batch_size,
-        sequence_length=settings.sequence_length,
-        local_steps=local_steps,
-        checkpointing=option.checkpointing,
+        sequence_length=choice.option.sequence_length,
+        local_steps=choice.steps,
+        checkpointing=choice.option.checkpointing,
         first_trained_layer=load.first_trained_layer,
-        peak_bytes=peak_bytes(task.shapes, forms, load).total,
-        seconds=local_steps * step + transfer,
+        peak_bytes=device_peak(task, forms, load),
+        seconds=settled.seconds,
         download_bytes=download_bytes(load, settings.wire_itemsize),
         upload_bytes=upload_bytes(load, settings.wire_itemsize),
-        binding=_binding(task, choice, local_steps),
+        binding=words,
     )
 
 
-def _matrix_plans(
-    task: Task, choice: Choice, forms: Mapping[str, MatrixForm]
-) -> tuple[MatrixPlan, ...]:
-    ranks = task.ladder.ranks(choice.length)
+def _matrix_plans(task: Task, settled: Settled) -> tuple[MatrixPlan, ...]:
+    choice, forms = settled.choice, settled.forms
+    ranks = choice.ladder(task).ranks(choice.length)
     tails = tail_ranks(task, ranks, choice.tail)
     return tuple(
         MatrixPlan(
@@ -182,27 +197,3 @@ def _matrix_plans(
         )
         for matrix in task.shapes.matrices
     )
-
-
-def _local_steps(settings: PlanSettings, step: float, transfer: float) -> int:
-    """As many of the run's local steps as fit the round after both transfers."""
-    if settings.round_seconds <= 0 or step <= 0:
-        return settings.local_steps
-    fitting = int((settings.round_seconds - transfer) / step)
-    return max(1, min(settings.local_steps, fitting))
-
-
-def _binding(task: Task, choice: Choice, local_steps: int) -> str:
-    """What decided the plan, in words: what stopped the ranks, then every further limit."""
-    pins, settings = task.pins, task.settings
-    words = [f"pinned rank {pins.rank}" if pins.rank else choice.stopped_by or "rank-max"]
-    if pins.format is not None:
-        words.append(f"pinned format {pins.format}")
-    if pins.micro_batch:
-        words.append(f"pinned micro-batch {pins.micro_batch}")
-    best_format = next(name for name in BACKBONE_FORMATS if name in task.profile.formats)
-    if pins.format is None and choice.option.format != best_format and words[0] != "memory":
-        words.append(f"memory ({choice.option.format} for {best_format})")
-    if local_steps < settings.local_steps:
-        words.append(f"round time ({local_steps} of {settings.local_steps} steps)")
-    return ", ".join(words)

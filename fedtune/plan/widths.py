@@ -52,7 +52,9 @@ def choose_forms(
     return chosen
 
 
-def lower_hull(errors: Float[ndarray, " forms"], sizes: Int[ndarray, " forms"]) -> list[int]:
+def lower_hull(
+    errors: Float[ndarray, " forms"], sizes: Int[ndarray, " forms"] | Float[ndarray, " forms"]
+) -> list[int]:
     """Forms on the lower convex hull of (bytes, error), the smallest first.
 
     From one to the next, bytes rise, the error falls, and the error saved per byte falls.

@@ -155,10 +155,12 @@ class Coordinator:
         dense_parameters = sum(int(np.prod(shape)) for shape in fleet.dense_shapes.values())
         settings = plan_settings(config, dense_parameters, self._rule.tail)
         pins = plan_pins(config)
+        held = {name: report.train_samples for name, report in fleet.reports.items()}
+        samples = None if config.aggregate.weights == "uniform" else held
         if config.plan.file:
             plan = self._followed(profiles, settings, pins)
         else:
-            plan = self._solve(profiles, settings, pins)
+            plan = self._solve(profiles, settings, pins, samples)
         rows = plan_rows(plan, profiles, self._shapes)
         written = plan_file(plan, profiles, self._shapes, settings, config.run.name)
         self._folder.write_json("plan.json", written)
@@ -184,9 +186,10 @@ class Coordinator:
         profiles: Sequence[DeviceProfile],
         settings: PlanSettings,
         pins: Mapping[str, Pins],
+        samples: Mapping[str, int] | None,
     ) -> FleetPlan:
         """The plan; made anew with a distortion table if that can improve it."""
-        plan = plan_fleet(profiles, self._shapes, settings, pins=pins)
+        plan = plan_fleet(profiles, self._shapes, settings, pins=pins, samples=samples)
         if self._config.plan.widths == "uniform" or not may_mix(plan):
             return plan
         table = find_distortion(
@@ -194,7 +197,9 @@ class Coordinator:
         )
         if table is None:
             return plan
-        return plan_fleet(profiles, self._shapes, settings, pins=pins, distortion=table)
+        return plan_fleet(
+            profiles, self._shapes, settings, pins=pins, distortion=table, samples=samples
+        )
 
     def _what_leaves(self, plan: FleetPlan, fleet: Fleet) -> list[dict[str, object]]:
         """Every tensor that a device of the largest plan sends back in a round."""

@@ -37,6 +37,14 @@ def test_the_quick_step_benchmark_gives_its_figures_and_the_same_loss() -> None:
     assert found["memory_ratio"] < 0.5
 
 
+def test_large_fleets_are_planned_in_time() -> None:
+    found = json.loads(run("plan_scale.py", "--quick", "--json").splitlines()[-1])
+    assert found["seconds_7b_100"] < 30
+    assert found["seconds_7b_10000"] < 60
+    assert found["milp_programs"] > 0
+    assert found["milp_gain"] > 0
+
+
 @pytest.mark.parametrize("contender", ["fedtune/", "graph/", "bitsandbytes/"])
 def test_the_gpu_benchmark_runs_on_a_cpu(contender: str) -> None:
     lines = run("gpu.py", "--smoke", "--only", contender).splitlines()

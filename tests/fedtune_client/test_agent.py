@@ -102,6 +102,22 @@ def test_a_round_returns_the_planned_tensors_and_says_what_it_did(desk: Desk) ->
     assert {"held_out_loss", "held_out_units", "train_loss", "seconds"} <= report.metrics.keys()
 
 
+def test_a_plan_of_shorter_samples_cuts_them_and_drops_those_that_teach_nothing(desk: Desk) -> None:
+    agent = desk.agent()
+    whole = agent._tokenised(())[0].samples
+    plan = desk.plan("east", sequence_length=24, local_steps=5)
+    packed = desk.tensors(plan)
+    work = agent.accept(desk.order(plan, packed), packed)
+    taken = [sample for batch in work.batches for sample in batch]
+    assert len(taken) == 20
+    assert max(len(sample.tokens) for sample in taken) <= 24
+    assert max(len(sample.tokens) for sample in whole) > 24
+    assert all(sample.loss_mask.any() for sample in taken)
+    plan = replace(plan, sequence_length=1)
+    with pytest.raises(ProtocolError, match="no sample to train on"):
+        agent.accept(desk.order(plan, packed), packed)
+
+
 def test_the_same_order_gives_the_same_bytes(desk: Desk) -> None:
     plan = desk.plan("east", format="nf4")
     packed = desk.tensors(plan)

@@ -203,9 +203,9 @@ def test_a_format_that_was_not_measured_is_not_mixed() -> None:
 
 def test_a_round_too_short_for_wider_matrices_keeps_the_uniform_ones() -> None:
     slow = replace(device(PLENTY), memory_bandwidth_bytes_per_s=1e6, matmul_flops_per_s={})
-    uniform = plan_fleet([slow], SHAPES, RUN).devices[0]
-    step = uniform.seconds / uniform.local_steps
-    tight = replace(RUN, round_seconds=step * 1.001)
+    run = replace(RUN, local_steps=1)  # more steps could be had for less rank
+    uniform = plan_fleet([slow], SHAPES, run).devices[0]
+    tight = replace(run, round_seconds=uniform.seconds * 1.001)
     assert {
         m.format for m in plan_fleet([slow], SHAPES, tight, distortion=table()).devices[0].matrices
     } == {"q4"}

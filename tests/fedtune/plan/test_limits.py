@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedtune.plan.candidates import longest
+from fedtune.plan.limits import longest
 
 
 @pytest.mark.parametrize("limit", range(-1, 12))
