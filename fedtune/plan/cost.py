@@ -24,19 +24,20 @@ from fedtune.plan.activations import (
     logit_rows,
     transient_bytes,
 )
-from fedtune.plan.load import Load
+from fedtune.plan.load import Load, load_of_plan
 from fedtune.plan.memory import (
     PANEL_ROWS,
     PANEL_WEIGHTS,
-    TRAINED_COPIES,
     UNPACK_CHUNK,
     PeakBytes,
     adapter_bytes,
     dense_block_bytes,
+    loading_bytes,
+    optimiser_bytes,
     peak_bytes,
     workspace_bytes,
 )
-from fedtune.plan.traffic import download_bytes, transfer_seconds, upload_bytes
+from fedtune.plan.traffic import download_bytes, message_bytes, transfer_seconds, upload_bytes
 from fedtune.plan.weights import (
     CORRECTION_BYTES,
     CORRECTION_ITEMSIZE,
@@ -65,7 +66,6 @@ __all__ = [
     "PANEL_WEIGHTS",
     "ROW_BYTES",
     "SUPERBLOCK",
-    "TRAINED_COPIES",
     "UNPACK_CHUNK",
     "Load",
     "PeakBytes",
@@ -82,9 +82,13 @@ __all__ = [
     "factor_stack_bytes",
     "form_bytes",
     "head_bytes",
+    "load_of_plan",
+    "loading_bytes",
     "logit_rows",
     "matrix_bytes",
+    "message_bytes",
     "moved_bytes",
+    "optimiser_bytes",
     "other_bytes",
     "pair_bytes",
     "peak_bytes",

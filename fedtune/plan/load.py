@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedtune.plan.weights import FLOAT_BYTES
-from fedtune.records import TaskName
+from fedtune.plan.weights import FLOAT_BYTES, correction_elements
+from fedtune.records import DevicePlan, ModelShapes, TaskName
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +43,40 @@ class Load:
     def tokens(self) -> int:
         """Most tokens of one forward pass; as many as it has if every sample is of full length."""
         return self.micro_batch * self.sequence_length
+
+
+def load_of_plan(
+    plan: DevicePlan,
+    shapes: ModelShapes,
+    *,
+    task: TaskName = "causal-lm",
+    dense_parameters: int = 0,
+    eager_attention: bool = False,
+    whole_matrices: bool = False,
+    itemsize: int = FLOAT_BYTES,
+) -> Load:
+    """What a device computes in a step under a finished plan; see `Load` for the rest.
+
+    Raises:
+        KeyError: the plan has a matrix that the model does not have.
+    """
+    by_name = shapes.by_name()
+    sides = {name: shape.out_features + shape.in_features for name, shape in by_name.items()}
+    return Load(
+        micro_batch=plan.micro_batch,
+        sequence_length=plan.sequence_length,
+        checkpointing=plan.checkpointing,
+        first_trained_layer=plan.first_trained_layer,
+        trained_elements=sum(m.rank * sides[m.name] for m in plan.matrices),
+        trained_ranks=sum(m.rank for m in plan.matrices),
+        tail_elements=sum(m.tail_rank * sides[m.name] for m in plan.matrices),
+        tail_ranks=sum(m.tail_rank for m in plan.matrices),
+        correction_elements=sum(
+            correction_elements(by_name[m.name], m.form) for m in plan.matrices
+        ),
+        dense_parameters=dense_parameters,
+        task=task,
+        eager_attention=eager_attention,
+        whole_matrices=whole_matrices,
+        itemsize=itemsize,
+    )

@@ -27,6 +27,7 @@ _PARTS = {
     "correction": ("correction pairs take", "a lower correction_rank"),
     "other": ("embeddings and norms take", "a smaller base model"),
     "adapter": ("adapter takes", "a lower rank"),
+    "optimiser": ("adapter takes in gradients and optimiser state", "a lower rank"),
     "activations": ("activations take", "a lower data.max_tokens"),
     "transient": ("logits and block gradients take", "a lower data.max_tokens"),
     "workspace": ("unpacked matrix takes", "a base model whose largest matrix is smaller"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedtune.plan.load import Load
+from fedtune.plan.weights import FLOAT_BYTES
 from fedtune.records import DeviceProfile
 
 
@@ -14,6 +15,17 @@ def download_bytes(load: Load, wire_itemsize: int) -> int:
 def upload_bytes(load: Load, wire_itemsize: int) -> int:
     """Bytes of tensors that a device returns at the end of a round."""
     return (load.trained_elements + load.dense_parameters) * wire_itemsize
+
+
+def message_bytes(load: Load, wire_itemsize: int) -> int:
+    """Bytes of host memory in which a received message lies while the round goes on.
+
+    As it came and, unless it came in float32, once more as float32 arrays.
+    """
+    received = download_bytes(load, wire_itemsize)
+    if wire_itemsize == FLOAT_BYTES:
+        return received
+    return received + received // wire_itemsize * FLOAT_BYTES
 
 
 def transfer_seconds(profile: DeviceProfile, load: Load, wire_itemsize: int) -> float:

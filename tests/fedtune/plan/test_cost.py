@@ -13,9 +13,13 @@ from fedtune.plan.cost import (
     correction_elements,
     download_bytes,
     head_bytes,
+    load_of_plan,
+    loading_bytes,
     logit_rows,
     matrix_bytes,
+    message_bytes,
     moved_bytes,
+    optimiser_bytes,
     pair_bytes,
     peak_bytes,
     step_flops,
@@ -27,9 +31,11 @@ from fedtune.plan.cost import (
 )
 from fedtune.records import (
     BACKBONE_FORMATS,
+    DevicePlan,
     DeviceProfile,
     FormatName,
     MatrixForm,
+    MatrixPlan,
     MatrixShape,
     ModelShapes,
 )
@@ -95,8 +101,15 @@ def test_formats_may_differ_between_matrices() -> None:
 
 
 def test_a_trained_number_takes_16_bytes_and_a_frozen_one_4() -> None:
-    assert adapter_bytes(LOAD) == 16 * 1000 + 4 * 300
-    assert adapter_bytes(replace(LOAD, dense_parameters=10)) == 16 * 1010 + 4 * 300
+    assert adapter_bytes(LOAD) == 4 * 1300
+    assert optimiser_bytes(LOAD) == 12 * 1000
+    whole = replace(LOAD, dense_parameters=10)
+    assert adapter_bytes(whole) + optimiser_bytes(whole) == 16 * 1010 + 4 * 300
+
+
+def test_a_message_lies_in_memory_as_it_came_and_as_float32() -> None:
+    assert message_bytes(LOAD, 4) == 4 * 1300
+    assert message_bytes(LOAD, 2) == (2 + 4) * 1300
 
 
 def llama(**changes: object) -> ModelShapes:
@@ -252,6 +265,7 @@ def test_the_peak_is_the_sum_of_its_parts_and_names_the_largest() -> None:
         0,
         4 * 6400,
         adapter_bytes(LOAD),
+        optimiser_bytes(LOAD),
         activation_bytes(SHAPES, LOAD),
         transient_bytes(SHAPES, LOAD),
         workspace_bytes(SHAPES, all_in("nf4")),
@@ -276,6 +290,39 @@ def test_a_correction_is_its_pair_and_a_copy_in_float32() -> None:
     more = peak_bytes(SHAPES, all_in("q2"), replace(LOAD, correction_elements=10))
     assert more.correction == 60
     assert more.total == peak_bytes(SHAPES, all_in("q2"), LOAD).total + 60
+
+
+def test_fitting_takes_less_per_weight_where_singular_values_are_not_exact() -> None:
+    large = replace(SHAPES, matrices=(MatrixShape("a", 600, 1000, 0),))
+    assert loading_bytes(large, {"a": MatrixForm("q2", 64, 4)}) == 18 * 600_000
+    assert loading_bytes(large, {"a": MatrixForm("q2")}) == 24 * (1 << 18) + 300_000
+    assert loading_bytes(large, {"a": MatrixForm("bf16")}) == 0
+
+
+def test_a_plan_has_the_load_of_its_matrices() -> None:
+    plan = DevicePlan(
+        "d",
+        (MatrixPlan("a", 2, "q2", 3, 64, 4), MatrixPlan("b", 0, "fp32", 1)),
+        micro_batch=2,
+        batch_size=8,
+        sequence_length=16,
+        local_steps=1,
+        checkpointing=True,
+        first_trained_layer=1,
+    )
+    assert load_of_plan(plan, SHAPES, dense_parameters=5, itemsize=2) == Load(
+        micro_batch=2,
+        sequence_length=16,
+        checkpointing=True,
+        first_trained_layer=1,
+        trained_elements=2 * 192,
+        trained_ranks=2,
+        tail_elements=3 * 192 + 320,
+        tail_ranks=4,
+        correction_elements=4 * 192,
+        dense_parameters=5,
+        itemsize=2,
+    )
 
 
 def test_step_flops_by_hand() -> None:
