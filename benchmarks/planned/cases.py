@@ -42,6 +42,7 @@ class Case:
         first: first trained layer.
         tail: frozen rank of every matrix beside the trained one.
         correction: rank of the pair that repairs every matrix.
+        recorded: the step is recorded as a CUDA graph.
     """
 
     shape: str
@@ -55,6 +56,7 @@ class Case:
     tail: int = 0
     correction: int = 0
     compute: str = "fp32"
+    recorded: bool = False
 
     @property
     def name(self) -> str:
@@ -66,6 +68,7 @@ class Case:
         ]
         words += [f"from block {self.first}"] if self.first else []
         words += [f"pairs of {self.correction}"] if self.correction else []
+        words += ["recorded"] if self.recorded else []
         words += ["checkpointing"] if self.checkpointing else []
         return ", ".join(words)
 
@@ -76,6 +79,12 @@ class Case:
     @property
     def itemsize(self) -> int:
         return 4 if self.compute == "fp32" else 2
+
+    def dense(self, shapes: ModelShapes) -> dict[str, tuple[int, ...]]:
+        """Parameters that are trained whole: a classifier's head of two classes."""
+        if self.task == "causal-lm":
+            return {}
+        return {"classifier.weight": (2, shapes.hidden_size), "classifier.bias": (2,)}
 
     def plan(self, shapes: ModelShapes) -> DevicePlan:
         block = DEFAULT_BLOCK if self.format in BLOCK_BITS else 0
