@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from contenders.workloads import Shape, write_folder
+
 from fedtune.records import (
     BLOCK_BITS,
     DEFAULT_BLOCK,
@@ -30,7 +30,6 @@ LLAMAS: Mapping[str, Shape] = {
 }
 GPT2 = "gpt2-40M"
 BERT = "bert-23M"
-SHAPES = (*LLAMAS, GPT2, BERT)
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,9 @@ class Case:
 
 
 CASES = (
-    Case("llama-15M", "fp32", 4, 4, 256),
     Case("llama-15M", "nf4", 8, 8, 64),
+    Case("llama-15M", "nf4", 1, 1, 64),
+    Case("llama-15M", "fp32", 4, 4, 256),
     Case("llama-15M", "q3", 1, 4, 512, rank=16),
     Case("llama-60M", "int8", 2, 4, 256),
     Case("llama-60M", "q4", 4, 4, 512, checkpointing=True),
@@ -131,6 +131,21 @@ CASES = (
     Case(BERT, "int8", 16, 16, 128),
     Case(BERT, "fp32", 32, 32, 64),
 )
+"""On a CPU; the first is the one whose measured step calibrates."""
+QUICK = (CASES[0], CASES[2], CASES[4], CASES[7], CASES[17])
+LIMITED = Case("llama-15M-bf16", "nf4", 8, 8, 64)
+"""Under a limit on private memory. Its base is stored in bfloat16 and computed in float32, so that
+none of it stays mapped: a private mapping counts as a whole, however little of it is touched."""
+CUDA_CASES = tuple(
+    Case(shape, form, micro, micro, length, compute="bf16", checkpointing=again, recorded=recorded)
+    for shape in ("llama-110M", "llama-1B-wide")
+    for form in ("nf4", "bf16")
+    for micro, length, again, recorded in (
+        (4, 512, False, False),
+        (8, 512, True, False),
+        (4, 512, False, True),
+    )
+)
 
 
 def make_folder(shape: str, folder: Path) -> Path:
@@ -140,11 +155,31 @@ def make_folder(shape: str, folder: Path) -> Path:
         return path
     if shape in LLAMAS:
         write_folder(LLAMAS[shape], path)
+    elif shape == LIMITED.shape:
+        write_folder(LLAMAS["llama-15M"], path)
+        _round_to_bfloat16(path / "model.safetensors")
     elif shape == GPT2:
         _write(path, *_gpt2())
     else:
         _write(path, *_bert())
     return path
+
+
+def _round_to_bfloat16(file: Path) -> None:
+    """Store a file of float32 in bfloat16, cut, which numpy does not know."""
+    from safetensors.numpy import load_file
+
+    tensors = {
+        name: (t.view(np.uint32) >> 16).astype(np.uint16) for name, t in load_file(file).items()
+    }
+    header, data, end = {}, [], 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": (start, end)}
+        data.append(tensor.tobytes())
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
 
 
 def _write(

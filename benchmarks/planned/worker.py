@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from contenders.workloads import Sample
 
 import fedtune_client.app  # noqa: F401  all that a device imports
-from contenders.workloads import Sample
 from fedtune.model.backbone import BackboneShelf
 from fedtune.model.shapes import read_shapes
 from fedtune.records import DevicePlan, Dispatch, LoraFactors, ModelShapes
 from fedtune.train.allocator import keep_what_fits
-from fedtune.train.idle import ready_bytes
+from fedtune.train.idle import call_seconds, ready_bytes
 from fedtune.train.resident import peak_resident_bytes, restart_peak
 from fedtune.train.round import train_round
 from fedtune.wire.messages import OptimizerSpec
@@ -148,7 +148,11 @@ def rates(device: str) -> dict[str, Any]:
     block = torch.zeros(1 << 26, dtype=torch.uint8, device=device)
     into = torch.empty_like(block)
     copied = 2 * block.numel() / _fastest(lambda: into.copy_(block), device)
-    return {"matmul_flops_per_s": found, "memory_bandwidth_bytes_per_s": copied}
+    return {
+        "matmul_flops_per_s": found,
+        "memory_bandwidth_bytes_per_s": copied,
+        "block_seconds": min(call_seconds() for _ in range(5)),
+    }
 
 
 def _fastest(call: Callable[[], object], device: str) -> float:

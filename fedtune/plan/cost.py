@@ -52,7 +52,7 @@ from fedtune.plan.weights import (
     other_bytes,
     pair_bytes,
 )
-from fedtune.plan.work import moved_bytes, step_flops, step_seconds
+from fedtune.plan.work import block_passes, moved_bytes, step_flops, step_seconds, touched_bytes
 
 __all__ = [
     "CORRECTION_BYTES",
@@ -75,6 +75,7 @@ __all__ = [
     "backbone_bytes",
     "block_activation_bytes",
     "block_gradient_bytes",
+    "block_passes",
     "correction_elements",
     "correction_rank",
     "dense_block_bytes",
@@ -94,6 +95,7 @@ __all__ = [
     "peak_bytes",
     "step_flops",
     "step_seconds",
+    "touched_bytes",
     "transfer_seconds",
     "transient_bytes",
     "upload_bytes",

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -30,7 +32,10 @@ SLACK_BYTES: Final = 20 << 20
 """What a round takes that is no tensor: the model's own objects, gaps in the heap, scratch of the
 libraries. Measured over the plans of `benchmarks/plan_accuracy.py`: 7 to 17 MB."""
 
-_TOKENS, _VOCABULARY, _RANK = 16, 64, 2
+_TOKENS, _VOCABULARY, _RANK, _LAYERS = 16, 64, 2, 4
+_STEPS = 6
+_PASSES = 3
+"""Of a block in a step, as `fedtune.plan.work.block_passes` counts them."""
 
 
 def ready_bytes() -> int | None:
@@ -51,6 +56,25 @@ def settle() -> None:
     Raises:
         MissingExtraError: transformers is not installed.
     """
+    _tiny_round(1)
+    gc.collect()
+
+
+def call_seconds() -> float:
+    """What the host takes to call a block's pass, whatever it computes: `CostCalibration`'s
+    `block_seconds`, from the fastest of some steps of a tiny model.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
+    stamps: list[float] = []
+    _tiny_round(_STEPS, stamps)
+    fastest = min(after - before for before, after in pairwise(stamps))
+    return fastest / (_LAYERS * _PASSES)
+
+
+def _tiny_round(steps: int, stamps: list[float] | None = None) -> None:
+    """Train a tiny model; `stamps` gets the time after each step."""
     backbone = _tiny_backbone()
     rng = np.random.default_rng(0)
     sent = {
@@ -61,13 +85,23 @@ def settle() -> None:
         for name, layer in backbone.layers.items()
     }
     matrices = tuple(MatrixPlan(name, _RANK, "nf4") for name in sent)
-    plan = DevicePlan("", matrices, 1, 1, _TOKENS, 1)
+    plan = DevicePlan("", matrices, 1, 1, _TOKENS, steps)
+
+    def stamp(*_: object) -> None:
+        if stamps is not None:
+            stamps.append(time.perf_counter())
+
     train_round(
-        backbone, [[_Sample()]], Dispatch(sent), plan, OptimizerSpec(), task="causal-lm", pad_id=0
+        backbone,
+        [[_Sample()]] * steps,
+        Dispatch(sent),
+        plan,
+        OptimizerSpec(),
+        task="causal-lm",
+        pad_id=0,
+        after_step=stamp,
     )
-    del backbone
     release_workspaces()
-    gc.collect()
 
 
 class _Sample:
@@ -86,7 +120,7 @@ def _tiny_backbone() -> Backbone:
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=1,
+        num_hidden_layers=_LAYERS,
         num_attention_heads=2,
         vocab_size=_VOCABULARY,
     )

@@ -10,6 +10,7 @@ from fedtune.plan.cost import (
     adapter_bytes,
     backbone_bytes,
     block_activation_bytes,
+    block_passes,
     correction_elements,
     download_bytes,
     head_bytes,
@@ -24,6 +25,7 @@ from fedtune.plan.cost import (
     peak_bytes,
     step_flops,
     step_seconds,
+    touched_bytes,
     transfer_seconds,
     transient_bytes,
     upload_bytes,
@@ -374,10 +376,43 @@ def test_products_of_two_byte_numbers_go_at_their_own_rate() -> None:
 
 def test_seconds_are_arithmetic_plus_traffic() -> None:
     formats = all_in("nf4")
-    expected = step_flops(SHAPES, LOAD, 8) / 1e9 + moved_bytes(SHAPES, formats, LOAD, 8) / 1e8
+    moved = moved_bytes(SHAPES, formats, LOAD, 8) + touched_bytes(SHAPES, LOAD, 8)
+    expected = step_flops(SHAPES, LOAD, 8) / 1e9 + moved / 1e8
     assert step_seconds(profile(), SHAPES, formats, LOAD, 8) == pytest.approx(expected)
     unknown = profile(matmul_flops_per_s={}, memory_bandwidth_bytes_per_s=0.0)
     assert step_seconds(unknown, SHAPES, formats, LOAD, 8) == 0.0
+    # Two blocks, forward and twice that backward, in four micro-batches.
+    called = step_seconds(unknown, SHAPES, formats, LOAD, 8, block_seconds=0.5)
+    assert called == 0.5 * 2 * 3 * 4
+
+
+def test_logits_and_activations_are_touched_number_by_number() -> None:
+    numbers = block_activation_bytes(SHAPES, LOAD) / (4 * 32)
+    expected = 135 * 128 * 100 + 40 * 128 * numbers * 6
+    assert touched_bytes(SHAPES, LOAD, 8) == expected
+    classified = replace(LOAD, task="sequence-classification")
+    assert touched_bytes(SHAPES, classified, 8) < expected - 135 * 128 * 100 * 0.99
+    on_gpu = replace(LOAD, itemsize=2, whole_matrices=True)
+    assert touched_bytes(SHAPES, on_gpu, 8) == 10 * 128 * 100 + 6 * 128 * numbers * 6
+
+
+def test_a_step_passes_through_each_block_three_times_and_once_more_when_it_recomputes() -> None:
+    assert block_passes(SHAPES, LOAD) == 2 * 3
+    assert block_passes(SHAPES, replace(LOAD, checkpointing=True)) == 2 * 4
+    assert block_passes(SHAPES, replace(LOAD, first_trained_layer=1)) == 2 + 2
+
+
+def test_samples_that_are_short_on_average_take_the_seconds_of_short_ones() -> None:
+    forms = all_in("nf4")
+    whole = step_seconds(profile(), SHAPES, forms, LOAD, 8)
+    short = step_seconds(profile(), SHAPES, forms, replace(LOAD, sequence_length=4), 8)
+    assert step_seconds(profile(), SHAPES, forms, LOAD, 8, sample_tokens=4.2) == short < whole
+    assert step_seconds(profile(), SHAPES, forms, LOAD, 8, sample_tokens=40.0) == whole
+
+
+def test_an_output_matrix_of_its_own_is_computed_with_once() -> None:
+    tied, own = llama(), llama(other_parameters=2 * 64 * 100)
+    assert step_flops(tied, LOAD, 8) == step_flops(own, LOAD, 8)
 
 
 def test_the_tail_is_downloaded_and_never_uploaded() -> None:
