@@ -12,7 +12,7 @@ calibrates, and the others are predicted from both. Every sample has full length
 is `torch.cuda.max_memory_allocated`. The last rows run a plan under a limit of the operating
 system on private memory (`RLIMIT_DATA`): its own peak, and six tenths of it.
 
-`--quick` takes six plans and one timed step of each.
+`--quick` takes four plans and one timed step of each.
 """
 
 from __future__ import annotations
@@ -106,16 +106,28 @@ def answer(task: Mapping[str, Any]) -> dict[str, Any]:
 def probe(device: str) -> tuple[DeviceProfile, float]:
     """This machine's rates, and what a block's pass takes to call."""
     found = answer({"rates": True, "device": device})
+    return this_machine(
+        device,
+        found["matmul_flops_per_s"],
+        found["memory_bandwidth_bytes_per_s"],
+        found["block_seconds"],
+    )
+
+
+def this_machine(
+    device: str, flops_per_s: Mapping[str, float], bandwidth: float, block_seconds: float
+) -> tuple[DeviceProfile, float]:
+    """Rates as a profile, beside the seconds of a block's call."""
     profile = DeviceProfile(
         "this",
         "this",
         cpu_threads=1,
         memory_bytes=1,
         accelerator=device,
-        matmul_flops_per_s=found["matmul_flops_per_s"],
-        memory_bandwidth_bytes_per_s=found["memory_bandwidth_bytes_per_s"],
+        matmul_flops_per_s=flops_per_s,
+        memory_bandwidth_bytes_per_s=bandwidth,
     )
-    return profile, found["block_seconds"]
+    return profile, block_seconds
 
 
 def measure(
@@ -201,7 +213,7 @@ def rows_of(lines: Sequence[Line]) -> list[dict[str, object]]:
     ]
 
 
-def under_a_limit(work: Path, profile: DeviceProfile) -> list[dict[str, object]]:
+def under_a_limit(work: Path) -> list[dict[str, object]]:
     """A plan run under a limit on private memory: its own peak, and well under that."""
     folder = make_folder(LIMITED.shape, work)
     shapes = read_shapes(folder, ("all-linear",))
@@ -241,7 +253,7 @@ def main() -> int:
         body = table(rows_of(lines))
         found = figures(lines)
         if arguments.device == "cpu" and sys.platform == "linux" and not arguments.quick:
-            body += "\n\n" + table(under_a_limit(work, profile))
+            body += "\n\n" + table(under_a_limit(work))
     print(f"\n{body}\n\n{found}", flush=True)
     if not arguments.quick and arguments.device == "cpu":
         publish("Plans and what they take", "python benchmarks/plan_accuracy.py", _preface() + body)

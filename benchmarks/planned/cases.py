@@ -132,7 +132,12 @@ CASES = (
     Case(BERT, "fp32", 32, 32, 64),
 )
 """On a CPU; the first is the one whose measured step calibrates."""
-QUICK = (CASES[0], CASES[2], CASES[4], CASES[7], CASES[17])
+QUICK = (
+    CASES[0],
+    Case("llama-15M", "fp32", 2, 2, 128),
+    Case("llama-60M", "q2", 4, 4, 64, correction=16, tail=16),
+    Case(BERT, "int8", 8, 8, 64),
+)
 LIMITED = Case("llama-15M-bf16", "nf4", 8, 8, 64)
 """Under a limit on private memory. Its base is stored in bfloat16 and computed in float32, so that
 none of it stays mapped: a private mapping counts as a whole, however little of it is touched."""

@@ -28,7 +28,7 @@ from fedtune.train.resident import resident_bytes
 from fedtune.train.round import train_round
 from fedtune.wire.messages import OptimizerSpec
 
-SLACK_BYTES: Final = 20 << 20
+SLACK_BYTES: Final = 16 << 20
 """What a round takes that is no tensor: the model's own objects, gaps in the heap, scratch of the
 libraries. Measured over the plans of `benchmarks/plan_accuracy.py`: 7 to 17 MB."""
 
