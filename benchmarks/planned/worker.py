@@ -25,13 +25,17 @@ from fedtune.model.backbone import BackboneShelf
 from fedtune.model.shapes import read_shapes
 from fedtune.records import DevicePlan, Dispatch, LoraFactors, ModelShapes
 from fedtune.train.allocator import keep_what_fits
-from fedtune.train.idle import call_seconds, ready_bytes
+from fedtune.train.idle import SLACK_BYTES, call_seconds, ready_bytes
 from fedtune.train.resident import peak_resident_bytes, restart_peak
 from fedtune.train.round import train_round
 from fedtune.wire.messages import OptimizerSpec
 from planned.cases import Case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+RESERVED_BYTES = 16 << 20
+"""Private memory that loading reserves for the stacks and heaps of its threads and hardly touches:
+measured, after a model of any size was loaded."""
 
 
 def main() -> int:
@@ -49,7 +53,8 @@ def run(task: Mapping[str, Any]) -> dict[str, Any]:
     shapes = read_shapes(folder, ("all-linear",))
     plan = case.plan(shapes)
     if limit := task.get("limit_bytes"):
-        _limit_data(limit)
+        # The slack is in the idle process's own count.
+        _limit_data(limit + SLACK_BYTES + RESERVED_BYTES)
     restart_peak()
     sent = dispatch(plan, shapes, case)
     batch = samples(case, shapes.vocabulary)
