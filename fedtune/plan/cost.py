@@ -4,8 +4,11 @@ The formulas describe `fedtune.train.round` on a transformer with pre-normalised
 matrices in a packed format, activations in the dtype of the products, adapters in float32, AdamW,
 logits on the rows that carry loss, a chunk at a time. `docs/training.md` says what a block keeps.
 Where a model differs, the prediction is meant to err to the safe side; a test holds it between the
-tensors of a real round and a quarter more. The interpreter and its libraries, and what the
-allocator keeps beyond tensors, are not counted: a budget is what training may use on top.
+tensors of a real round and a quarter more. The interpreter and its libraries are not counted: a
+budget is what training may use on top (`fedtune.train.idle` measures the rest).
+
+The parts are in files of their own: `load` (what a plan comes down to), `weights`, `activations`
+and `memory`, `work`, `traffic`; `calibration` corrects them by measured steps.
 """
 
 from __future__ import annotations
