@@ -135,7 +135,7 @@ CASES = (
 QUICK = (
     CASES[0],
     Case("llama-15M", "fp32", 2, 2, 128),
-    Case("llama-60M", "q2", 4, 4, 64, correction=16, tail=16),
+    Case("llama-15M", "q2", 4, 4, 64, correction=16, tail=16),
     Case(BERT, "int8", 8, 8, 64),
 )
 LIMITED = Case("llama-15M-bf16", "nf4", 8, 8, 64)
