@@ -208,10 +208,13 @@ class CostCalibration:
     Attributes:
         seconds_factor: measured seconds of a step over the predicted.
         bytes_factor: measured peak bytes beyond the idle process over the predicted.
+        block_seconds: what the host takes to call a block's pass, whatever it computes; part of
+            the prediction that `seconds_factor` multiplies.
     """
 
     seconds_factor: float = 1.0
     bytes_factor: float = 1.0
+    block_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("seconds_factor", "bytes_factor"):
@@ -219,6 +222,10 @@ class CostCalibration:
             _require(
                 math.isfinite(value) and value > 0, f"{name} must be a positive number, got {value}"
             )
+        _require(
+            0 <= self.block_seconds < math.inf,
+            f"block_seconds must not be negative, got {self.block_seconds}",
+        )
 
 
 # ---------------------------------------------------------------- the plan

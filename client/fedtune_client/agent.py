@@ -34,6 +34,7 @@ from fedtune.records import (
     SiteReport,
     TaskName,
 )
+from fedtune.train.allocator import keep_what_fits
 from fedtune.train.batches import stream
 from fedtune.train.compute import LossScale, compute_dtype
 from fedtune.train.memory import OptimizerMemory
@@ -330,6 +331,8 @@ class Agent:
                 f"{self.name}: the plan needs {plan.peak_bytes} bytes and this site allows "
                 f"{profile.budget_bytes}; plan again, or raise the site's memory limit"
             )
+        if self._site.tune_allocator and not self._site.shares_backbone:
+            keep_what_fits(plan.peak_bytes, profile.budget_bytes)
         if tensors_digest(packed) != order.tensors_digest:
             raise ProtocolError(
                 f"{self.name}: the tensors do not have the sha256 they were sent with"

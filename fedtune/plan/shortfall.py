@@ -18,6 +18,7 @@ _PARTS = {
     "correction": ("correction pairs take", "a lower correction_rank"),
     "other": ("embeddings and norms take", "a smaller base model"),
     "adapter": ("adapter takes", "a lower rank"),
+    "optimiser": ("adapter takes in gradients and optimiser state", "a lower rank"),
     "activations": ("activations take", _FEWER_TOKENS),
     "transient": ("logits and block gradients take", _FEWER_TOKENS),
     "workspace": ("unpacked matrix takes", "a base model whose largest matrix is smaller"),

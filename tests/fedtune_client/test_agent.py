@@ -118,6 +118,20 @@ def test_a_plan_of_shorter_samples_cuts_them_and_drops_those_that_teach_nothing(
         agent.accept(desk.order(plan, packed), packed)
 
 
+def test_a_process_of_its_own_keeps_what_fits_its_budget(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(agent_module, "keep_what_fits", lambda *sizes: asked.append(sizes))
+    plan = desk.plan("east", peak_bytes=1000)
+    packed = desk.tensors(plan)
+    desk.agent().train(desk.order(plan, packed), packed)
+    assert asked == []  # a simulated site shares its process
+    own = Agent(replace(desk.site(), shares_backbone=False))
+    own.train(desk.order(plan, packed), packed)
+    assert asked == [(1000, desk.site().profile.budget_bytes)]
+
+
 def test_the_same_order_gives_the_same_bytes(desk: Desk) -> None:
     plan = desk.plan("east", format="nf4")
     packed = desk.tensors(plan)

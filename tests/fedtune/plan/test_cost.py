@@ -10,16 +10,22 @@ from fedtune.plan.cost import (
     adapter_bytes,
     backbone_bytes,
     block_activation_bytes,
+    block_passes,
     correction_elements,
     download_bytes,
     head_bytes,
+    load_of_plan,
+    loading_bytes,
     logit_rows,
     matrix_bytes,
+    message_bytes,
     moved_bytes,
+    optimiser_bytes,
     pair_bytes,
     peak_bytes,
     step_flops,
     step_seconds,
+    touched_bytes,
     transfer_seconds,
     transient_bytes,
     upload_bytes,
@@ -27,9 +33,11 @@ from fedtune.plan.cost import (
 )
 from fedtune.records import (
     BACKBONE_FORMATS,
+    DevicePlan,
     DeviceProfile,
     FormatName,
     MatrixForm,
+    MatrixPlan,
     MatrixShape,
     ModelShapes,
 )
@@ -95,8 +103,15 @@ def test_formats_may_differ_between_matrices() -> None:
 
 
 def test_a_trained_number_takes_16_bytes_and_a_frozen_one_4() -> None:
-    assert adapter_bytes(LOAD) == 16 * 1000 + 4 * 300
-    assert adapter_bytes(replace(LOAD, dense_parameters=10)) == 16 * 1010 + 4 * 300
+    assert adapter_bytes(LOAD) == 4 * 1300
+    assert optimiser_bytes(LOAD) == 12 * 1000
+    whole = replace(LOAD, dense_parameters=10)
+    assert adapter_bytes(whole) + optimiser_bytes(whole) == 16 * 1010 + 4 * 300
+
+
+def test_a_message_lies_in_memory_as_it_came_and_as_float32() -> None:
+    assert message_bytes(LOAD, 4) == 4 * 1300
+    assert message_bytes(LOAD, 2) == (2 + 4) * 1300
 
 
 def llama(**changes: object) -> ModelShapes:
@@ -252,6 +267,7 @@ def test_the_peak_is_the_sum_of_its_parts_and_names_the_largest() -> None:
         0,
         4 * 6400,
         adapter_bytes(LOAD),
+        optimiser_bytes(LOAD),
         activation_bytes(SHAPES, LOAD),
         transient_bytes(SHAPES, LOAD),
         workspace_bytes(SHAPES, all_in("nf4")),
@@ -276,6 +292,39 @@ def test_a_correction_is_its_pair_and_a_copy_in_float32() -> None:
     more = peak_bytes(SHAPES, all_in("q2"), replace(LOAD, correction_elements=10))
     assert more.correction == 60
     assert more.total == peak_bytes(SHAPES, all_in("q2"), LOAD).total + 60
+
+
+def test_fitting_takes_less_per_weight_where_singular_values_are_not_exact() -> None:
+    large = replace(SHAPES, matrices=(MatrixShape("a", 600, 1000, 0),))
+    assert loading_bytes(large, {"a": MatrixForm("q2", 64, 4)}) == 18 * 600_000
+    assert loading_bytes(large, {"a": MatrixForm("q2")}) == 24 * (1 << 18) + 300_000
+    assert loading_bytes(large, {"a": MatrixForm("bf16")}) == 0
+
+
+def test_a_plan_has_the_load_of_its_matrices() -> None:
+    plan = DevicePlan(
+        "d",
+        (MatrixPlan("a", 2, "q2", 3, 64, 4), MatrixPlan("b", 0, "fp32", 1)),
+        micro_batch=2,
+        batch_size=8,
+        sequence_length=16,
+        local_steps=1,
+        checkpointing=True,
+        first_trained_layer=1,
+    )
+    assert load_of_plan(plan, SHAPES, dense_parameters=5, itemsize=2) == Load(
+        micro_batch=2,
+        sequence_length=16,
+        checkpointing=True,
+        first_trained_layer=1,
+        trained_elements=2 * 192,
+        trained_ranks=2,
+        tail_elements=3 * 192 + 320,
+        tail_ranks=4,
+        correction_elements=4 * 192,
+        dense_parameters=5,
+        itemsize=2,
+    )
 
 
 def test_step_flops_by_hand() -> None:
@@ -327,10 +376,43 @@ def test_products_of_two_byte_numbers_go_at_their_own_rate() -> None:
 
 def test_seconds_are_arithmetic_plus_traffic() -> None:
     formats = all_in("nf4")
-    expected = step_flops(SHAPES, LOAD, 8) / 1e9 + moved_bytes(SHAPES, formats, LOAD, 8) / 1e8
+    moved = moved_bytes(SHAPES, formats, LOAD, 8) + touched_bytes(SHAPES, LOAD, 8)
+    expected = step_flops(SHAPES, LOAD, 8) / 1e9 + moved / 1e8
     assert step_seconds(profile(), SHAPES, formats, LOAD, 8) == pytest.approx(expected)
     unknown = profile(matmul_flops_per_s={}, memory_bandwidth_bytes_per_s=0.0)
     assert step_seconds(unknown, SHAPES, formats, LOAD, 8) == 0.0
+    # Two blocks, forward and twice that backward, in four micro-batches.
+    called = step_seconds(unknown, SHAPES, formats, LOAD, 8, block_seconds=0.5)
+    assert called == 0.5 * 2 * 3 * 4
+
+
+def test_logits_and_activations_are_touched_number_by_number() -> None:
+    numbers = block_activation_bytes(SHAPES, LOAD) / (4 * 32)
+    expected = 135 * 128 * 100 + 40 * 128 * numbers * 6
+    assert touched_bytes(SHAPES, LOAD, 8) == expected
+    classified = replace(LOAD, task="sequence-classification")
+    assert touched_bytes(SHAPES, classified, 8) < expected - 135 * 128 * 100 * 0.99
+    on_gpu = replace(LOAD, itemsize=2, whole_matrices=True)
+    assert touched_bytes(SHAPES, on_gpu, 8) == 10 * 128 * 100 + 6 * 128 * numbers * 6
+
+
+def test_a_step_passes_through_each_block_three_times_and_once_more_when_it_recomputes() -> None:
+    assert block_passes(SHAPES, LOAD) == 2 * 3
+    assert block_passes(SHAPES, replace(LOAD, checkpointing=True)) == 2 * 4
+    assert block_passes(SHAPES, replace(LOAD, first_trained_layer=1)) == 2 + 2
+
+
+def test_samples_that_are_short_on_average_take_the_seconds_of_short_ones() -> None:
+    forms = all_in("nf4")
+    whole = step_seconds(profile(), SHAPES, forms, LOAD, 8)
+    short = step_seconds(profile(), SHAPES, forms, replace(LOAD, sequence_length=4), 8)
+    assert step_seconds(profile(), SHAPES, forms, LOAD, 8, sample_tokens=4.2) == short < whole
+    assert step_seconds(profile(), SHAPES, forms, LOAD, 8, sample_tokens=40.0) == whole
+
+
+def test_an_output_matrix_of_its_own_is_computed_with_once() -> None:
+    tied, own = llama(), llama(other_parameters=2 * 64 * 100)
+    assert step_flops(tied, LOAD, 8) == step_flops(own, LOAD, 8)
 
 
 def test_the_tail_is_downloaded_and_never_uploaded() -> None:

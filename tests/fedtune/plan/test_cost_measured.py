@@ -12,8 +12,22 @@ import pytest
 from fedtune.aggregate.rules import make_rule
 from fedtune.model.shapes import read_shapes
 from fedtune.plan import cost
-from fedtune.plan.cost import Load, backbone_bytes, peak_bytes
-from fedtune.records import DevicePlan, FormatName, MatrixForm, MatrixPlan, TaskName
+from fedtune.plan.cost import (
+    backbone_bytes,
+    form_bytes,
+    load_of_plan,
+    loading_bytes,
+    peak_bytes,
+)
+from fedtune.records import (
+    DevicePlan,
+    FormatName,
+    MatrixForm,
+    MatrixPlan,
+    MatrixShape,
+    ModelShapes,
+    TaskName,
+)
 from fedtune.wire.messages import OptimizerSpec
 
 torch = pytest.importorskip("torch")
@@ -85,19 +99,7 @@ def within_a_quarter(folder: Path, case: Case) -> None:
             backbone, [batch, batch], sent, plan, OptimizerSpec(), task=case.task, pad_id=0
         )
     )
-    by_name = shapes.by_name()
-    load = Load(
-        case.micro_batch,
-        64,
-        case.checkpointing,
-        case.first,
-        sum(
-            m.rank * (by_name[m.name].out_features + by_name[m.name].in_features) for m in matrices
-        ),
-        sum(m.rank for m in matrices),
-        task=case.task,
-        itemsize=case.compute.itemsize,
-    )
+    load = load_of_plan(plan, shapes, task=case.task, itemsize=case.compute.itemsize)
     peak = peak_bytes(shapes, forms, load)
     predicted = peak.total - peak.backbone - peak.other
     assert backbone.packed_bytes == backbone_bytes(shapes, forms)
@@ -152,6 +154,26 @@ def random_model(kind: str, folder: Path) -> Path:
     )
     auto.from_config(config).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("size", [(256, 512), (1024, 1024), (600, 1800)])
+@pytest.mark.parametrize(
+    "form",
+    [MatrixForm("nf4", 64), MatrixForm("q3", 64), MatrixForm("q2", 64, 16)],
+    ids=str,
+)
+def test_bringing_a_matrix_into_its_form_takes_what_is_said(
+    size: tuple[int, int], form: MatrixForm
+) -> None:
+    from fedtune.quant.correction import store_corrected
+
+    weight = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    matrix = MatrixShape("w", *size, 0)
+    shapes = ModelShapes("", "llama", 8, 8, 1, 1, 8, (matrix,), 0)
+    store_corrected(weight, form)  # tables are made once
+    measured = measured_peak(lambda: store_corrected(weight, form))
+    held = form_bytes(matrix, form)
+    assert measured - held <= loading_bytes(shapes, {"w": form}) <= 1.8 * (measured - held)
 
 
 def test_the_model_types_and_sizes_are_those_of_the_code_that_they_describe() -> None:

@@ -210,7 +210,7 @@ def test_the_plan_does_not_depend_on_the_order_of_devices() -> None:
         {"memory_bytes": 2 * MB},
         {"link_bytes_per_s": 2e5},
         {"matmul_flops_per_s": {"fp32": 4e9}},
-        {"memory_bandwidth_bytes_per_s": 1e8},
+        {"memory_bandwidth_bytes_per_s": 5e8},
         {"formats": ("nf4",)},
     ],
 )

@@ -1,0 +1,1 @@
+"""Plans that are run for real beside what was predicted of them."""
