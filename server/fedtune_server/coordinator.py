@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -22,9 +23,9 @@ from fedtune.aggregate.server_step import apply_server_step
 from fedtune.plan.describe import plan_rows
 from fedtune.plan.from_config import plan_pins, plan_settings
 from fedtune.plan.mixing import may_mix
-from fedtune.plan.settings import Pins, PlanSettings
 from fedtune.plan.solve import plan_fleet
 from fedtune.records import (
+    DevicePlan,
     DeviceProfile,
     Event,
     FleetPlan,
@@ -40,12 +41,23 @@ from fedtune.wire.messages import OptimizerSpec, TaskSpec
 from fedtune.wire.tensors import update_shapes
 from fedtune_server import round as rounds
 from fedtune_server.distortion import Measure, find_distortion
-from fedtune_server.fleet import Emit, Fleet, choose_devices, gather_fleet, wait_for_nodes
+from fedtune_server.fleet import (
+    Emit,
+    Fleet,
+    ask_again,
+    choose_devices,
+    gather_fleet,
+    wait_for_nodes,
+)
+from fedtune_server.replan import Replanner
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.schedule import learning_rate
 
 _HEAD_STD = 0.02
 """Standard deviation of a fresh task head; the initialiser range of BERT and Llama."""
+
+_ASK_AGAIN_S = 60.0
+"""Longest wait for the new profiles of devices that refused their plans; a site answers at once."""
 
 _REPORTED_PACKAGES = ("fedtune", "flwr", "numpy", "torch", "transformers", "bitsandbytes")
 
@@ -102,12 +114,13 @@ class Coordinator:
         fleet = self._gather(grid, devices)
         plan = self._plan(fleet)
         adapter = self._rule.start(self._shapes.matrices, self._fresh_heads(fleet))
-        adapter, before = self._rounds(grid, fleet, plan, adapter)
-        after = rounds.evaluate(
-            grid, fleet, self._rule, adapter, plan.devices, self._terms, self._emit
-        )
+        replanner = self._replanner(fleet, plan)
+        adapter, before, planned_seconds = self._rounds(grid, fleet, replanner, adapter)
+        plans = [replanner.plans[name] for name in fleet.names]
+        after = rounds.evaluate(grid, fleet, self._rule, adapter, plans, self._terms, self._emit)
         fields = {
             "seconds": time.perf_counter() - started,
+            "planned_seconds": planned_seconds,
             "held_out_loss_before": before,
             "held_out_loss_after": after,
         }
@@ -132,18 +145,20 @@ class Coordinator:
         )
 
     def _gather(self, grid: Grid, devices: int) -> Fleet:
-        task = TaskSpec(
+        nodes = wait_for_nodes(grid, devices, self._terms.deadline_s)
+        fleet = gather_fleet(grid, nodes, self._task(), self._terms.deadline_s, self._emit)
+        if fleet.labels:
+            self._folder.write_json("labels.json", list(fleet.labels))
+        return fleet
+
+    def _task(self) -> TaskSpec:
+        return TaskSpec(
             run=self._run_id,
             task=self._config.model.task,
             base_digest=self._shapes.digest,
             matrices=tuple(matrix.name for matrix in self._shapes.matrices),
             seed=self._config.run.seed,
         )
-        nodes = wait_for_nodes(grid, devices, self._terms.deadline_s)
-        fleet = gather_fleet(grid, nodes, task, self._terms.deadline_s, self._emit)
-        if fleet.labels:
-            self._folder.write_json("labels.json", list(fleet.labels))
-        return fleet
 
     def _plan(self, fleet: Fleet) -> FleetPlan:
         config = self._config
@@ -151,21 +166,19 @@ class Coordinator:
         dense_parameters = sum(int(np.prod(shape)) for shape in fleet.dense_shapes.values())
         settings = plan_settings(config, dense_parameters, self._rule.tail)
         pins = plan_pins(config)
-        plan = self._solve(profiles, settings, pins)
+        # Kept as it is made: devices are planned anew with all that they were planned with.
+        self._plan_fleet = partial(plan_fleet, shapes=self._shapes, settings=settings, pins=pins)
+        plan = self._solve(profiles)
         rows = plan_rows(plan, profiles, self._shapes)
         self._folder.write_json("plan.json", rows)
-        self._emit(Event("planned", {"devices": rows}))
-        self._emit(Event("leaves_device", {"tensors": self._what_leaves(plan, fleet)}))
+        makespan = max(device.seconds for device in plan.devices)
+        self._emit(Event("planned", {"devices": rows, "makespan_seconds": makespan}))
+        self._say_what_leaves(plan.devices, fleet)
         return plan
 
-    def _solve(
-        self,
-        profiles: Sequence[DeviceProfile],
-        settings: PlanSettings,
-        pins: Mapping[str, Pins],
-    ) -> FleetPlan:
+    def _solve(self, profiles: Sequence[DeviceProfile]) -> FleetPlan:
         """The plan; made anew with a distortion table if that can improve it."""
-        plan = plan_fleet(profiles, self._shapes, settings, pins=pins)
+        plan = self._plan_fleet(profiles)
         if self._config.plan.widths == "uniform" or not may_mix(plan):
             return plan
         table = find_distortion(
@@ -173,16 +186,18 @@ class Coordinator:
         )
         if table is None:
             return plan
-        return plan_fleet(profiles, self._shapes, settings, pins=pins, distortion=table)
+        self._plan_fleet = partial(self._plan_fleet, distortion=table)
+        return self._plan_fleet(profiles)
 
-    def _what_leaves(self, plan: FleetPlan, fleet: Fleet) -> list[dict[str, object]]:
-        """Every tensor that a device of the largest plan sends back in a round."""
-        largest = max(plan.devices, key=lambda device: device.upload_bytes)
+    def _say_what_leaves(self, plans: Collection[DevicePlan], fleet: Fleet) -> None:
+        """List every tensor that a device of the largest plan sends back in a round."""
+        largest = max(plans, key=lambda device: device.upload_bytes)
         shapes = update_shapes(largest, self._terms.shapes, fleet.dense_shapes)
-        return [
+        tensors = [
             {"name": name, "shape": list(shape), "bytes": 4 * int(np.prod(shape))}
             for name, shape in sorted(shapes.items())
         ]
+        self._emit(Event("leaves_device", {"tensors": tensors}))
 
     def _fresh_heads(self, fleet: Fleet) -> dict[str, FloatArray]:
         """Seeded values for the parameters that the base does not have."""
@@ -194,40 +209,71 @@ class Coordinator:
         return heads
 
     def _rounds(
-        self, grid: Grid, fleet: Fleet, plan: FleetPlan, adapter: GlobalAdapter
-    ) -> tuple[GlobalAdapter, float | None]:
-        """Play all rounds; also returns the held-out loss before the first."""
-        config, by_device = self._config, plan.by_device()
+        self, grid: Grid, fleet: Fleet, replanner: Replanner, adapter: GlobalAdapter
+    ) -> tuple[GlobalAdapter, float | None, float]:
+        """Play all rounds; also returns the held-out loss before the first, and planned seconds."""
+        config = self._config
         momentum: GlobalAdapter | None = None
         before: float | None = None
+        planned_seconds = 0.0
         for number in range(1, config.run.rounds + 1):
             self._folder.write_status("running", number - 1)
             chosen = choose_devices(
                 fleet.names, config.run.devices_per_round, config.run.seed, number
             )
-            joined, held_out = rounds.train(
+            plans = [replanner.plans[name] for name in chosen]
+            outcome = rounds.train(
                 grid,
                 fleet,
                 self._rule,
                 adapter,
-                [by_device[name] for name in chosen],
+                plans,
                 self._optimizer(number),
                 self._terms,
                 number,
                 evaluate=self._measures(number),
                 emit=self._emit,
             )
-            before = held_out if number == 1 else before
+            before = outcome.held_out_loss if number == 1 else before
+            planned_seconds += max(plan.seconds for plan in plans)
             adapter, momentum = apply_server_step(
                 adapter,
-                joined,
+                outcome.joined,
                 momentum,
                 step=config.aggregate.server_step,
                 beta=config.aggregate.momentum,
                 rank_cap=config.lora.rank_cap,
             )
             self._checkpoint(adapter, momentum)
-        return adapter, before
+            if config.plan.replan and number < config.run.rounds:
+                self._replan(grid, fleet, replanner, outcome, number)
+        return adapter, before, planned_seconds
+
+    def _replanner(self, fleet: Fleet, plan: FleetPlan) -> Replanner:
+        config = self._config.plan
+        return Replanner(
+            [report.profile for report in fleet.reports.values()],
+            plan,
+            self._plan_fleet,
+            self._shapes,
+            config.replan_threshold,
+            # A plan that a person wrote is followed as long as its devices can.
+            reports=not config.file,
+            emit=self._emit,
+        )
+
+    def _replan(
+        self, grid: Grid, fleet: Fleet, replanner: Replanner, outcome: rounds.Outcome, number: int
+    ) -> None:
+        """Plan anew whom the round asks for; what more leaves a device is listed before it does."""
+        refused: Mapping[str, DeviceProfile] = {}
+        if outcome.failed:
+            deadline_s = min(self._terms.deadline_s, _ASK_AGAIN_S)
+            refused = ask_again(grid, fleet, outcome.failed, self._task(), deadline_s)
+        listed_bytes = replanner.upload_bytes
+        replanner.after_round(number, outcome.metrics, refused)
+        if replanner.upload_bytes > listed_bytes:
+            self._say_what_leaves(replanner.plans.values(), fleet)
 
     def _measures(self, number: int) -> bool:
         every = self._config.train.evaluate_every

@@ -1,0 +1,271 @@
+"""Plan devices anew, between rounds, when they are not what their plans took them for.
+
+`fedtune_server.drift` says which devices, and what is held true of them now: slower or faster by a
+factor, or with less or more memory. The whole fleet is then planned once more, since its aims are
+common; but only the devices that gave a reason take their new plan, the others keep theirs. Ranks
+come from one order over the fleet, so they nest as before.
+
+A new plan that changes what a device does is one ledger line. One that corrects only what is
+predicted of it is taken without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fedtune.errors import PlanError
+from fedtune.export.quantities import bytes_text, seconds_text
+from fedtune.plan.describe import plan_rows
+from fedtune.records import DevicePlan, DeviceProfile, Event, FleetPlan, ModelShapes
+from fedtune_server.drift import (
+    SETTLED_ROUNDS,
+    Finding,
+    Standing,
+    judge,
+    lowered,
+    planned_step_seconds,
+    reading,
+)
+
+Solve = Callable[[Sequence[DeviceProfile]], FleetPlan]
+"""Plans the whole fleet; raises PlanError where a device can carry no plan."""
+
+_WORK = (
+    "format",
+    "bits",
+    "rank_min",
+    "rank_max",
+    "trained_matrices",
+    "tail_rank_max",
+    "micro_batch",
+    "batch_size",
+    "sequence_length",
+    "local_steps",
+    "checkpointing",
+)
+"""Of a plan's row, what a device does; what is predicted of it are other fields."""
+_BY_MATRIX = ("ranks", "forms")
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A device to plan anew: what was held true of it before, and why that no longer stands."""
+
+    before: Standing
+    finding: Finding
+    reason: str
+
+
+class Replanner:
+    """Holds the plans in force of a run's devices.
+
+    Args:
+        profiles: of all devices, as they reported before the first round.
+        plan: the one of the first round.
+        solve: plans the whole fleet as it was planned first.
+        threshold: share by which the measured seconds of a step may differ from the planned.
+        reports: whether what devices measure counts; False: only that they refused a plan.
+        emit: told of every new plan.
+    """
+
+    def __init__(
+        self,
+        profiles: Sequence[DeviceProfile],
+        plan: FleetPlan,
+        solve: Solve,
+        shapes: ModelShapes,
+        threshold: float,
+        reports: bool,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self._profiles = {profile.name: profile for profile in profiles}
+        self._own_bytes = {profile.name: profile.budget_bytes for profile in profiles}
+        self._standings = {name: Standing(own) for name, own in self._own_bytes.items()}
+        self._plans = plan.by_device()
+        self._hopeless: dict[str, float] = {}
+        self._solve, self._shapes, self._threshold = solve, shapes, threshold
+        self._reports, self._emit = reports, emit
+
+    @property
+    def plans(self) -> Mapping[str, DevicePlan]:
+        """Device -> the plan that it follows from now on."""
+        return self._plans
+
+    @property
+    def upload_bytes(self) -> int:
+        """The largest update of any device."""
+        return max(plan.upload_bytes for plan in self._plans.values())
+
+    def after_round(
+        self,
+        round: int,
+        metrics: Mapping[str, Mapping[str, float]],
+        refused: Mapping[str, DeviceProfile],
+    ) -> None:
+        """Take a round's reports into account, and plan anew whom they ask for.
+
+        Args:
+            metrics: device -> what it measured.
+            refused: devices that refused their plan -> what they say of themselves now.
+        """
+        due = {
+            name: found
+            for name, said in sorted(metrics.items())
+            if self._reports and (found := self._judged(name, round, said)) is not None
+        }
+        for name, profile in sorted(refused.items()):
+            if (found := self._refused(name, round, profile)) is not None:
+                due[name] = found
+        if due:
+            self._plan_anew(round, due)
+
+    def _judged(self, name: str, round: int, metrics: Mapping[str, float]) -> Due | None:
+        before, plan = self._standings[name], self._plans[name]
+        standing, finding = judge(
+            before,
+            reading(metrics),
+            round=round,
+            peak_bytes=plan.peak_bytes,
+            step_seconds=planned_step_seconds(plan, self._profiles[name]),
+            own_bytes=self._own_bytes[name],
+            threshold=self._threshold,
+        )
+        if finding is None:
+            self._standings[name] = standing
+            return None
+        return self._due(name, standing, finding, _words(finding))
+
+    def _refused(self, name: str, round: int, profile: DeviceProfile) -> Due | None:
+        """Take over what a device says of itself, if that explains why it refused its plan."""
+        before, plan = self._standings[name], self._plans[name]
+        missing = sorted({m.format for m in plan.matrices} - set(profile.formats))
+        self._profiles[name] = replace(profile, device_class=self._profiles[name].device_class)
+        allowed = profile.budget_bytes
+        if allowed < plan.peak_bytes:
+            standing, finding = lowered(before, allowed, "refusal", round, plan.peak_bytes)
+            return self._due(name, standing, finding, _words(finding))
+        if missing:
+            finding = Finding("refusal", allowed, plan.peak_bytes)
+            words = f"it refused its plan: it does not run {', '.join(missing)} any more"
+            return self._due(name, before, finding, words)
+        return None
+
+    def _due(self, name: str, standing: Standing, finding: Finding, reason: str) -> Due | None:
+        if finding.cause != "time" and finding.measured <= self._hopeless.get(name, 0.0):
+            return None  # no plan fitted then, and none fits now
+        before, self._standings[name] = self._standings[name], standing
+        return Due(before, finding, reason)
+
+    def _plan_anew(self, round: int, due: dict[str, Due]) -> None:
+        try:
+            solved = self._solve(self._held())
+        except PlanError:
+            due = self._possible(due)
+            if not due:
+                return
+            solved = self._solve(self._held())
+        fleet = solved.by_device()
+        for name, why in due.items():
+            before, self._plans[name] = self._plans[name], fleet[name]
+            self._hopeless.pop(name, None)
+            changed = self._changed(before, fleet[name])
+            if changed:
+                self._emit(_replanned(round, name, why, changed))
+
+    def _possible(self, due: Mapping[str, Due]) -> dict[str, Due]:
+        """Those that can carry a plan; the others keep theirs, and one line says so."""
+        possible = {}
+        for name, why in due.items():
+            try:
+                self._solve(self._held([name]))
+            except PlanError as error:
+                self._standings[name] = why.before
+                if why.finding.cause != "time":
+                    self._hopeless[name] = why.finding.measured
+                text = f"{name} cannot be planned anew ({why.reason}) and keeps its plan: {error}"
+                self._emit(Event("warning", {"text": text}))
+                continue
+            possible[name] = why
+        return possible
+
+    def _held(self, names: Sequence[str] = ()) -> list[DeviceProfile]:
+        """Profiles as they are held true now; of all devices unless some are named."""
+        return [
+            held_profile(self._profiles[name], self._standings[name])
+            for name in names or self._profiles
+        ]
+
+    def _changed(self, before: DevicePlan, after: DevicePlan) -> dict[str, object]:
+        """Field -> its value in the old and the new plan, if the device is to do anything else."""
+        profiles = [self._profiles[before.device]]
+        old, new = (
+            plan_rows(FleetPlan((plan,)), profiles, self._shapes)[0] for plan in (before, after)
+        )
+        changed: dict[str, object] = {key: [old[key], new[key]] for key in _WORK}
+        changed = {key: pair for key, pair in changed.items() if old[key] != new[key]}
+        for key in _BY_MATRIX:
+            of_each = _differences(old[key], new[key])
+            if of_each:
+                changed[key] = of_each
+        if changed:
+            changed |= {key: [old[key], new[key]] for key in ("seconds", "peak_bytes")}
+        return changed
+
+
+def held_profile(profile: DeviceProfile, standing: Standing) -> DeviceProfile:
+    """A profile whose rates and budget are those that the device has shown to have."""
+    on_host = profile.accelerator == "cpu"
+    budget = standing.budget_bytes
+    return replace(
+        profile,
+        memory_bytes=budget if on_host else profile.memory_bytes,
+        accelerator_memory_bytes=profile.accelerator_memory_bytes if on_host else budget,
+        matmul_flops_per_s={
+            dtype: rate / standing.slowness for dtype, rate in profile.matmul_flops_per_s.items()
+        },
+        memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s / standing.slowness,
+    )
+
+
+def _differences(old: object, new: object) -> dict[str, list[object]]:
+    """Matrix -> its value in the old and the new plan, where they differ; None: not in it."""
+    assert isinstance(old, Mapping)
+    assert isinstance(new, Mapping)
+    names = sorted({*old, *new})
+    pairs = {name: [old.get(name), new.get(name)] for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _words(finding: Finding) -> str:
+    """The reason of a new plan, for a person."""
+    if finding.cause == "time":
+        return (
+            f"a step took {seconds_text(finding.measured)} in {SETTLED_ROUNDS} rounds in a row, "
+            f"planned {seconds_text(finding.planned)}"
+        )
+    measured, planned = bytes_text(finding.measured), bytes_text(finding.planned)
+    if finding.cause == "refusal":
+        return f"it refused its plan: it allows {measured}, the plan takes {planned}"
+    if finding.measured < finding.planned:
+        return f"{measured} of memory are free, the plan takes {planned}"
+    return f"plans may take {measured} of memory again, instead of {planned}"
+
+
+def _replanned(round: int, device: str, why: Due, changed: Mapping[str, object]) -> Event:
+    finding = why.finding
+    timed = finding.cause == "time"
+    return Event(
+        "replanned",
+        {
+            "round": round,
+            "device": device,
+            "cause": finding.cause,
+            "reason": why.reason,
+            "measured_step_seconds": finding.measured if timed else None,
+            "planned_step_seconds": finding.planned if timed else None,
+            "measured_bytes": None if timed else int(finding.measured),
+            "planned_bytes": None if timed else int(finding.planned),
+            "changed": changed,
+        },
+    )
