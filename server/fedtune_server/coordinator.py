@@ -87,6 +87,7 @@ class Coordinator:
     ) -> None:
         self._config, self._shapes, self._folder, self._emit = config, shapes, folder, emit
         self._measure = measure
+        self._listed_bytes = 0
         self._run_id = f"{config.run.name}-{os.urandom(4).hex()}"
         self._rule = make_rule(config.aggregate.rule, config.lora.rank_cap, seed=config.run.seed)
         self._terms = rounds.RoundTerms(
@@ -190,8 +191,11 @@ class Coordinator:
         return self._plan_fleet(profiles)
 
     def _say_what_leaves(self, plans: Collection[DevicePlan], fleet: Fleet) -> None:
-        """List every tensor that a device of the largest plan sends back in a round."""
+        """List what a device of the largest plan sends back in a round, if that is news."""
         largest = max(plans, key=lambda device: device.upload_bytes)
+        if largest.upload_bytes <= self._listed_bytes:
+            return
+        self._listed_bytes = largest.upload_bytes
         shapes = update_shapes(largest, self._terms.shapes, fleet.dense_shapes)
         tensors = [
             {"name": name, "shape": list(shape), "bytes": 4 * int(np.prod(shape))}
@@ -270,10 +274,8 @@ class Coordinator:
         if outcome.failed:
             deadline_s = min(self._terms.deadline_s, _ASK_AGAIN_S)
             refused = ask_again(grid, fleet, outcome.failed, self._task(), deadline_s)
-        listed_bytes = replanner.upload_bytes
         replanner.after_round(number, outcome.metrics, refused)
-        if replanner.upload_bytes > listed_bytes:
-            self._say_what_leaves(replanner.plans.values(), fleet)
+        self._say_what_leaves(replanner.plans.values(), fleet)
 
     def _measures(self, number: int) -> bool:
         every = self._config.train.evaluate_every

@@ -92,11 +92,6 @@ class Replanner:
         """Device -> the plan that it follows from now on."""
         return self._plans
 
-    @property
-    def upload_bytes(self) -> int:
-        """The largest update of any device."""
-        return max(plan.upload_bytes for plan in self._plans.values())
-
     def after_round(
         self,
         round: int,
