@@ -52,7 +52,8 @@ _BY_MATRIX = ("ranks", "forms")
 class Due:
     """A device to plan anew: what was held true of it before, and why that no longer stands."""
 
-    before: Standing
+    profile: DeviceProfile
+    standing: Standing
     finding: Finding
     reason: str
 
@@ -116,9 +117,9 @@ class Replanner:
             self._plan_anew(round, due)
 
     def _judged(self, name: str, round: int, metrics: Mapping[str, float]) -> Due | None:
-        before, plan = self._standings[name], self._plans[name]
+        plan = self._plans[name]
         standing, finding = judge(
-            before,
+            self._standings[name],
             reading(metrics),
             round=round,
             peak_bytes=plan.peak_bytes,
@@ -133,24 +134,34 @@ class Replanner:
 
     def _refused(self, name: str, round: int, profile: DeviceProfile) -> Due | None:
         """Take over what a device says of itself, if that explains why it refused its plan."""
-        before, plan = self._standings[name], self._plans[name]
+        standing, plan = self._standings[name], self._plans[name]
         missing = sorted({m.format for m in plan.matrices} - set(profile.formats))
-        self._profiles[name] = replace(profile, device_class=self._profiles[name].device_class)
         allowed = profile.budget_bytes
+        finding = Finding("refusal", allowed, plan.peak_bytes)
+        words = f"it refused its plan: it does not run {', '.join(missing)} any more"
         if allowed < plan.peak_bytes:
-            standing, finding = lowered(before, allowed, "refusal", round, plan.peak_bytes)
-            return self._due(name, standing, finding, _words(finding))
-        if missing:
-            finding = Finding("refusal", allowed, plan.peak_bytes)
-            words = f"it refused its plan: it does not run {', '.join(missing)} any more"
-            return self._due(name, before, finding, words)
-        return None
+            standing, finding = lowered(standing, allowed, "refusal", round, plan.peak_bytes)
+            words = _words(finding)
+        elif not missing:
+            return None
+        profile = replace(profile, device_class=self._profiles[name].device_class)
+        return self._due(name, standing, finding, words, profile)
 
-    def _due(self, name: str, standing: Standing, finding: Finding, reason: str) -> Due | None:
+    def _due(
+        self,
+        name: str,
+        standing: Standing,
+        finding: Finding,
+        reason: str,
+        profile: DeviceProfile | None = None,
+    ) -> Due | None:
+        """Hold a finding true; None if a plan for it has been looked for in vain."""
         if finding.cause != "time" and finding.measured <= self._hopeless.get(name, 0.0):
-            return None  # no plan fitted then, and none fits now
-        before, self._standings[name] = self._standings[name], standing
-        return Due(before, finding, reason)
+            return None
+        due = Due(self._profiles[name], self._standings[name], finding, reason)
+        self._standings[name] = standing
+        self._profiles[name] = profile or self._profiles[name]
+        return due
 
     def _plan_anew(self, round: int, due: dict[str, Due]) -> None:
         try:
@@ -175,7 +186,7 @@ class Replanner:
             try:
                 self._solve(self._held([name]))
             except PlanError as error:
-                self._standings[name] = why.before
+                self._profiles[name], self._standings[name] = why.profile, why.standing
                 if why.finding.cause != "time":
                     self._hopeless[name] = why.finding.measured
                 text = f"{name} cannot be planned anew ({why.reason}) and keeps its plan: {error}"

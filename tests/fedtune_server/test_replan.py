@@ -13,7 +13,7 @@ import pytest
 from fedtune.config import parse_run_config
 from fedtune.errors import PlanError, ProtocolError
 from fedtune.export.quantities import bytes_text
-from fedtune.plan.settings import PlanSettings
+from fedtune.plan.settings import Pins, PlanSettings
 from fedtune.plan.solve import plan_fleet
 from fedtune.records import DevicePlan, DeviceProfile, FleetPlan
 from fedtune_server import coordinator as coordinator_module
@@ -260,6 +260,25 @@ def test_a_device_that_no_longer_runs_its_format_gets_another(
     assert event["reason"] == "it refused its plan: it does not run fp32 any more"
     assert event["changed"]["format"] == ["fp32", "int8"]
     assert {m.format for m in ordered["b"][-1].matrices} == {"int8"}
+
+
+def test_a_device_that_runs_no_useful_format_any_more_does_not_stop_the_others(
+    fleet_of: FleetOf,
+) -> None:
+    fake = fleet_of("a", "b")
+    profiles = [profile(name, formats=("fp32", "int8")) for name in "ab"]
+    pins = {"any": Pins(format="fp32")}
+    solve = partial(plan_fleet, shapes=fake.shapes, settings=SETTINGS, pins=pins)
+    emit = fake.events.append
+    replanner = Replanner(profiles, solve(profiles), solve, fake.shapes, 0.25, True, emit)
+    changed = profile("b", formats=("int8",))
+    for round in (1, 2):
+        replanner.after_round(round, {}, {"b": changed})
+    (warning,) = fake.all("warning")
+    assert "b cannot be planned anew (it refused its plan: it does not run fp32" in warning["text"]
+    assert "pinned to fp32" in warning["text"]
+    replanner.after_round(3, {"a": {"free_bytes": 40_000.0}}, {"b": changed})
+    assert [event["device"] for event in fake.all("replanned")] == ["a"]
 
 
 def test_a_device_that_refuses_for_another_reason_keeps_its_plan(
