@@ -19,6 +19,7 @@ from fedtune.export.quantities import bytes_text, seconds_text
 from fedtune.plan.describe import plan_rows
 from fedtune.records import DevicePlan, DeviceProfile, Event, FleetPlan, ModelShapes
 from fedtune_server.drift import (
+    LONGEST_REST,
     SETTLED_ROUNDS,
     Finding,
     Standing,
@@ -167,7 +168,7 @@ class Replanner:
         try:
             solved = self._solve(self._held())
         except PlanError:
-            due = self._possible(due)
+            due = self._possible(round, due)
             if not due:
                 return
             solved = self._solve(self._held())
@@ -179,14 +180,17 @@ class Replanner:
             if changed:
                 self._emit(_replanned(round, name, why, changed))
 
-    def _possible(self, due: Mapping[str, Due]) -> dict[str, Due]:
-        """Those that can carry a plan; the others keep theirs, and one line says so."""
+    def _possible(self, round: int, due: Mapping[str, Due]) -> dict[str, Due]:
+        """Those that can carry a plan; the others keep theirs and rest, and one line says so."""
         possible = {}
         for name, why in due.items():
             try:
                 self._solve(self._held([name]))
             except PlanError as error:
-                self._profiles[name], self._standings[name] = why.profile, why.standing
+                self._profiles[name] = why.profile
+                self._standings[name] = replace(
+                    why.standing, ratios=(), room=(), rests_until=round + LONGEST_REST
+                )
                 if why.finding.cause != "time":
                     self._hopeless[name] = why.finding.measured
                 text = f"{name} cannot be planned anew ({why.reason}) and keeps its plan: {error}"

@@ -262,6 +262,19 @@ def test_a_device_that_no_longer_runs_its_format_gets_another(
     assert {m.format for m in ordered["b"][-1].matrices} == {"int8"}
 
 
+def test_a_device_too_slow_for_any_plan_keeps_its_plan_and_is_named_once(
+    fleet_of: FleetOf, play: Play, tree: Any
+) -> None:
+    fake = fleet_with_rates(fleet_of, "a", "b")
+    says(fake, "b", lambda _: {"step_seconds": 100 * STEP_SECONDS})
+    ordered = play(fake, tree)
+    (warning,) = fake.all("warning")
+    assert warning["text"].startswith("b cannot be planned anew (a step took 32.0 s in 2 rounds")
+    assert "raise plan.round_seconds" in warning["text"]
+    assert fake.all("replanned") == []
+    assert set(ordered["b"]) == {ordered["b"][0]}
+
+
 def test_a_device_that_runs_no_useful_format_any_more_does_not_stop_the_others(
     fleet_of: FleetOf,
 ) -> None:
