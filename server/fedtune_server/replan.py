@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 from fedtune.errors import PlanError
 from fedtune.export.quantities import bytes_text, seconds_text
-from fedtune.plan.describe import plan_rows
 from fedtune.records import DevicePlan, DeviceProfile, Event, FleetPlan, ModelShapes
 from fedtune_server.drift import (
     LONGEST_REST,
@@ -28,25 +27,10 @@ from fedtune_server.drift import (
     planned_step_seconds,
     reading,
 )
+from fedtune_server.plan_change import PlanChange, plan_change
 
 Solve = Callable[[Sequence[DeviceProfile]], FleetPlan]
 """Plans the whole fleet; raises PlanError where a device can carry no plan."""
-
-_WORK = (
-    "format",
-    "bits",
-    "rank_min",
-    "rank_max",
-    "trained_matrices",
-    "tail_rank_max",
-    "micro_batch",
-    "batch_size",
-    "sequence_length",
-    "local_steps",
-    "checkpointing",
-)
-"""Of a plan's row, what a device does; what is predicted of it are other fields."""
-_BY_MATRIX = ("ranks", "forms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +160,9 @@ class Replanner:
         for name, why in due.items():
             before, self._plans[name] = self._plans[name], fleet[name]
             self._hopeless.pop(name, None)
-            changed = self._changed(before, fleet[name])
-            if changed:
-                self._emit(_replanned(round, name, why, changed))
+            change = plan_change(before, fleet[name], self._profiles[name], self._shapes)
+            if change:
+                self._emit(_replanned(round, name, why, change))
 
     def _possible(self, round: int, due: Mapping[str, Due]) -> dict[str, Due]:
         """Those that can carry a plan; the others keep theirs and rest, and one line says so."""
@@ -206,22 +190,6 @@ class Replanner:
             for name in names or self._profiles
         ]
 
-    def _changed(self, before: DevicePlan, after: DevicePlan) -> dict[str, object]:
-        """Field -> its value in the old and the new plan, if the device is to do anything else."""
-        profiles = [self._profiles[before.device]]
-        old, new = (
-            plan_rows(FleetPlan((plan,)), profiles, self._shapes)[0] for plan in (before, after)
-        )
-        changed: dict[str, object] = {key: [old[key], new[key]] for key in _WORK}
-        changed = {key: pair for key, pair in changed.items() if old[key] != new[key]}
-        for key in _BY_MATRIX:
-            of_each = _differences(old[key], new[key])
-            if of_each:
-                changed[key] = of_each
-        if changed:
-            changed |= {key: [old[key], new[key]] for key in ("seconds", "peak_bytes")}
-        return changed
-
 
 def held_profile(profile: DeviceProfile, standing: Standing) -> DeviceProfile:
     """A profile whose rates and budget are those that the device has shown to have."""
@@ -236,15 +204,6 @@ def held_profile(profile: DeviceProfile, standing: Standing) -> DeviceProfile:
         },
         memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s / standing.slowness,
     )
-
-
-def _differences(old: object, new: object) -> dict[str, list[object]]:
-    """Matrix -> its value in the old and the new plan, where they differ; None: not in it."""
-    assert isinstance(old, Mapping)
-    assert isinstance(new, Mapping)
-    names = sorted({*old, *new})
-    pairs = {name: [old.get(name), new.get(name)] for name in names}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _words(finding: Finding) -> str:
@@ -262,7 +221,7 @@ def _words(finding: Finding) -> str:
     return f"plans may take {measured} of memory again, instead of {planned}"
 
 
-def _replanned(round: int, device: str, why: Due, changed: Mapping[str, object]) -> Event:
+def _replanned(round: int, device: str, why: Due, change: PlanChange) -> Event:
     finding = why.finding
     timed = finding.cause == "time"
     return Event(
@@ -272,10 +231,11 @@ def _replanned(round: int, device: str, why: Due, changed: Mapping[str, object])
             "device": device,
             "cause": finding.cause,
             "reason": why.reason,
+            "change": change.words(),
             "measured_step_seconds": finding.measured if timed else None,
             "planned_step_seconds": finding.planned if timed else None,
             "measured_bytes": None if timed else int(finding.measured),
             "planned_bytes": None if timed else int(finding.planned),
-            "changed": changed,
+            "changed": change.fields(),
         },
     )
