@@ -179,6 +179,12 @@ def test_memory_that_comes_back_and_stays_is_given_back_after_the_rest() -> None
     assert found[1] == Finding("memory", OWN, int(OWN / 2 / (1 + MARGIN)))
 
 
+def test_the_less_of_two_rounds_of_returned_memory_counts() -> None:
+    _, found, standing = follow_memory([0.5, 0.5, 0.5, 0.9, 0.7])
+    assert [finding.cause for finding in found] == ["memory"] * 2
+    assert standing.budget_bytes == int(0.7 * OWN / (1 + MARGIN))
+
+
 def test_memory_that_comes_back_for_a_round_only_is_not() -> None:
     assert follow_memory([0.5, *islice(cycle([1.0, 0.5, 0.5]), 60)])[0] == [1]
 
