@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fedtune.devices.memory import free_memory_bytes
+from fedtune.devices.memory import free_memory
 from fedtune.devices.usage import own_memory_bytes
 from fedtune.records import DeviceProfile
 
@@ -38,7 +38,8 @@ class Allowance:
         held = own_memory_bytes()
         if held is None or self._idle_bytes is None:
             return limit
-        return max(1, min(limit, free_memory_bytes() + max(0, held - self._idle_bytes)))
+        free = free_memory().free_bytes + max(0, held - self._idle_bytes)
+        return max(1, min(limit, free))
 
     def profile_now(self) -> DeviceProfile:
         """The site's profile, with what plans may take now as its budget."""

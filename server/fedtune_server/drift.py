@@ -38,7 +38,8 @@ _GRID = math.log(1.1)
 """Factors are rounded to powers of this, so that devices that slow down alike share a solve."""
 _MOST_BYTES = 2**60
 
-Cause: TypeAlias = Literal["time", "memory", "refusal"]
+Cause: TypeAlias = Literal["time", "memory", "refusal", "fleet"]
+"""What a new plan comes from; `fleet`: from the new plans of other devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ class Finding:
     """Why a device must be planned anew.
 
     Attributes:
-        measured: seconds of a step for `time`, bytes for `memory` and `refusal`.
+        measured: seconds of a step for `time`, bytes for `memory` and `refusal`;
+            no meaning for `fleet`.
         planned: the same by the plan.
     """
 

@@ -2,8 +2,8 @@
 
 `fedtune_server.drift` says which devices, and what is held true of them now: slower or faster by a
 factor, or with less or more memory. The whole fleet is then planned once more, since its aims are
-common; but only the devices that gave a reason take their new plan, the others keep theirs. Ranks
-come from one order over the fleet, so they nest as before.
+common; but only the devices that gave a reason take their new plan. The others keep theirs, unless
+ranks would no longer nest.
 
 A new plan that changes what a device does is one ledger line. One that corrects only what is
 predicted of it is taken without a word.
@@ -11,8 +11,9 @@ predicted of it is taken without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from fedtune.errors import PlanError
 from fedtune.export.quantities import bytes_text, seconds_text
@@ -157,12 +158,22 @@ class Replanner:
                 return
             solved = self._solve(self._held())
         fleet = solved.by_device()
-        for name, why in due.items():
+        mixed = self._plans | {name: fleet[name] for name in due}
+        if ranks_nest(fleet.values()) and not ranks_nest(mixed.values()):
+            due = due | {name: self._follower(name, due) for name in fleet.keys() - due.keys()}
+        for name, why in sorted(due.items()):
             before, self._plans[name] = self._plans[name], fleet[name]
             self._hopeless.pop(name, None)
             change = plan_change(before, fleet[name], self._profiles[name], self._shapes)
             if change:
                 self._emit(_replanned(round, name, why, change))
+
+    def _follower(self, name: str, due: Mapping[str, Due]) -> Due:
+        """A device that is planned anew only because others are."""
+        plan = self._plans[name]
+        reason = f"ranks would no longer nest with those of {', '.join(due)}"
+        finding = Finding("fleet", plan.seconds, plan.seconds)
+        return Due(self._profiles[name], self._standings[name], finding, reason)
 
     def _possible(self, round: int, due: Mapping[str, Due]) -> dict[str, Due]:
         """Those that can carry a plan; the others keep theirs and rest, and one line says so."""
@@ -189,6 +200,17 @@ class Replanner:
             held_profile(self._profiles[name], self._standings[name])
             for name in names or self._profiles
         ]
+
+
+def ranks_nest(plans: Collection[DevicePlan]) -> bool:
+    """Whether of each two devices one trains at least the rank of the other in every matrix."""
+    distinct = {tuple(sorted(plan.ranks().items())): plan.ranks() for plan in plans}
+    order = sorted(distinct.values(), key=lambda ranks: sum(ranks.values()))
+    return all(
+        rank <= larger.get(matrix, 0)
+        for smaller, larger in pairwise(order)
+        for matrix, rank in smaller.items()
+    )
 
 
 def held_profile(profile: DeviceProfile, standing: Standing) -> DeviceProfile:
@@ -223,7 +245,7 @@ def _words(finding: Finding) -> str:
 
 def _replanned(round: int, device: str, why: Due, change: PlanChange) -> Event:
     finding = why.finding
-    timed = finding.cause == "time"
+    timed, sized = finding.cause == "time", finding.cause in ("memory", "refusal")
     return Event(
         "replanned",
         {
@@ -234,8 +256,8 @@ def _replanned(round: int, device: str, why: Due, change: PlanChange) -> Event:
             "change": change.words(),
             "measured_step_seconds": finding.measured if timed else None,
             "planned_step_seconds": finding.planned if timed else None,
-            "measured_bytes": None if timed else int(finding.measured),
-            "planned_bytes": None if timed else int(finding.planned),
+            "measured_bytes": int(finding.measured) if sized else None,
+            "planned_bytes": int(finding.planned) if sized else None,
             "changed": change.fields(),
         },
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -324,7 +325,8 @@ def test_steps_are_recorded_unasked_only_where_memory_is_plenty(
 
 def measuring(desk: Desk, monkeypatch: pytest.MonkeyPatch, free: list[int]) -> Agent:
     """The east device with a clock of its own, on a machine with so much free memory."""
-    monkeypatch.setattr("fedtune_client.allowance.free_memory_bytes", lambda: free[0])
+    now = lambda: SimpleNamespace(free_bytes=free[0])  # noqa: E731
+    monkeypatch.setattr("fedtune_client.allowance.free_memory", now)
     monkeypatch.setattr("fedtune_client.allowance.own_memory_bytes", lambda: 0)
     return Agent(replace(desk.site(), measures_steps=True))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from fedtune.devices.memory import free_memory_bytes
+from fedtune.devices.memory import free_memory
 from fedtune.devices.usage import own_memory_bytes
 from fedtune.records import DeviceProfile
 from fedtune_client import allowance as module
@@ -25,7 +26,7 @@ def allowance(
     """Of a site that measures, on a machine with so much free memory."""
     taken = iter([idle, held])
     monkeypatch.setattr(module, "own_memory_bytes", lambda: next(taken))
-    monkeypatch.setattr(module, "free_memory_bytes", lambda: free)
+    monkeypatch.setattr(module, "free_memory", lambda: SimpleNamespace(free_bytes=free))
     return Allowance(SITE, measured=True)
 
 
@@ -92,4 +93,4 @@ def test_what_this_process_takes_is_seen_and_mapped_files_are_not(tmp_path: Path
 
 
 def test_some_memory_of_this_machine_is_free() -> None:
-    assert free_memory_bytes() > MB
+    assert free_memory().free_bytes > MB

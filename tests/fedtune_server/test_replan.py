@@ -15,11 +15,11 @@ from fedtune.errors import PlanError, ProtocolError
 from fedtune.export.quantities import bytes_text
 from fedtune.plan.settings import Pins, PlanSettings
 from fedtune.plan.solve import plan_fleet
-from fedtune.records import DevicePlan, DeviceProfile, FleetPlan
+from fedtune.records import DevicePlan, DeviceProfile, FleetPlan, MatrixPlan
 from fedtune_server import coordinator as coordinator_module
 from fedtune_server.coordinator import Coordinator
 from fedtune_server.drift import MARGIN, REST_ROUNDS, Standing
-from fedtune_server.replan import Replanner, held_profile
+from fedtune_server.replan import Replanner, held_profile, ranks_nest
 from fedtune_server.run_folder import RunFolder
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
@@ -383,6 +383,46 @@ def test_ranks_still_nest_after_some_devices_were_planned_anew(fleet_of: FleetOf
     assert small != middle != large
     for matrix, rank in small.items():
         assert rank <= middle[matrix] <= large[matrix]
+
+
+@pytest.mark.parametrize("nests", [True, False])
+def test_all_devices_take_the_new_plan_where_ranks_would_no_longer_nest(
+    fleet_of: FleetOf, nests: bool
+) -> None:
+    fake = fleet_of("a", "b", "c")
+    up, down = (matrix.name for matrix in fake.shapes.matrices)
+
+    def solve(profiles: Sequence[DeviceProfile]) -> FleetPlan:
+        """One matrix is trained until a device has less memory, and then the other, or both."""
+        less = any(profile.memory_bytes < MEMORY for profile in profiles)
+        chosen = (down,) if not less else (up, down) if nests else (up,)
+        return plan_fleet(profiles, fake.shapes, replace(SETTINGS, trainable=chosen))
+
+    profiles = [profile(name) for name in "abc"]
+    emit = fake.events.append
+    replanner = Replanner(profiles, solve(profiles), solve, fake.shapes, 0.25, True, emit)
+    replanner.after_round(1, {"b": {"free_bytes": 40_000.0}}, {})
+    told = {event["device"]: event for event in fake.all("replanned")}
+    assert set(told) == ({"b"} if nests else {"a", "b", "c"})
+    assert told["b"]["cause"] == "memory"
+    if not nests:
+        assert told["a"]["cause"] == "fleet"
+        assert told["a"]["reason"] == "ranks would no longer nest with those of b"
+        assert told["a"]["measured_bytes"] is told["a"]["measured_step_seconds"] is None
+    assert ranks_nest(replanner.plans.values())
+
+
+def test_ranks_nest_if_each_two_devices_can_be_compared() -> None:
+    def plan(device: str, one: int, other: int) -> DevicePlan:
+        matrices = (MatrixPlan("m", one, "fp32"), MatrixPlan("n", other, "fp32"))
+        return DevicePlan(device, matrices, 1, 1, 8, 1)
+
+    assert ranks_nest([])
+    assert ranks_nest([plan("a", 2, 1), plan("b", 4, 1), plan("c", 4, 4), plan("d", 2, 1)])
+    assert ranks_nest([plan("a", 4, 4), plan("b", 0, 1)])
+    assert not ranks_nest([plan("a", 2, 1), plan("b", 1, 4)])
+    assert not ranks_nest([plan("a", 2, 0), plan("b", 0, 2)])
+    assert not ranks_nest([plan("a", 4, 4), plan("b", 0, 3), plan("c", 2, 0)])
 
 
 def test_an_accelerators_memory_is_its_own() -> None:
