@@ -48,6 +48,8 @@ from fedtune.wire.messages import (
 )
 from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune.wire.tensors import unpack_dispatch, update_tensors
+from fedtune_client.allowance import Allowance
+from fedtune_client.clock import StepClock
 from fedtune_client.site import SiteSettings
 
 if TYPE_CHECKING:
@@ -124,6 +126,7 @@ class Agent:
         self._samples: dict[tuple[str, ...], tuple[SampleSet, SampleSet]] = {}
         self._memories: dict[str, OptimizerMemory] = {}
         self._loss_scale = LossScale()
+        self._allowance = Allowance(site.profile, site.measures_steps)
 
     @property
     def name(self) -> str:
@@ -142,7 +145,7 @@ class Agent:
         train, held_out = self._tokenised(labels)
         limit = self._site.data.max_tokens
         return SiteReport(
-            profile=self._site.profile,
+            profile=self._allowance.profile_now(),
             base_digest=self._base_digest(),
             train_samples=len(train.samples),
             held_out_samples=len(held_out.samples),
@@ -163,6 +166,7 @@ class Agent:
     def perform(self, order: TrainInstruction, work: Work) -> tuple[TrainReport, bytes]:
         """Do what an accepted instruction asks for; returns the report and the packed factors."""
         metrics = self.measure(work)
+        clock = StepClock() if self._site.measures_steps else None
         result = train_round(
             work.backbone,
             work.batches,
@@ -174,7 +178,11 @@ class Agent:
             memory=work.memory,
             loss_scale=self._loss_scale if self._compute == torch.float16 else None,
             cuda_graph=self._graph_use(order.plan),
+            after_step=clock,
         )
+        if clock is not None:
+            free_bytes = float(self._allowance.bytes_now())
+            metrics |= {"step_seconds": clock.step_seconds, "free_bytes": free_bytes}
         return self.report(order, result, metrics)
 
     def _graph_use(self, plan: DevicePlan) -> GraphUse:
@@ -326,10 +334,11 @@ class Agent:
             raise ModelError(
                 f"this site's profile says {profile.accelerator}, and torch finds no such device"
             )
-        if plan.peak_bytes > profile.budget_bytes:
+        allowed = self._allowance.bytes_now()
+        if plan.peak_bytes > allowed:
             raise ProtocolError(
                 f"{self.name}: the plan needs {plan.peak_bytes} bytes and this site allows "
-                f"{profile.budget_bytes}; plan again, or raise the site's memory limit"
+                f"{allowed}; plan again, or raise the site's memory limit"
             )
         if self._site.tune_allocator and not self._site.shares_backbone:
             keep_what_fits(plan.peak_bytes, profile.budget_bytes)

@@ -137,9 +137,12 @@ class SideBySide:
 
 
 def make_side_by_side(config: RunConfig) -> SideBySide | None:
-    """What lets the devices of a simulated fleet work side by side; None if the run wants none."""
+    """What lets the devices of a simulated fleet work side by side; None if the run wants none.
+
+    Devices whose time is measured work one by one: a shared pass has no seconds of one device.
+    """
     most = config.simulation.devices_per_pass
-    if most == 1:
+    if most == 1 or config.simulation.clock == "measured":
         return None
     return SideBySide(SimulatedFleet(config.model_dump_json()), most)
 

@@ -188,6 +188,10 @@ def _notice_line(progress: RunProgress, event: Event) -> str:
     return f"warning: {progress.notices[-1]}"
 
 
+def _replanned_line(progress: RunProgress, event: Event) -> str:
+    return progress.notices[-1]
+
+
 def _evaluated_line(progress: RunProgress, event: Event) -> str:
     loss = number(event.fields, "held_out_loss")
     line = f"after round {event.fields.get('round')}: "
@@ -203,6 +207,7 @@ _PLAIN: dict[str, Callable[[RunProgress, Event], str]] = {
     "device_refused": _notice_line,
     "warning": _notice_line,
     "round_finished": _round_line,
+    "replanned": _replanned_line,
     "evaluated": _evaluated_line,
 }
 

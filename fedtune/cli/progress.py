@@ -34,7 +34,7 @@ class RunProgress:
         at_once: devices that train at the same time, in the order of their names; 0: all.
         finished_rounds: rounds that were joined.
         held_out: rounds that the measured adapter had seen -> held-out loss.
-        notices: the last warnings and refusals.
+        notices: the last warnings, refusals and new plans.
         outcome: `finished`, `interrupted`, `failed`, or empty while the run goes on.
     """
 
@@ -130,6 +130,13 @@ def _device_refused(progress: RunProgress, fields: Mapping[str, object]) -> None
     progress.mark_training()
 
 
+def _replanned(progress: RunProgress, fields: Mapping[str, object]) -> None:
+    progress.note(
+        f"after round {fields.get('round')}, {one_line(fields.get('device'))} planned anew: "
+        f"{fields.get('change')}; {fields.get('reason')}"
+    )
+
+
 def _round_finished(progress: RunProgress, fields: Mapping[str, object]) -> None:
     finished = int(number(fields, "round") or 0)
     progress.finished_rounds = finished
@@ -191,6 +198,7 @@ _HANDLERS = {
     "device_reported": _device_reported,
     "device_refused": _device_refused,
     "round_finished": _round_finished,
+    "replanned": _replanned,
     "evaluated": _evaluated,
     "warning": _warning,
     "exported": _exported,

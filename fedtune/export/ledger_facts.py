@@ -38,6 +38,7 @@ class LedgerFacts:
         reports: (round, device) -> its `device_reported`.
         refusals: (round, device) -> reason.
         evaluations: round -> its `evaluated`.
+        replans: (round, device) -> its `replanned`.
         tested: base and merged model on the run's test file.
     """
 
@@ -52,6 +53,7 @@ class LedgerFacts:
     reports: dict[tuple[int, str], Line] = field(default_factory=dict)
     refusals: dict[tuple[int, str], str] = field(default_factory=dict)
     evaluations: dict[int, Line] = field(default_factory=dict)
+    replans: dict[tuple[int, str], Line] = field(default_factory=dict)
     tested: Line = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     paths: dict[str, str] = field(default_factory=dict)
@@ -196,5 +198,7 @@ def _gather_round(facts: LedgerFacts, kind: str, event: Line) -> None:
         facts.reports[round_number, device] = event
     elif kind == "device_refused":
         facts.refusals[round_number, device] = str(event.get("reason", ""))
+    elif kind == "replanned":
+        facts.replans[round_number, device] = event
     elif kind == "evaluated":
         facts.evaluations[round_number] = event

@@ -62,6 +62,7 @@ def render(facts: LedgerFacts, settings: Mapping[str, Any]) -> str:
         plan_section(facts),
         _traffic(facts),
         _rounds(facts),
+        _new_plans(facts),
         _troubles(facts),
         _outputs(facts),
     ]
@@ -151,6 +152,7 @@ def _facts_list(facts: LedgerFacts, settings: Mapping[str, Any]) -> str:
         "Rule": facts.started.get("rule"),
         "Seed": facts.started.get("seed"),
         "Time": seconds_text(number(facts.ending, "seconds")) if facts.ending else None,
+        "Time of the rounds by their plans": seconds_text(number(facts.ending, "planned_seconds")),
         "Versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
     }
     known = ((key, value) for key, value in rows.items() if value not in (None, "", UNKNOWN))
@@ -303,6 +305,17 @@ def _rounds(facts: LedgerFacts) -> str:
         + bar_chart(bars, "round", "seconds")
         + details("Numbers", table(head, rows, numeric=range(1, len(head))))
     )
+
+
+def _new_plans(facts: LedgerFacts) -> str:
+    """Devices whose plan was made anew between rounds."""
+    if not facts.replans:
+        return ""
+    rows = [
+        [str(r), device, str(line.get("reason", "")), str(line.get("change", ""))]
+        for (r, device), line in sorted(facts.replans.items())
+    ]
+    return "<h2>New plans</h2>" + table(["after round", "device", "reason", "change"], rows)
 
 
 def _round_cells(line: Line) -> list[str]:

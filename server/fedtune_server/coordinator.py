@@ -11,27 +11,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import numpy as np
 from flwr.serverapp import Grid
 
 from fedtune.aggregate.rules import make_rule
 from fedtune.aggregate.server_step import apply_server_step
-from fedtune.plan.describe import plan_rows
-from fedtune.plan.edited import follow_plan, unknown_devices
-from fedtune.plan.from_config import plan_pins, plan_settings
-from fedtune.plan.mixing import may_mix
-from fedtune.plan.plan_file import plan_file
-from fedtune.plan.settings import Pins, PlanSettings
-from fedtune.plan.solve import plan_fleet
-from fedtune.plan.written import read_plan
 from fedtune.records import (
     DeviceProfile,
     Event,
-    FleetPlan,
     FloatArray,
     GlobalAdapter,
     LoraScale,
@@ -41,15 +31,26 @@ from fedtune.records import (
 from fedtune.settings import RunConfig
 from fedtune.wire.checkpoint import prune_checkpoints, write_checkpoint
 from fedtune.wire.messages import OptimizerSpec, TaskSpec
-from fedtune.wire.tensors import update_shapes
 from fedtune_server import round as rounds
-from fedtune_server.distortion import Measure, find_distortion
-from fedtune_server.fleet import Emit, Fleet, choose_devices, gather_fleet, wait_for_nodes
+from fedtune_server.distortion import Measure
+from fedtune_server.fleet import (
+    Emit,
+    Fleet,
+    ask_again,
+    choose_devices,
+    gather_fleet,
+    wait_for_nodes,
+)
+from fedtune_server.planning import Planning
+from fedtune_server.replan import Replanner
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.schedule import learning_rate
 
 _HEAD_STD = 0.02
 """Standard deviation of a fresh task head; the initialiser range of BERT and Llama."""
+
+_ASK_AGAIN_S = 60.0
+"""Longest wait for the new profiles of devices that refused their plans; a site answers at once."""
 
 _REPORTED_PACKAGES = ("fedtune", "flwr", "numpy", "torch", "transformers", "bitsandbytes")
 
@@ -104,14 +105,17 @@ class Coordinator:
         started = time.perf_counter()
         self._announce(devices)
         fleet = self._gather(grid, devices)
-        plan = self._plan(fleet)
-        adapter = self._rule.start(self._shapes.matrices, self._fresh_heads(fleet))
-        adapter, before = self._rounds(grid, fleet, plan, adapter)
-        after = rounds.evaluate(
-            grid, fleet, self._rule, adapter, plan.devices, self._terms, self._emit
-        )
+        heads = self._fresh_heads(fleet)
+        planning = self._planning(fleet)
+        planning.measure(grid, self._run_id, heads, self._terms.deadline_s)
+        replanner = self._replanner(fleet, planning)
+        adapter = self._rule.start(self._shapes.matrices, heads)
+        adapter, before, planned_seconds = self._rounds(grid, fleet, planning, replanner, adapter)
+        plans = [replanner.plans[name] for name in fleet.names]
+        after = rounds.evaluate(grid, fleet, self._rule, adapter, plans, self._terms, self._emit)
         fields = {
             "seconds": time.perf_counter() - started,
+            "planned_seconds": planned_seconds,
             "held_out_loss_before": before,
             "held_out_loss_after": after,
         }
@@ -136,79 +140,31 @@ class Coordinator:
         )
 
     def _gather(self, grid: Grid, devices: int) -> Fleet:
-        task = TaskSpec(
+        nodes = wait_for_nodes(grid, devices, self._terms.deadline_s)
+        fleet = gather_fleet(grid, nodes, self._task(), self._terms.deadline_s, self._emit)
+        if fleet.labels:
+            self._folder.write_json("labels.json", list(fleet.labels))
+        return fleet
+
+    def _task(self) -> TaskSpec:
+        return TaskSpec(
             run=self._run_id,
             task=self._config.model.task,
             base_digest=self._shapes.digest,
             matrices=tuple(matrix.name for matrix in self._shapes.matrices),
             seed=self._config.run.seed,
         )
-        nodes = wait_for_nodes(grid, devices, self._terms.deadline_s)
-        fleet = gather_fleet(grid, nodes, task, self._terms.deadline_s, self._emit)
-        if fleet.labels:
-            self._folder.write_json("labels.json", list(fleet.labels))
-        return fleet
 
-    def _plan(self, fleet: Fleet) -> FleetPlan:
-        config = self._config
-        profiles = [report.profile for report in fleet.reports.values()]
-        dense_parameters = sum(int(np.prod(shape)) for shape in fleet.dense_shapes.values())
-        settings = plan_settings(config, dense_parameters, self._rule.tail)
-        pins = plan_pins(config)
-        held = {name: report.train_samples for name, report in fleet.reports.items()}
-        samples = None if config.aggregate.weights == "uniform" else held
-        if config.plan.file:
-            plan = self._followed(profiles, settings, pins)
-        else:
-            plan = self._solve(profiles, settings, pins, samples)
-        rows = plan_rows(plan, profiles, self._shapes)
-        written = plan_file(plan, profiles, self._shapes, settings, config.run.name)
-        self._folder.write_json("plan.json", written)
-        self._emit(Event("planned", {"devices": rows}))
-        self._emit(Event("leaves_device", {"tensors": self._what_leaves(plan, fleet)}))
-        return plan
-
-    def _followed(
-        self,
-        profiles: Sequence[DeviceProfile],
-        settings: PlanSettings,
-        pins: Mapping[str, Pins],
-    ) -> FleetPlan:
-        """The plan that the run file names; devices of it that did not come are only told of."""
-        written = read_plan(Path(self._config.plan.file))
-        absent = unknown_devices(written, [profile.name for profile in profiles])
-        if absent:
-            self._emit(Event("warning", {"text": absent}))
-        return follow_plan(written, profiles, self._shapes, settings, pins)
-
-    def _solve(
-        self,
-        profiles: Sequence[DeviceProfile],
-        settings: PlanSettings,
-        pins: Mapping[str, Pins],
-        samples: Mapping[str, int] | None,
-    ) -> FleetPlan:
-        """The plan; made anew with a distortion table if that can improve it."""
-        plan = plan_fleet(profiles, self._shapes, settings, pins=pins, samples=samples)
-        if self._config.plan.widths == "uniform" or not may_mix(plan):
-            return plan
-        table = find_distortion(
-            self._config.plan, profiles, self._measure, self._folder, self._emit
+    def _planning(self, fleet: Fleet) -> Planning:
+        return Planning(
+            self._config,
+            self._shapes,
+            fleet,
+            self._rule.tail,
+            self._folder,
+            self._emit,
+            self._measure,
         )
-        if table is None:
-            return plan
-        return plan_fleet(
-            profiles, self._shapes, settings, pins=pins, distortion=table, samples=samples
-        )
-
-    def _what_leaves(self, plan: FleetPlan, fleet: Fleet) -> list[dict[str, object]]:
-        """Every tensor that a device of the largest plan sends back in a round."""
-        largest = max(plan.devices, key=lambda device: device.upload_bytes)
-        shapes = update_shapes(largest, self._terms.shapes, fleet.dense_shapes)
-        return [
-            {"name": name, "shape": list(shape), "bytes": 4 * int(np.prod(shape))}
-            for name, shape in sorted(shapes.items())
-        ]
 
     def _fresh_heads(self, fleet: Fleet) -> dict[str, FloatArray]:
         """Seeded values for the parameters that the base does not have."""
@@ -220,40 +176,75 @@ class Coordinator:
         return heads
 
     def _rounds(
-        self, grid: Grid, fleet: Fleet, plan: FleetPlan, adapter: GlobalAdapter
-    ) -> tuple[GlobalAdapter, float | None]:
-        """Play all rounds; also returns the held-out loss before the first."""
-        config, by_device = self._config, plan.by_device()
+        self,
+        grid: Grid,
+        fleet: Fleet,
+        planning: Planning,
+        replanner: Replanner,
+        adapter: GlobalAdapter,
+    ) -> tuple[GlobalAdapter, float | None, float]:
+        """Play all rounds; also returns the held-out loss before the first, and planned seconds."""
+        config = self._config
         momentum: GlobalAdapter | None = None
         before: float | None = None
+        planned_seconds = 0.0
         for number in range(1, config.run.rounds + 1):
             self._folder.write_status("running", number - 1)
             chosen = choose_devices(
                 fleet.names, config.run.devices_per_round, config.run.seed, number
             )
-            joined, held_out = rounds.train(
+            plans = [replanner.plans[name] for name in chosen]
+            outcome = rounds.train(
                 grid,
                 fleet,
                 self._rule,
                 adapter,
-                [by_device[name] for name in chosen],
+                plans,
                 self._optimizer(number),
                 self._terms,
                 number,
                 evaluate=self._measures(number),
                 emit=self._emit,
             )
-            before = held_out if number == 1 else before
+            before = outcome.held_out_loss if number == 1 else before
+            planned_seconds += max(plan.seconds for plan in plans)
             adapter, momentum = apply_server_step(
                 adapter,
-                joined,
+                outcome.joined,
                 momentum,
                 step=config.aggregate.server_step,
                 beta=config.aggregate.momentum,
                 rank_cap=config.lora.rank_cap,
             )
             self._checkpoint(adapter, momentum)
-        return adapter, before
+            if config.plan.replan and number < config.run.rounds:
+                self._replan(grid, fleet, replanner, outcome, number)
+                planning.say_what_leaves(replanner.plans.values())
+        return adapter, before, planned_seconds
+
+    def _replanner(self, fleet: Fleet, planning: Planning) -> Replanner:
+        config = self._config.plan
+        plan = planning.plan()
+        return Replanner(
+            [report.profile for report in fleet.reports.values()],
+            plan,
+            planning.again,
+            self._shapes,
+            config.replan_threshold,
+            # A plan that a person wrote is followed as long as its devices can.
+            reports=not config.file,
+            emit=self._emit,
+        )
+
+    def _replan(
+        self, grid: Grid, fleet: Fleet, replanner: Replanner, outcome: rounds.Outcome, number: int
+    ) -> None:
+        """Plan anew whom the round asks for."""
+        refused: Mapping[str, DeviceProfile] = {}
+        if outcome.failed:
+            deadline_s = min(self._terms.deadline_s, _ASK_AGAIN_S)
+            refused = ask_again(grid, fleet, outcome.failed, self._task(), deadline_s)
+        replanner.after_round(number, outcome.metrics, refused)
 
     def _measures(self, number: int) -> bool:
         every = self._config.train.evaluate_every

@@ -30,12 +30,14 @@ class Answer:
 
     Attributes:
         failure: why there is nothing to use, or empty.
+        silent: whether the device did not answer at all.
     """
 
     device: str
     body: bytes = b""
     tensors: bytes | None = None
     failure: str = ""
+    silent: bool = False
 
 
 def exchange(
@@ -80,7 +82,7 @@ def exchange(
             before_last_stretch = end - _LAST_STRETCH_S - time.monotonic()
             time.sleep(min(poll_s, max(_FIRST_POLL_S, before_last_stretch)))
     for device in waiting.values():
-        yield Answer(device, failure=f"no answer within {deadline_s:g} s")
+        yield Answer(device, failure=f"no answer within {deadline_s:g} s", silent=True)
 
 
 def _answer(device: str, reply: Message, kind: str) -> Answer:

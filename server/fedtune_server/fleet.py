@@ -12,7 +12,7 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from fedtune.errors import ProtocolError, RoundError, RunError
-from fedtune.records import Event, SiteReport
+from fedtune.records import DeviceProfile, Event, SiteReport
 from fedtune.wire.flower import PROFILE, to_record
 from fedtune.wire.messages import TaskSpec, decode_site_report, encode_task_spec
 from fedtune_server.exchange import exchange
@@ -108,6 +108,25 @@ def gather_fleet(
             for name, shape in dense.items()
         },
     )
+
+
+def ask_again(
+    grid: Grid, fleet: Fleet, names: Sequence[str], task: TaskSpec, deadline_s: float
+) -> dict[str, DeviceProfile]:
+    """What some devices say of themselves now, of those that answer and can still take part."""
+    request = encode_task_spec(task)
+    contents = {name: to_record(PROFILE, request) for name in names}
+    found: dict[str, DeviceProfile] = {}
+    for answer in exchange(
+        grid, contents, fleet.nodes, kind=PROFILE, group="profile", deadline_s=deadline_s
+    ):
+        try:
+            profile = _read_report(answer.failure, answer.body, task).profile
+        except ProtocolError:
+            continue  # the reason of its refusal is in the ledger, and it is asked after the next
+        if profile.name == answer.device:
+            found[answer.device] = profile
+    return found
 
 
 def choose_devices(names: Sequence[str], count: int, seed: int, round: int) -> tuple[str, ...]:

@@ -70,6 +70,40 @@ class Sent:
     packed: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a round came to.
+
+    Attributes:
+        joined: the adapter with all good updates in it.
+        held_out_loss: of the adapter before the round; None: not measured.
+        metrics: device -> what it measured; of good updates only.
+        failed: devices that answered with an error instead of an update.
+    """
+
+    joined: GlobalAdapter
+    held_out_loss: float | None
+    metrics: Mapping[str, Mapping[str, float]]
+    failed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Collected:
+    """What came back in a round.
+
+    Attributes:
+        good: in the order of their devices' names.
+        refused: updates that were not good, or did not come.
+        failed: as in `Outcome`.
+        upload_bytes: of all tensors that came.
+    """
+
+    good: Sequence[Contribution]
+    refused: int
+    failed: tuple[str, ...]
+    upload_bytes: int
+
+
 def prepare(
     rule: Rule, adapter: GlobalAdapter, plans: Sequence[DevicePlan], terms: RoundTerms, round: int
 ) -> dict[str, Sent]:
@@ -99,8 +133,8 @@ def train(
     *,
     evaluate: bool,
     emit: Emit,
-) -> tuple[GlobalAdapter, float | None]:
-    """Play one round; returns the joined adapter, and the held-out loss before the round.
+) -> Outcome:
+    """Play one round.
 
     A device that fails, is late, or sends anything that does not pass the checks is refused with
     its reason; the round goes on without it.
@@ -130,27 +164,30 @@ def train(
         )
 
     contents = {p.device: to_record(TRAIN, instruction(p), sent[p.device].packed) for p in plans}
-    good, refused, upload_bytes = _collect(grid, fleet, contents, plans, sent, terms, round, emit)
+    back = _collect(grid, fleet, contents, plans, sent, terms, round, emit)
+    good = back.good
     if len(good) < terms.minimum_devices:
         raise RoundError(
             f"round {round} needs updates of {terms.minimum_devices} devices, got {len(good)} "
-            f"good and {refused} refused; see the reasons above"
+            f"good and {back.refused} refused; see the reasons above"
         )
     joined = rule.join(adapter, good)
     held_out = _mean(good, "held_out_loss", "held_out_units")
     fields = {
         "round": round,
         "reported": len(good),
-        "refused": refused,
+        "refused": back.refused,
         "held_out_loss": held_out,
         "train_loss": _mean(good, "train_loss", "train_units"),
         "seconds": time.perf_counter() - started,
+        "planned_seconds": max(plan.seconds for plan in plans),
         "download_bytes": sum(len(s.packed) for s in sent.values()),
-        "upload_bytes": upload_bytes,
+        "upload_bytes": back.upload_bytes,
         "dropped_energy": max(joined.dropped_energy.values(), default=0.0),
     }
     emit(Event("round_finished", fields))
-    return joined, held_out
+    metrics = {each.update.device: each.update.metrics for each in good}
+    return Outcome(joined, held_out, metrics, back.failed)
 
 
 def _collect(
@@ -162,10 +199,11 @@ def _collect(
     terms: RoundTerms,
     round: int,
     emit: Emit,
-) -> tuple[list[Contribution], int, int]:
-    """Good updates in the order of their devices' names, how many were refused, bytes received."""
+) -> _Collected:
+    """Check what comes back, and tell of each answer."""
     by_device = {plan.device: plan for plan in plans}
     good: list[Contribution] = []
+    failed: list[str] = []
     refused = received = 0
     for answer in exchange(
         grid, contents, fleet.nodes, kind=TRAIN, group=str(round), deadline_s=terms.deadline_s
@@ -175,6 +213,8 @@ def _collect(
             update = _accept(answer, by_device[answer.device], fleet, terms, round)
         except ProtocolError as error:
             refused += 1
+            if answer.failure and not answer.silent:
+                failed.append(answer.device)
             fields = {"round": round, "device": answer.device, "reason": str(error)}
             emit(Event("device_refused", fields))
             continue
@@ -183,7 +223,7 @@ def _collect(
         good.append(Contribution(weight, start.dispatch, update))
         emit(_reported(update, len(start.packed), len(answer.tensors or b"")))
     good.sort(key=lambda contribution: contribution.update.device)
-    return good, refused, received
+    return _Collected(good, refused, tuple(sorted(failed)), received)
 
 
 def evaluate(
@@ -295,7 +335,9 @@ def _reported(update: AdapterUpdate, download_bytes: int, upload_bytes: int) -> 
             "download_bytes": download_bytes,
             "upload_bytes": upload_bytes,
             "seconds": metrics.get("seconds"),
+            "step_seconds": metrics.get("step_seconds"),
             "peak_bytes": metrics.get("peak_bytes"),
+            "free_bytes": metrics.get("free_bytes"),
         },
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -363,3 +364,64 @@ def test_steps_are_recorded_unasked_only_where_memory_is_plenty(
     profile = replace(site.profile, memory_bytes=budget)
     agent = Agent(replace(site, profile=profile, cuda_graph=asked))
     assert agent._graph_use(replace(desk.plan("north"), peak_bytes=100)) == expected
+
+
+# ---------------------------------------------------------------- time and memory as measured
+
+
+def measuring(desk: Desk, monkeypatch: pytest.MonkeyPatch, free: list[int]) -> Agent:
+    """The east device with a clock of its own, on a machine with so much free memory."""
+    now = lambda: SimpleNamespace(free_bytes=free[0])  # noqa: E731
+    monkeypatch.setattr("fedtune_client.allowance.free_memory", now)
+    monkeypatch.setattr("fedtune_client.allowance.own_memory_bytes", lambda: 0)
+    return Agent(replace(desk.site(), measures_steps=True))
+
+
+def test_a_device_that_measures_reports_its_steps_and_what_is_free(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = measuring(desk, monkeypatch, [10**7 + 5])
+    plan = desk.plan("east", local_steps=3)
+    packed = desk.tensors(plan)
+    metrics = agent.train(desk.order(plan, packed), packed)[0].metrics
+    assert 0 < 2 * metrics["step_seconds"] < metrics["seconds"]
+    assert metrics["free_bytes"] == 10**7  # no more than the site's limit
+
+
+def test_a_simulated_device_measures_neither(desk: Desk) -> None:
+    plan = desk.plan("east")
+    packed = desk.tensors(plan)
+    metrics = desk.agent().train(desk.order(plan, packed), packed)[0].metrics
+    assert not {"step_seconds", "free_bytes"} & set(metrics)
+
+
+def test_a_device_whose_memory_has_gone_refuses_its_plan_and_says_what_it_allows(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [10**9]
+    agent = measuring(desk, monkeypatch, free)
+    plan = desk.plan("east")
+    packed = desk.tensors(plan)
+    agent.train(desk.order(plan, packed), packed)
+    free[0] = 5 * 10**6
+    words = "the plan needs 10000000 bytes and this site allows 5000000; plan again"
+    with pytest.raises(ProtocolError, match=words):
+        agent.train(desk.order(plan, packed), packed)
+    assert agent.describe(desk.spec).profile.budget_bytes == 5 * 10**6
+    smaller = replace(plan, peak_bytes=5 * 10**6)
+    agent.train(desk.order(smaller, packed), packed)
+
+
+def test_a_new_format_between_rounds_is_what_the_device_computes_with(
+    desk: Desk, options: list[dict[str, Any]]
+) -> None:
+    agent = desk.agent()
+    losses = []
+    for round, format_name in enumerate(("fp32", "nf4", "fp32"), start=1):
+        plan = desk.plan("east", format=format_name)
+        packed = desk.tensors(plan)
+        report, _ = agent.train(desk.order(plan, packed, round), packed)
+        losses.append(report.metrics["held_out_loss"])
+    assert losses[0] == losses[2] != losses[1]
+    shown = [option["backbone"] for option in options]
+    assert shown[0] is not shown[1]

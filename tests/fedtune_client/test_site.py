@@ -35,6 +35,17 @@ def test_a_simulated_site_measures_no_dtype(desk: Desk, asked: str, used: str) -
     assert (site.compute, site.tune_allocator) == (used, False)
 
 
+@pytest.mark.parametrize(("clock", "measures"), [("virtual", False), ("measured", True)])
+def test_a_simulated_site_measures_where_the_runs_clock_is_this_machines(
+    desk: Desk, clock: str, measures: bool
+) -> None:
+    tree = desk.config.model_dump()
+    tree["simulation"]["clock"] = clock
+    config = parse_run_config(tree, "test")
+    site = SimulatedFleet(config.model_dump_json())({"partition-id": 0})
+    assert site.measures_steps is measures
+
+
 def test_all_sites_of_a_process_share_one_reading_of_the_data(desk: Desk) -> None:
     assert desk.site(0).sites is desk.site(3).sites
 

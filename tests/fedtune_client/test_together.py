@@ -202,3 +202,11 @@ def test_a_run_can_ask_for_one_device_at_a_time(desk: Desk) -> None:
         update={"simulation": config.simulation.model_copy(update={"devices_per_pass": 1})}
     )
     assert make_side_by_side(one) is None
+
+
+def test_devices_whose_time_is_measured_work_one_by_one(desk: Desk) -> None:
+    config = desk.config
+    measured = config.model_copy(
+        update={"simulation": config.simulation.model_copy(update={"clock": "measured"})}
+    )
+    assert make_side_by_side(measured) is None

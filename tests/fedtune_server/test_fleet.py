@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from fedtune.errors import RoundError, RunError
 from fedtune.records import DeviceProfile
 from fedtune.wire.flower import PROFILE
-from fedtune_server.fleet import choose_devices, wait_for_nodes
+from fedtune.wire.messages import TaskSpec
+from fedtune_server.fleet import ask_again, choose_devices, wait_for_nodes
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
 
@@ -168,3 +170,16 @@ def test_a_choice_is_a_sorted_sample_that_the_seed_and_the_round_decide() -> Non
         assert chosen == choose_devices(NAMES[::-1], 3, seed, round)
     assert len(set(found.values())) > 15
     assert {name for chosen in found.values() for name in chosen} == set(NAMES)
+
+
+def test_devices_that_are_asked_again_say_what_they_are_now(fleet_of: FleetOf) -> None:
+    fake = fleet_of("a", "b", "c", "d")
+    with fake.grid(fake.lose("d", PROFILE)) as grid:
+        fleet = replace(fake.gather(grid, 0.3), nodes={n: 1000 + i for i, n in enumerate("abcd")})
+        now = replace(fake.reports["a"].profile, memory_bytes=5)
+        fake.change("a", profile=now)
+        fake.change("b", profile=replace(now, name="a"))  # speaks for another device
+        fake.change("c", base_digest="e" * 64)
+        task = TaskSpec("run-1", "causal-lm", fake.shapes.digest, ())
+        found = ask_again(grid, fleet, ("a", "b", "c", "d"), task, 0.3)
+    assert found == {"a": now}

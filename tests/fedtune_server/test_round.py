@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from fedtune.aggregate.rules import Rule, make_rule
-from fedtune.errors import RoundError
+from fedtune.errors import ProtocolError, RoundError
 from fedtune.records import DevicePlan, GlobalAdapter, LoraScale, MatrixPlan
 from fedtune.wire.flower import EVALUATE, TRAIN
 from fedtune.wire.messages import OptimizerSpec
 from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune_server import round as rounds
-from fedtune_server.round import RoundTerms, prepare
+from fedtune_server.round import Outcome, RoundTerms, prepare
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
 UP, DOWN = "layers.0.up", "layers.0.down"
@@ -55,6 +55,10 @@ class Table:
     def train(
         self, lost: str = "", round: int = 1, evaluate: bool = True
     ) -> tuple[GlobalAdapter, float | None]:
+        outcome = self.play(lost, round, evaluate)
+        return outcome.joined, outcome.held_out_loss
+
+    def play(self, lost: str = "", round: int = 1, evaluate: bool = True) -> Outcome:
         fault = self.fake.lose(lost, TRAIN) if lost else None
         with self.fake.grid(fault) as grid:
             fleet = self.fake.gather(grid)
@@ -172,6 +176,31 @@ def test_a_lost_device_fails_at_the_deadline_and_the_round_goes_on(fleet_of: Fle
     assert "within 0.4 s" in str(refused["reason"])
     (finished,) = table.fake.all("round_finished")
     assert (finished["reported"], finished["refused"]) == (2, 1)
+
+
+def test_a_round_tells_what_was_measured_and_who_answered_with_an_error(
+    fleet_of: FleetOf,
+) -> None:
+    table = Table(fleet_of("a", "b", "c", "d"), deadline_s=0.4)
+    table.fake.spoil["b"] = _said(round=2)  # a bad update is no error of the device
+
+    def refuse(said: Any, tensors: bytes) -> Any:
+        raise ProtocolError("d: the plan needs 2 bytes and this site allows 1")
+
+    table.fake.spoil["d"] = refuse
+    outcome = table.play(lost="c")
+    assert outcome.failed == ("d",)
+    assert outcome.metrics.keys() == {"a"}
+    assert outcome.metrics["a"]["held_out_loss"] == 1.0
+
+
+def test_a_planned_round_takes_as_long_as_its_slowest_device(fleet_of: FleetOf) -> None:
+    table = Table(fleet_of("a", "b"))
+    seconds = iter((3.0, 7.0))
+    plans = [replace(plan, seconds=next(seconds)) for plan in table.plans()]
+    table.plans = lambda: plans  # type: ignore[method-assign]
+    table.train()
+    assert table.fake.all("round_finished")[0]["planned_seconds"] == 7.0
 
 
 def test_too_few_updates_fail_the_round(fleet_of: FleetOf) -> None:

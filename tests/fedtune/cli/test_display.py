@@ -244,6 +244,26 @@ def test_recent_warnings_and_refusals_are_in_the_picture() -> None:
     assert "refused" in text
 
 
+def test_a_new_plan_is_one_line_with_its_change_and_its_reason() -> None:
+    replanned = Event(
+        "replanned",
+        {
+            "round": 2,
+            "device": "site-1",
+            "reason": "a step took 0.84 s in 2 rounds in a row, planned 0.40 s",
+            "change": "local_steps 10 -> 4",
+        },
+    )
+    words = (
+        "after round 2, site-1 planned anew: local_steps 10 -> 4; a step took 0.84 s in 2 rounds"
+    )
+    assert words in plain(iter([*start(), begin(3), replanned]), width=200)
+    display = terminal(width=200)
+    for event in [*start(), begin(3), replanned]:
+        display(event)
+    assert words in picture(display, width=200)
+
+
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_plan_is_a_table_that_fits_the_terminal(width: int) -> None:
     stream = io.StringIO()

@@ -62,6 +62,14 @@ def synthetic_run(devices: int = 3, rounds: int = 4, layers: int = 5) -> list[Ev
     for number in range(1, rounds + 1):
         events += round_events(number, names)
     events += [
+        {
+            "kind": "replanned",
+            "round": 2,
+            "device": names[0],
+            "cause": "memory",
+            "reason": "12.0 MB of memory are free, the plan takes 34.6 MB",
+            "change": "format int8 -> nf4, micro_batch 4 -> 1",
+        },
         {"kind": "warning", "text": "site-00 has 3 samples longer than 256 tokens"},
         {
             "kind": "evaluated",
@@ -77,6 +85,7 @@ def synthetic_run(devices: int = 3, rounds: int = 4, layers: int = 5) -> list[Ev
         {
             "kind": "run_finished",
             "seconds": 754.2,
+            "planned_seconds": 612.0,
             "held_out_loss_before": loss(0, 0),
             "held_out_loss_after": loss(rounds, 0),
         },
@@ -247,6 +256,15 @@ def test_refusals_warnings_and_outputs_are_told(tmp_path: Path) -> None:
     assert "site-00 has 3 samples longer than 256 tokens" in page
     assert "<td>peft</td><td>exports/peft</td>" in page
     assert "<td>onnx</td><td>skipped: torch.onnx cannot export Mamba" in page
+
+
+def test_new_plans_are_told_with_their_reason(tmp_path: Path) -> None:
+    page = report_of(tmp_path, synthetic_run())
+    assert "<h2>New plans</h2>" in page
+    assert "<td>2</td><td>site-00</td><td>12.0 MB of memory are free, the plan takes" in page
+    assert "<td>format int8 -&gt; nf4, micro_batch 4 -&gt; 1</td>" in page
+    assert "<h2>New plans</h2>" not in report_of(tmp_path, synthetic_run()[:5])
+    assert "by their plans</dt><dd>10 min 12 s</dd>" in page
 
 
 def test_names_of_devices_cannot_write_into_the_page(tmp_path: Path) -> None:

@@ -1,0 +1,215 @@
+"""The plan of a run's fleet: measured, solved or read from a file, written down, and told.
+
+    ask the devices what matters and what a step costs -> plan -> plan.json, `planned`
+
+A `Planning` keeps everything that the first plan was made with, so that a device that is planned
+anew between rounds is planned with the same knowledge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from flwr.serverapp import Grid
+
+from fedtune.aggregate.rules import TailUse
+from fedtune.plan.calibration import StepMeasurement
+from fedtune.plan.calibration import calibrate as class_factors
+from fedtune.plan.describe import plan_rows
+from fedtune.plan.edited import follow_plan, unknown_devices
+from fedtune.plan.from_config import plan_pins, plan_settings
+from fedtune.plan.mixing import may_mix
+from fedtune.plan.plan_file import plan_file
+from fedtune.plan.predict import predict
+from fedtune.plan.settings import PlanSettings
+from fedtune.plan.solve import plan_fleet
+from fedtune.plan.written import read_plan
+from fedtune.records import (
+    CostCalibration,
+    DevicePlan,
+    DeviceProfile,
+    Event,
+    FleetPlan,
+    FloatArray,
+    ModelShapes,
+)
+from fedtune.settings import RunConfig
+from fedtune.wire.tensors import update_shapes
+from fedtune_server.distortion import Measure, find_distortion
+from fedtune_server.fleet import Emit, Fleet, choose_devices
+from fedtune_server.importance import (
+    Calibration,
+    CalibrationTerms,
+    MeasuredStep,
+    calibrate,
+    find_calibration,
+)
+from fedtune_server.run_folder import RunFolder
+
+PlanFleet = Callable[[Sequence[DeviceProfile]], FleetPlan]
+
+
+class Planning:
+    """Plans one run's fleet, and keeps what it was planned with.
+
+    Args:
+        fleet: the devices that take part.
+        tail: what the aggregation rule sends beside the trained directions.
+        measure: called for the distortion table if a plan can use one and the config names none;
+            None where the base is not at hand.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        shapes: ModelShapes,
+        fleet: Fleet,
+        tail: TailUse,
+        folder: RunFolder,
+        emit: Emit,
+        measure: Measure | None,
+    ) -> None:
+        self._config, self._shapes, self._fleet = config, shapes, fleet
+        self._folder, self._emit, self._measure = folder, emit, measure
+        self._profiles = [report.profile for report in fleet.reports.values()]
+        dense_parameters = sum(int(np.prod(shape)) for shape in fleet.dense_shapes.values())
+        self._settings = plan_settings(config, dense_parameters, tail)
+        self._listed_bytes = 0
+        held = {name: report.train_samples for name, report in fleet.reports.items()}
+        # All that a fleet is planned with goes in here: whoever plans anew calls the same.
+        self._plan_fleet: PlanFleet = partial(
+            plan_fleet,
+            shapes=shapes,
+            settings=self._settings,
+            pins=plan_pins(config),
+            samples=None if config.aggregate.weights == "uniform" else held,
+        )
+
+    @property
+    def again(self) -> PlanFleet:
+        """Plans profiles that may have changed, with all that the first plan was made with."""
+        return self._plan_fleet
+
+    def measure(
+        self, grid: Grid, run: str, heads: Mapping[str, FloatArray], deadline_s: float
+    ) -> None:
+        """Let the devices say which weights matter and what a step costs, where that is wanted.
+
+        Args:
+            heads: values of the parameters that are trained whole.
+        """
+        config = self._config
+        if config.plan.file:
+            return
+        chosen = choose_devices(self._fleet.names, config.importance.devices, config.run.seed, 0)
+
+        def ask(terms: CalibrationTerms) -> Calibration:
+            first = self._plan_fleet(self._profiles).by_device()
+            return calibrate(grid, self._fleet, [first[name] for name in chosen], terms, self._emit)
+
+        ranks = (pins.rank_max for pins in plan_pins(config).values())
+        terms = CalibrationTerms(
+            run=run,
+            shapes=self._shapes,
+            rank=max([self._settings.rank_max, *ranks]),
+            batches=config.importance.batches,
+            seed=config.run.seed,
+            deadline_s=deadline_s,
+            heads=heads,
+        )
+        real = config.simulation.clock == "measured"
+        found = find_calibration(config.importance, terms, ask, real, self._folder, self._emit)
+        factors = self._factors(found.steps)
+        if factors:
+            self._emit(Event("costs_calibrated", {"classes": _shown(factors)}))
+        self._plan_fleet = partial(
+            self._plan_fleet, importance=found.importance, calibration=factors
+        )
+
+    def plan(self) -> FleetPlan:
+        """The fleet's plan; `plan.json` then holds it, and its events are told.
+
+        Raises:
+            PlanError: a device cannot carry any plan, or the written plan cannot be followed.
+        """
+        plan = self._followed() if self._config.plan.file else self._solved()
+        rows = plan_rows(plan, self._profiles, self._shapes)
+        written = plan_file(
+            plan, self._profiles, self._shapes, self._settings, self._config.run.name
+        )
+        self._folder.write_json("plan.json", written)
+        makespan = max(device.seconds for device in plan.devices)
+        self._emit(Event("planned", {"devices": rows, "makespan_seconds": makespan}))
+        self.say_what_leaves(plan.devices)
+        return plan
+
+    def say_what_leaves(self, plans: Collection[DevicePlan]) -> None:
+        """List what a device of the largest plan sends back in a round, if that is news."""
+        largest = max(plans, key=lambda device: device.upload_bytes)
+        if largest.upload_bytes <= self._listed_bytes:
+            return
+        self._listed_bytes = largest.upload_bytes
+        shapes = update_shapes(largest, self._shapes.by_name(), self._fleet.dense_shapes)
+        tensors = [
+            {"name": name, "shape": list(shape), "bytes": 4 * int(np.prod(shape))}
+            for name, shape in sorted(shapes.items())
+        ]
+        self._emit(Event("leaves_device", {"stage": "round", "tensors": tensors}))
+
+    def _followed(self) -> FleetPlan:
+        """The plan that the run file names; devices of it that did not come are only told of."""
+        written = read_plan(Path(self._config.plan.file))
+        absent = unknown_devices(written, [profile.name for profile in self._profiles])
+        if absent:
+            self._emit(Event("warning", {"text": absent}))
+        pins = plan_pins(self._config)
+        return follow_plan(written, self._profiles, self._shapes, self._settings, pins)
+
+    def _solved(self) -> FleetPlan:
+        """The plan; made anew with a distortion table if that can improve it."""
+        plan = self._plan_fleet(self._profiles)
+        if self._config.plan.widths == "uniform" or not may_mix(plan):
+            return plan
+        table = find_distortion(
+            self._config.plan, self._profiles, self._measure, self._folder, self._emit
+        )
+        if table is None:
+            return plan
+        self._plan_fleet = partial(self._plan_fleet, distortion=table)
+        return self._plan_fleet(self._profiles)
+
+    def _factors(self, steps: Mapping[str, MeasuredStep]) -> dict[str, CostCalibration]:
+        """Device class -> what its devices' measured steps say of the closed form."""
+        found: dict[str, list[StepMeasurement]] = {}
+        for profile in self._profiles:
+            step = steps.get(profile.name)
+            if step is not None:
+                beside = _beside(step, profile, self._shapes, self._settings)
+                found.setdefault(profile.device_class, []).append(beside)
+        return class_factors(found)
+
+
+def _beside(
+    step: MeasuredStep, profile: DeviceProfile, shapes: ModelShapes, settings: PlanSettings
+) -> StepMeasurement:
+    """A measured step beside what is predicted of it."""
+    predicted = predict(step.plan, profile, shapes, settings)
+    return StepMeasurement(
+        seconds=step.seconds,
+        predicted_seconds=predicted.compute_seconds / step.plan.local_steps,
+        peak_bytes=step.peak_bytes,
+        predicted_bytes=predicted.peak_bytes,
+    )
+
+
+def _shown(factors: Mapping[str, CostCalibration]) -> dict[str, dict[str, float]]:
+    return {
+        name: {
+            "seconds_factor": round(factor.seconds_factor, 3),
+            "bytes_factor": round(factor.bytes_factor, 3),
+        }
+        for name, factor in sorted(factors.items())
+    }
