@@ -28,6 +28,8 @@ class SiteSettings:
         cuda_graph: whether training steps are recorded as CUDA graphs.
         tune_allocator: whether this process, which is the site's own, may keep freed memory.
         cache_folder: where what was made of the base is kept between processes; None: nowhere.
+        measures_steps: whether seconds of this process are those of the device, so that a step may
+            be measured for the plan.
     """
 
     profile: DeviceProfile
@@ -42,6 +44,7 @@ class SiteSettings:
     cuda_graph: GraphUse = "off"
     tune_allocator: bool = True
     cache_folder: Path | None = None
+    measures_steps: bool = False
 
 
 class SiteSource(Protocol):
@@ -86,6 +89,7 @@ class SimulatedFleet:
             cuda_graph=config.train.cuda_graph,
             tune_allocator=config.train.tune_allocator,
             cache_folder=cache_folder(),
+            measures_steps=config.simulation.clock == "measured",
         )
 
 

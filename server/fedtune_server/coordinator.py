@@ -30,6 +30,7 @@ from fedtune.records import (
     FleetPlan,
     FloatArray,
     GlobalAdapter,
+    ImportanceReport,
     LoraScale,
     ModelShapes,
     TrainingWay,
@@ -41,6 +42,12 @@ from fedtune.wire.tensors import update_shapes
 from fedtune_server import round as rounds
 from fedtune_server.distortion import Measure, find_distortion
 from fedtune_server.fleet import Emit, Fleet, choose_devices, gather_fleet, wait_for_nodes
+from fedtune_server.importance import (
+    Calibration,
+    CalibrationTerms,
+    calibrate,
+    find_calibration,
+)
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.schedule import learning_rate
 
@@ -100,7 +107,8 @@ class Coordinator:
         started = time.perf_counter()
         self._announce(devices)
         fleet = self._gather(grid, devices)
-        plan = self._plan(fleet)
+        calibration = self._calibrate(grid, fleet)
+        plan = self._plan(fleet, calibration)
         adapter = self._rule.start(self._shapes.matrices, self._fresh_heads(fleet))
         adapter, before = self._rounds(grid, fleet, plan, adapter)
         after = rounds.evaluate(
@@ -145,17 +153,45 @@ class Coordinator:
             self._folder.write_json("labels.json", list(fleet.labels))
         return fleet
 
-    def _plan(self, fleet: Fleet) -> FleetPlan:
+    def _calibrate(self, grid: Grid, fleet: Fleet) -> Calibration:
+        """What matters and what steps cost, as far as the run file wants it measured."""
         config = self._config
+        if config.plan.file:
+            return Calibration()
+        settings, pins = self._plan_settings(fleet), plan_pins(config)
         profiles = [report.profile for report in fleet.reports.values()]
+        chosen = choose_devices(fleet.names, config.importance.devices, config.run.seed, 0)
+
+        def ask(terms: CalibrationTerms) -> Calibration:
+            first = plan_fleet(profiles, self._shapes, settings, pins=pins).by_device()
+            return calibrate(grid, fleet, [first[name] for name in chosen], terms, self._emit)
+
+        terms = CalibrationTerms(
+            run=self._run_id,
+            shapes=self._shapes,
+            rank=max([settings.rank_max, *(p.rank_max for p in pins.values())]),
+            batches=config.importance.batches,
+            seed=config.run.seed,
+            deadline_s=self._terms.deadline_s,
+            heads=self._fresh_heads(fleet),
+        )
+        real = config.simulation.clock == "measured"
+        return find_calibration(config.importance, terms, ask, real, self._folder, self._emit)
+
+    def _plan_settings(self, fleet: Fleet) -> PlanSettings:
         dense_parameters = sum(int(np.prod(shape)) for shape in fleet.dense_shapes.values())
-        settings = plan_settings(config, dense_parameters, self._rule.tail)
-        pins = plan_pins(config)
-        plan = self._solve(profiles, settings, pins)
+        return plan_settings(self._config, dense_parameters, self._rule.tail)
+
+    def _plan(self, fleet: Fleet, calibration: Calibration) -> FleetPlan:
+        # `calibration.steps` holds each device's measured step, for a calibrated cost model.
+        profiles = [report.profile for report in fleet.reports.values()]
+        settings, pins = self._plan_settings(fleet), plan_pins(self._config)
+        plan = self._solve(profiles, settings, pins, calibration.importance)
         rows = plan_rows(plan, profiles, self._shapes)
         self._folder.write_json("plan.json", rows)
         self._emit(Event("planned", {"devices": rows}))
-        self._emit(Event("leaves_device", {"tensors": self._what_leaves(plan, fleet)}))
+        tensors = self._what_leaves(plan, fleet)
+        self._emit(Event("leaves_device", {"stage": "round", "tensors": tensors}))
         return plan
 
     def _solve(
@@ -163,9 +199,10 @@ class Coordinator:
         profiles: Sequence[DeviceProfile],
         settings: PlanSettings,
         pins: Mapping[str, Pins],
+        importance: ImportanceReport | None,
     ) -> FleetPlan:
         """The plan; made anew with a distortion table if that can improve it."""
-        plan = plan_fleet(profiles, self._shapes, settings, pins=pins)
+        plan = plan_fleet(profiles, self._shapes, settings, importance, pins)
         if self._config.plan.widths == "uniform" or not may_mix(plan):
             return plan
         table = find_distortion(
@@ -173,7 +210,7 @@ class Coordinator:
         )
         if table is None:
             return plan
-        return plan_fleet(profiles, self._shapes, settings, pins=pins, distortion=table)
+        return plan_fleet(profiles, self._shapes, settings, importance, pins, table)
 
     def _what_leaves(self, plan: FleetPlan, fleet: Fleet) -> list[dict[str, object]]:
         """Every tensor that a device of the largest plan sends back in a round."""
