@@ -48,8 +48,8 @@ RANK_MAX = 16
 BATCHES = 4
 SEEDS = (0, 1, 2)
 METHODS = (
-    "spectrum",
     "sensitivity",
+    "spectrum",
     "activation",
     "adalora",
     "uniform",

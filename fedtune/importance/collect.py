@@ -110,7 +110,7 @@ def _gatherer(
 ) -> _Gatherer:
     shape = layer.matrix.shape
     if method == "spectrum":
-        return _Sketches(seed, name, shape, sketch_size(rank, *shape))
+        return _Sketches(seed, name, shape, sketch_size(rank, *shape), _squared_norm(layer.matrix))
     if method == "activation":
         return _Inputs(seed, name, shape[1], sketch_size(rank, *shape))
     if method == "adalora":
@@ -123,12 +123,14 @@ def _gatherer(
 
 @dataclass(slots=True)
 class _Sketches:
-    """G Omega and Psi G."""
+    """G Omega and Psi G, and the squared norm of W once for every pass."""
 
     seed: int
     name: str
     shape: tuple[int, int]
     size: int
+    squared_norm: Tensor
+    passes: int = 0
     right: Tensor | None = None
     left: Tensor | None = None
 
@@ -140,6 +142,7 @@ class _Sketches:
         right = torch.mm(g.t(), torch.mm(x, omega)).float()
         psi = _signs(self.seed, self.name, "left", left_size(self.size), out, g)
         left = torch.mm(torch.mm(psi, g.t()), x).float()
+        self.passes += 1
         self.right = _added(self.right, right, factor)
         self.left = _added(self.left, left, factor)
 
@@ -148,6 +151,7 @@ class _Sketches:
         return {
             "right": _or_zeros(self.right, out, self.size),
             "left": _or_zeros(self.left, left_size(self.size), inputs),
+            "weight": self.squared_norm * self.passes,
         }
 
 
@@ -243,6 +247,11 @@ def _leading_triplets(
         basis = torch.linalg.qr(down).Q
     left, values, right = torch.linalg.svd(down.t(), full_matrices=False)
     return values[:rank], (across @ left)[:, :rank].contiguous(), right[:rank].t().contiguous()
+
+
+def _squared_norm(matrix: FrozenMatrix) -> Float[Tensor, " 1"]:
+    parts = [panel.square().sum() for _, panel in _panels(matrix, torch.float32)]
+    return torch.stack(parts).sum().view(1)
 
 
 def _times(matrix: FrozenMatrix, right: Float[Tensor, "in size"]) -> Float[Tensor, "out size"]:

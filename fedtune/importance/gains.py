@@ -6,6 +6,7 @@ compare; the planner divides by what a rank costs. No torch: the coordinator rea
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -92,17 +93,32 @@ def comparable(curves: Mapping[str, Gains]) -> dict[str, tuple[float, ...]]:
 def _spectrum(
     parts: Mapping[str, FloatArray], matrix: MatrixShape, length: int, seed: int, passes: int
 ) -> Gains:
+    """Singular values of the gradient, times the norm of the weights.
+
+    A change of a matrix by a given share of it gains that much, to first order. Without the norm,
+    value and key projections, whose weights are small, got ranks that were worth little.
+    """
     size = sketch_size(length, matrix.out_features, matrix.in_features)
     psi = signs(seed, matrix.name, "left", left_size(size), matrix.out_features)
-    return two_sided_values(parts["right"], parts["left"], psi)[:length]
+    norm = math.sqrt(max(float(parts["weight"][0]), 0.0) / max(1, passes))
+    return norm * two_sided_values(parts["right"], parts["left"], psi)[:length]
 
 
 def _sensitivity(
     parts: Mapping[str, FloatArray], matrix: MatrixShape, length: int, seed: int, passes: int
 ) -> Gains:
-    """Source: GoRA (arXiv 2502.12171, section 3.2): the mean over the entries of |W * G|."""
-    share = float(parts["sensitivity"][0]) / matrix.parameters
-    return share / np.arange(1, length + 1, dtype=np.float64)
+    """The sum over the entries of |W * G|, falling with the root of the rank.
+
+    The sum says nothing of single ranks. Of 1/i, 1/sqrt(i) and 1/i^2, 1/sqrt(i) trained best on
+    three tasks (docs/importance.md): it lets the matrices that matter have several ranks before
+    all others have one.
+
+    Source:
+        GoRA (arXiv 2502.12171, section 3.2), which takes the mean over the entries. The mean
+        favours small matrices, and the planner divides by what a rank costs as well.
+    """
+    total = max(float(parts["sensitivity"][0]), 0.0)
+    return total / np.sqrt(np.arange(1, length + 1, dtype=np.float64))
 
 
 def _activation(

@@ -195,7 +195,7 @@ def calibration_shapes(
         size = sketch_size(rank, out, inputs)
         parts: dict[str, Shape] = {}
         if method == "spectrum":
-            parts = {"right": (out, size), "left": (left_size(size), inputs)}
+            parts = {"right": (out, size), "left": (left_size(size), inputs), "weight": (1,)}
         elif method == "activation":
             parts = {"inputs": (inputs, size), "energy": (1,)}
         elif method == "adalora":

@@ -51,7 +51,7 @@ def sums_of(method: MeasuredMethod, strong: str) -> dict[str, np.ndarray]:
         if method == "spectrum":
             omega = signs(SEED, m.name, "right", m.in_features, size)
             psi = signs(SEED, m.name, "left", left_size(size), m.out_features)
-            parts = {"right": g @ omega, "left": psi @ g}
+            parts = {"right": g @ omega, "left": psi @ g, "weight": np.array([8.0])}
         elif method == "activation":
             omega = signs(SEED, m.name, "inputs", m.in_features, size)
             # Of the variance, the strong one has more in its first directions.
