@@ -153,6 +153,9 @@ def test_sketches_do_not_depend_on_the_micro_batch(desk: Desk) -> None:
     whole = importance_sums(order, bench, [samples])
     cut = importance_sums(order, bench, [samples[i : i + 2] for i in range(0, 8, 2)])
     for name, value in whole.items():
+        if name.endswith(".weight"):
+            assert cut[name] == pytest.approx(4 * value)  # counts passes
+            continue
         np.testing.assert_allclose(value, cut[name], atol=1e-5 * np.abs(value).max())
 
 
