@@ -357,7 +357,10 @@ def main() -> int:
 
 
 _PREFACE = (__doc__ or "").split("\n\n", 2)[2].split("\n\n`--quick`")[0] + "\n\n"
-_READING = ""
+_READING = """
+
+What was tried beside these, and how to read them: [importance.md](importance.md#which-method).
+"""
 
 if __name__ == "__main__":
     sys.exit(main())
