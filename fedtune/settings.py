@@ -352,9 +352,9 @@ class ImportanceSection(Section):
     """How the weights that matter are found before the fleet is planned."""
 
     method: ImportanceMethod = Field(
-        "uniform",
-        description="what the gain of a further rank is read from: spectra of the gradient "
-        "(`spectrum`), |weight x gradient| (`sensitivity`), the inputs (`activation`), the "
+        "sensitivity",
+        description="what the gain of a further rank is read from: |weight x gradient| "
+        "(`sensitivity`), spectra of the gradient (`spectrum`), the inputs (`activation`), the "
         "sensitivity of singular triplets (`adalora`), nothing (`uniform`), or a draw (`random`)",
     )
     batches: int = Field(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -39,6 +39,7 @@ from fedtune.train.batches import stream
 from fedtune.train.compute import LossScale, compute_dtype
 from fedtune.train.memory import OptimizerMemory
 from fedtune.train.round import RoundResult, mount, train_round, unmount
+from fedtune.wire.calibration import CalibrationInstruction, CalibrationReport
 from fedtune.wire.messages import (
     EvaluateInstruction,
     EvaluateReport,
@@ -49,6 +50,7 @@ from fedtune.wire.messages import (
 from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune.wire.tensors import unpack_dispatch, update_tensors
 from fedtune_client.allowance import Allowance
+from fedtune_client.calibrate import Bench, calibrate, resident_bytes
 from fedtune_client.clock import StepClock
 from fedtune_client.site import SiteSettings
 
@@ -127,6 +129,8 @@ class Agent:
         self._memories: dict[str, OptimizerMemory] = {}
         self._loss_scale = LossScale()
         self._allowance = Allowance(site.profile, site.measures_steps)
+        # Of a process that other sites share, nobody could say whose memory it is.
+        self._idle_bytes = 0 if site.shares_backbone else resident_bytes()
 
     @property
     def name(self) -> str:
@@ -154,6 +158,35 @@ class Agent:
             labels=labels,
             warnings=train.warnings(self.name, limit),
         )
+
+    def calibrate(
+        self, order: CalibrationInstruction, packed: bytes
+    ) -> tuple[CalibrationReport, bytes]:
+        """Measure what a plan is made from; returns the report and the packed sums.
+
+        Raises:
+            ProtocolError: the instruction or its tensors do not fit each other or the site, or
+                gradients are not finite.
+        """
+        bare = replace(
+            order.plan,
+            matrices=tuple(replace(m, rank=0, tail_rank=0) for m in order.plan.matrices),
+        )
+        work = self.accept_evaluation(
+            EvaluateInstruction(
+                order.run, 0, order.base_digest, bare, order.tensors_digest, labels=order.labels
+            ),
+            packed,
+        )
+        bench = Bench(
+            backbone=work.backbone,
+            dispatch=work.dispatch,
+            batches=self._train_batches(order.plan, order.labels, order.seed, 0, order.batches),
+            task=self._task,
+            pad_id=self.pad_id,
+            loss_scale=self._loss_scale if self._compute == torch.float16 else None,
+        )
+        return calibrate(order, bench, self._idle_bytes if self._site.measures_steps else None)
 
     def train(self, order: TrainInstruction, packed: bytes) -> tuple[TrainReport, bytes]:
         """Train for one round; returns the report and the packed factors.
@@ -197,25 +230,30 @@ class Agent:
             ProtocolError: as for `train`.
         """
         dispatch, backbone = self._accept(order, packed)
-        train, held_out = self._tokenised(order.labels)
         plan = order.plan
-        samples = self._within(train.samples, plan.sequence_length, order.labels)
-        if not samples:
-            raise ProtocolError(f"{self.name}: there is no sample to train on; plan without it")
-        taken = plan.batch_size * plan.local_steps
-        picked = stream(
-            len(samples),
-            [order.seed, zlib.crc32(self.name.encode("utf-8"))],
-            (order.round - 1) * taken,
-            taken,
+        batches = self._train_batches(
+            plan, order.labels, order.seed, (order.round - 1) * plan.local_steps, plan.local_steps
         )
+        held_out = self._tokenised(order.labels)[1]
         return Work(
             backbone=backbone,
             dispatch=dispatch,
-            batches=_batches(samples, picked, plan.batch_size),
+            batches=batches,
             memory=self._memory(order) if order.optimizer.keep else None,
             held_out=held_out.samples if order.evaluate else (),
         )
+
+    def _train_batches(
+        self, plan: DevicePlan, labels: tuple[str, ...], seed: int, first: int, count: int
+    ) -> list[list[Sample]]:
+        """Batches `first` .. `first + count` of the device's stream of training samples."""
+        samples = self._within(self._tokenised(labels)[0].samples, plan.sequence_length, labels)
+        if not samples:
+            raise ProtocolError(f"{self.name}: there is no sample to train on; plan without it")
+        size = plan.batch_size
+        key = [seed, zlib.crc32(self.name.encode("utf-8"))]
+        picked = stream(len(samples), key, first * size, count * size)
+        return _batches(samples, picked, size)
 
     def report(
         self, order: TrainInstruction, result: RoundResult, metrics: Mapping[str, float]

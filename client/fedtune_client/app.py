@@ -1,4 +1,4 @@
-"""The Flower ClientApp: three message types, each handed to the site's agent."""
+"""The Flower ClientApp: four message types, each handed to the site's agent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from flwr.clientapp import ClientApp
 from fedtune.errors import ProtocolError
 from fedtune.settings import RunConfig
 from fedtune.train.allocator import keep_freed_memory
-from fedtune.wire.flower import EVALUATE, PROFILE, TRAIN, from_record, to_record
+from fedtune.wire.calibration import decode_calibration_instruction, encode_calibration_report
+from fedtune.wire.flower import CALIBRATE, EVALUATE, PROFILE, TRAIN, from_record, to_record
 from fedtune.wire.messages import (
     decode_evaluate_instruction,
     decode_task_spec,
@@ -38,6 +39,14 @@ def make_client_app(sites: SiteSource) -> ClientApp:
         body, _ = from_record(message.content, PROFILE)
         report = agent_of(sites, context).describe(decode_task_spec(body))
         return Message(to_record(PROFILE, encode_site_report(report)), reply_to=message)
+
+    @app.query("calibration")  # type: ignore[untyped-decorator]
+    def calibration(message: Message, context: Context) -> Message:
+        body, packed = with_tensors(message.content, CALIBRATE)
+        order = decode_calibration_instruction(body)
+        report, tensors = agent_of(sites, context).calibrate(order, packed)
+        reply = to_record(CALIBRATE, encode_calibration_report(report), tensors)
+        return Message(reply, reply_to=message)
 
     @app.train("lora")  # type: ignore[untyped-decorator]
     def train(message: Message, context: Context) -> Message:

@@ -142,6 +142,10 @@ class AdaptedLinear(nn.Module):
             their first pass is dropped, so that one block at a time is dense, and the second of
             three unpackings is the last.
         observe: called with the inputs (tokens, in) of every product; None: nobody looks.
+        observe_gradient: called in the backward pass of every product with dL/dy (tokens, out) and
+            the inputs (tokens, in), whose product is the gradient of the matrix; None: nobody
+            looks. Factors of rank 0 that require gradients let it see without training anything.
+            Not called where several devices' products go together on a GPU.
     """
 
     def __init__(self, matrix: FrozenMatrix, bias: Tensor | None) -> None:
@@ -153,6 +157,7 @@ class AdaptedLinear(nn.Module):
         self.correction: Correction | None = None
         self.keeps_values = False
         self.observe: Callable[[Tensor], None] | None = None
+        self.observe_gradient: Callable[[Tensor, Tensor], None] | None = None
         self._held: dict[int, _Held] = {}
         self._stacked: dict[tuple[int, int], _Stacked] = {}
 
@@ -428,13 +433,15 @@ class Products(torch.autograd.Function):
                     _cut(y, part).addmm_(low[i], stack.b[i], alpha=stack.scales[i])
             outputs.append(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]))
             dense.append(kept)
-        trains_a = any(stack.trains_a for stack in stacks)
+        keeps_rows = any(stack.trains_a for stack in stacks) or any(
+            layer.observe_gradient is not None for layer in layers
+        )
         kept_lows = [
             stack.trained_columns(low) if stack.trains and low is not None else None
             for stack, low in zip(stacks, lows, strict=True)
         ]
         of_stacks = [tensor for stack in stacks for tensor in (stack.a, *stack.b)]
-        ctx.save_for_backward(rows if trains_a else None, *kept_lows, *of_stacks, *dense)
+        ctx.save_for_backward(rows if keeps_rows else None, *kept_lows, *of_stacks, *dense)
         ctx.layers, ctx.stacks, ctx.parts, ctx.x_shape = layers, stacks, parts, x.shape
         ctx.factor_dtypes = [None if f is None else f.dtype for f in pairs]
         return tuple(outputs)
@@ -448,6 +455,9 @@ class Products(torch.autograd.Function):
         # The stacks are held by the context; saving their tensors lets autograd see a change.
         lows, dense = rest[: len(parts)], rest[len(rest) - len(layers) :]
         flat = [g if g.dim() == 2 else g.reshape(-1, g.shape[-1]) for g in gradients]
+        for layer, g in zip(layers, flat, strict=True):
+            if layer.observe_gradient is not None:
+                layer.observe_gradient(g, rows)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = _frozen_gradient(flat, parts, layers, dense)

@@ -17,6 +17,7 @@ VERSION = 1
 TENSORS_STYPE = "fedtune.safetensors.v1"
 
 PROFILE = "query.profile"
+CALIBRATE = "query.calibration"
 TRAIN = "train.lora"
 EVALUATE = "evaluate.loss"
 """Flower message types; also the `kind` of the record that travels."""

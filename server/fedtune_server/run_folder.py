@@ -29,6 +29,7 @@ _FILES = (
     "config.json",
     "plan.json",
     "distortion.json",
+    "importance.json",
     "labels.json",
     "status.json",
     "ledger.jsonl",

@@ -13,7 +13,13 @@ from flwr.clientapp import ClientApp
 
 from fedtune.records import DeviceProfile, Event, LoraFactors, MatrixShape, ModelShapes, SiteReport
 from fedtune.wire import messages
-from fedtune.wire.flower import EVALUATE, PROFILE, TRAIN, from_record, to_record
+from fedtune.wire.calibration import (
+    CalibrationInstruction,
+    CalibrationReport,
+    decode_calibration_instruction,
+    encode_calibration_report,
+)
+from fedtune.wire.flower import CALIBRATE, EVALUATE, PROFILE, TRAIN, from_record, to_record
 from fedtune.wire.messages import EvaluateReport, TrainInstruction, TrainReport
 from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune.wire.tensors import unpack_dispatch, update_tensors
@@ -32,6 +38,7 @@ SHAPES = ModelShapes(
     other_parameters=400,
 )
 
+Calibrated = Callable[[CalibrationInstruction], tuple[CalibrationReport, bytes]]
 Spoil = Callable[[TrainReport, bytes], tuple[TrainReport, bytes]]
 
 
@@ -43,6 +50,7 @@ class FakeFleet:
         heads: shapes of the parameters that are trained whole, with the labels filled in.
         spoil: device -> what befalls its report and its tensors before they leave it.
         measured: device -> what it says to an evaluation.
+        calibrated: device -> what it answers when asked to measure; nobody else can.
         orders: every instruction to train, as it arrived.
         events: all that the coordinator emitted.
     """
@@ -57,6 +65,7 @@ class FakeFleet:
             name: {"held_out_loss": i + 1.0, "held_out_units": 10.0 * (i + 1)}
             for i, name in enumerate(names)
         }
+        self.calibrated: dict[str, Calibrated] = {}
         self.orders: list[TrainInstruction] = []
         self.events: list[Event] = []
 
@@ -93,6 +102,14 @@ class FakeFleet:
         def profile(message: Message, context: Context) -> Message:
             body = messages.encode_site_report(self.reports[self._name(context)])
             return Message(to_record(PROFILE, body), reply_to=message)
+
+        @app.query("calibration")
+        def calibration(message: Message, context: Context) -> Message:
+            body, _ = from_record(message.content, CALIBRATE)
+            answer = self.calibrated[self._name(context)]
+            said, tensors = answer(decode_calibration_instruction(body))
+            body = encode_calibration_report(said)
+            return Message(to_record(CALIBRATE, body, tensors), reply_to=message)
 
         @app.train("lora")
         def train(message: Message, context: Context) -> Message:

@@ -29,6 +29,7 @@ TREE: Tree = {
     "fleet": {"any": {"count": 3, "memory": "1 GB"}},
     "lora": {"rank_max": 3, "rank_cap": 6},
     "train": {"batch_size": 4, "local_steps": 3, "learning_rate": 0.1},
+    "importance": {"method": "uniform"},
     "outputs": {"keep_checkpoints": 2},
 }
 

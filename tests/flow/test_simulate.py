@@ -155,8 +155,9 @@ def test_what_leaves_a_device_is_listed_before_the_first_round(tree: Tree, play:
     played = play(tree)
     kinds = [event.kind for event in played.events]
     assert kinds.index("leaves_device") < kinds.index("round_started")
-    tensors = played.one("leaves_device")["tensors"]
-    assert all(name.endswith((".a", ".b")) for name in (t["name"] for t in tensors))
+    before, every_round = (fields["tensors"] for fields in played.all("leaves_device"))
+    assert all(t["name"].endswith(".sensitivity") for t in before)
+    assert all(name.endswith((".a", ".b")) for name in (t["name"] for t in every_round))
 
 
 def test_two_hundred_devices_share_three_backbones(
@@ -170,6 +171,7 @@ def test_two_hundred_devices_share_three_backbones(
     monkeypatch.setattr(backbone, "Backbone", lambda *a: (built.append(a), build(*a))[1])
     monkeypatch.setattr(backbone, "stream_base", lambda *a: (loaded.append(a), load(*a))[1])
     tree["run"] = {"name": "many", "rounds": 1, "seed": 77}
+    tree["importance"] = {"method": "uniform"}
     tree["data"] |= {"partition": {"by": "iid"}, "held_out_fraction": 0.0}
     rows = Path(tree["data"]["train"]).read_text(encoding="utf-8")
     many = Path(tree["outputs"]["folder"]).with_name("many.jsonl")

@@ -372,3 +372,18 @@ def test_a_recomputed_layer_can_keep_its_values_for_the_backward_pass(
     )
     for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_layer_that_trains_no_a_shows_the_parts_of_its_matrix_gradient() -> None:
+    weight = _random(OUT, IN, seed=5)
+    layer = AdaptedLinear(store(weight, MatrixForm("fp32")), None)
+    b = torch.zeros(OUT, 0)
+    nothing = Factors(torch.zeros(0, IN), b.clone().requires_grad_(), torch.zeros(0, IN), b, 1.0)
+    attach({"q": layer}, {"q": nothing})
+    seen: list[Tensor] = []
+    layer.observe_gradient = lambda g, rows: seen.append(g.t() @ rows)
+    layer(_random(2, 3, IN, seed=6)).square().sum().backward()
+    plain = weight.clone().requires_grad_()
+    torch.nn.functional.linear(_random(2, 3, IN, seed=6), plain).square().sum().backward()
+    assert plain.grad is not None
+    torch.testing.assert_close(seen, [plain.grad])
