@@ -1,7 +1,8 @@
 """The kernels that the rest of the program calls: compiled ones where they run, else plain torch.
 
-The path is chosen once for each device, when its first tensor arrives, and logged. `reference`
-says what every function means.
+The path is chosen once for each device, when its first tensor arrives, and logged: on a GPU the
+CUDA kernels, on a CPU C that unpacks weights, where the device can compile it, beside plain torch
+for all else. `FEDTUNE_KERNELS` can ask for one path. `reference` says what every function means.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fedtune.config import c_compilers, cache_folder, kernel_path
 from fedtune.errors import KernelError
 from fedtune.kernels import launches, low_rank, reference, unpack
 from fedtune.kernels import packed_product as packed_products
 from fedtune.kernels.driver import Driver, Launcher
 from fedtune.kernels.low_rank import Groups
+from fedtune.kernels.native import NativeUnpacker, NoCompilerError, load_native
 from fedtune.kernels.packed import PackedWeights
 
 LOGGER = logging.getLogger(__name__)
 
 _LAUNCHERS: dict[torch.device, Launcher | None] = {}
+_UNPACKERS: dict[torch.device, NativeUnpacker] = {}
+"""What unpacks on a CPU, where nothing launches kernels; plain torch where a CPU has none."""
 _WHY_TORCH: dict[torch.device, str] = {}
 
 
@@ -30,7 +35,8 @@ def dequantise(packed: PackedWeights, first: int, out: Tensor) -> Tensor:
     """See `reference.dequantise`."""
     launcher = launcher_of(out)
     if launcher is None:
-        return unpack.dequantise(packed, first, out)
+        unpacker = _UNPACKERS.get(out.device)
+        return (unpack if unpacker is None else unpacker).dequantise(packed, first, out)
     return launches.dequantise(launcher, packed, first, out)
 
 
@@ -129,43 +135,66 @@ def launcher_of(tensor: Tensor) -> Launcher | None:
 
 
 @contextmanager
-def chosen(launcher: Launcher | None, device: torch.device) -> Iterator[None]:
-    """Run a device's kernels through a launcher, or with None in plain torch, for a while."""
-    before = _LAUNCHERS.get(device, _choose(device))
-    _LAUNCHERS[device] = launcher
+def chosen(path: Launcher | NativeUnpacker | None, device: torch.device) -> Iterator[None]:
+    """Take one path on a device for a while; None: plain torch."""
+    launcher, unpacker = launcher_of(torch.empty(0, device=device)), _UNPACKERS.get(device)
+    _set(device, path)
     try:
         yield
     finally:
-        _LAUNCHERS[device] = before
+        _set(device, launcher or unpacker)
+
+
+def path_of(device: torch.device) -> str:
+    """Which path a device's kernels take, and why if it is plain torch, in words for people."""
+    launcher = _choose(device)
+    if launcher is not None:
+        return "compiled CUDA kernels"
+    unpacker = _UNPACKERS.get(device)
+    if unpacker is not None:
+        return f"compiled C ({unpacker.description})"
+    return f"plain torch ({_WHY_TORCH.get(device, 'asked for')})"
 
 
 def paths() -> dict[str, str]:
-    """For the CPU and every GPU: which path its kernels take, and why if it is plain torch."""
+    """For the CPU and every GPU: `path_of` it."""
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return {str(device): _description(device) for device in devices}
+    return {str(device): path_of(device) for device in devices}
 
 
-def _description(device: torch.device) -> str:
-    if _LAUNCHERS.get(device, _choose(device)) is not None:
-        return "compiled CUDA kernels"
-    return f"plain torch ({_WHY_TORCH.get(device, 'asked for')})"
+def _set(device: torch.device, path: Launcher | NativeUnpacker | None) -> None:
+    _UNPACKERS.pop(device, None)
+    if isinstance(path, NativeUnpacker):
+        _UNPACKERS[device], path = path, None
+    _LAUNCHERS[device] = path
 
 
 def _choose(device: torch.device) -> Launcher | None:
     if device in _LAUNCHERS:
         return _LAUNCHERS[device]
-    launcher: Launcher | None = None
-    if device.type != "cuda":
-        _WHY_TORCH[device] = f"there are no compiled kernels for {device.type}"
-    elif torch.version.cuda is None:
-        _WHY_TORCH[device] = "this torch is not built for CUDA"
-    else:
-        try:
-            launcher = Driver(device.index)
-        except KernelError as error:
-            _WHY_TORCH[device] = str(error)
-    _LAUNCHERS[device] = launcher
-    LOGGER.info("kernels on %s: %s", device, _description(device))
-    return launcher
+    path: Launcher | NativeUnpacker | None = None
+    asked = kernel_path()
+    try:
+        if asked == "torch":
+            _WHY_TORCH[device] = "FEDTUNE_KERNELS asks for it"
+        elif device.type == "cpu":
+            path = load_native(c_compilers(), cache_folder() / "kernels")
+        elif device.type == "cuda" and torch.version.cuda is not None:
+            path = Driver(device.index)
+        else:
+            _WHY_TORCH[device] = (
+                "this torch is not built for CUDA"
+                if device.type == "cuda"
+                else f"there are no compiled kernels for {device.type}"
+            )
+    except KernelError as error:
+        if asked == "c" and device.type == "cpu":
+            raise
+        _WHY_TORCH[device] = str(error)
+        if device.type == "cpu" and not isinstance(error, NoCompilerError):
+            LOGGER.warning("weights are unpacked without compiled C: %s", error)
+    _set(device, path)
+    LOGGER.info("kernels on %s: %s", device, path_of(device))
+    return _LAUNCHERS[device]
