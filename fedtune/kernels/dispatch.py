@@ -1,8 +1,8 @@
 """The kernels that the rest of the program calls: compiled ones where they run, else plain torch.
 
 The path is chosen once for each device, when its first tensor arrives, and logged: on a GPU the
-CUDA kernels, on a CPU C that unpacks weights, where the device can compile it, beside plain torch
-for all else. `FEDTUNE_KERNELS` can ask for one path. `reference` says what every function means.
+CUDA kernels, on a CPU C where the device can compile it, beside plain torch for what C leaves.
+`FEDTUNE_KERNELS` can ask for one path. `reference` says what every function means.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fedtune.kernels import launches, low_rank, reference, unpack
 from fedtune.kernels import packed_product as packed_products
 from fedtune.kernels.driver import Driver, Launcher
 from fedtune.kernels.low_rank import Groups
-from fedtune.kernels.native import NativeUnpacker, NoCompilerError, load_native
+from fedtune.kernels.native import NativeKernels, NoCompilerError, load_native
 from fedtune.kernels.packed import PackedWeights
 
 LOGGER = logging.getLogger(__name__)
 
 _LAUNCHERS: dict[torch.device, Launcher | None] = {}
-_UNPACKERS: dict[torch.device, NativeUnpacker] = {}
-"""What unpacks on a CPU, where nothing launches kernels; plain torch where a CPU has none."""
+_NATIVE: dict[torch.device, NativeKernels] = {}
+"""Kernels in C, on a CPU that has them; nothing launches kernels there."""
 _WHY_TORCH: dict[torch.device, str] = {}
 
 
@@ -35,8 +35,8 @@ def dequantise(packed: PackedWeights, first: int, out: Tensor) -> Tensor:
     """See `reference.dequantise`."""
     launcher = launcher_of(out)
     if launcher is None:
-        unpacker = _UNPACKERS.get(out.device)
-        return (unpack if unpacker is None else unpacker).dequantise(packed, first, out)
+        native = _NATIVE.get(out.device)
+        return (unpack if native is None else native).dequantise(packed, first, out)
     return launches.dequantise(launcher, packed, first, out)
 
 
@@ -44,6 +44,9 @@ def softmax_cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> 
     """See `reference.softmax_cross_entropy_`."""
     launcher = launcher_of(logits)
     if launcher is None:
+        native = _NATIVE.get(logits.device)
+        if native is not None and native.takes_logits(logits):
+            return native.softmax_cross_entropy_(logits, targets, weights)
         return reference.softmax_cross_entropy_(logits, targets, weights)
     return launches.softmax_cross_entropy_(launcher, logits, targets, weights)
 
@@ -135,14 +138,14 @@ def launcher_of(tensor: Tensor) -> Launcher | None:
 
 
 @contextmanager
-def chosen(path: Launcher | NativeUnpacker | None, device: torch.device) -> Iterator[None]:
+def chosen(path: Launcher | NativeKernels | None, device: torch.device) -> Iterator[None]:
     """Take one path on a device for a while; None: plain torch."""
-    launcher, unpacker = launcher_of(torch.empty(0, device=device)), _UNPACKERS.get(device)
+    launcher, native = launcher_of(torch.empty(0, device=device)), _NATIVE.get(device)
     _set(device, path)
     try:
         yield
     finally:
-        _set(device, launcher or unpacker)
+        _set(device, launcher or native)
 
 
 def path_of(device: torch.device) -> str:
@@ -150,9 +153,9 @@ def path_of(device: torch.device) -> str:
     launcher = _choose(device)
     if launcher is not None:
         return "compiled CUDA kernels"
-    unpacker = _UNPACKERS.get(device)
-    if unpacker is not None:
-        return f"compiled C ({unpacker.description})"
+    native = _NATIVE.get(device)
+    if native is not None:
+        return f"compiled C ({native.description})"
     return f"plain torch ({_WHY_TORCH.get(device, 'asked for')})"
 
 
@@ -164,17 +167,17 @@ def paths() -> dict[str, str]:
     return {str(device): path_of(device) for device in devices}
 
 
-def _set(device: torch.device, path: Launcher | NativeUnpacker | None) -> None:
-    _UNPACKERS.pop(device, None)
-    if isinstance(path, NativeUnpacker):
-        _UNPACKERS[device], path = path, None
+def _set(device: torch.device, path: Launcher | NativeKernels | None) -> None:
+    _NATIVE.pop(device, None)
+    if isinstance(path, NativeKernels):
+        _NATIVE[device], path = path, None
     _LAUNCHERS[device] = path
 
 
 def _choose(device: torch.device) -> Launcher | None:
     if device in _LAUNCHERS:
         return _LAUNCHERS[device]
-    path: Launcher | NativeUnpacker | None = None
+    path: Launcher | NativeKernels | None = None
     asked = kernel_path()
     try:
         if asked == "torch":
@@ -194,7 +197,7 @@ def _choose(device: torch.device) -> Launcher | None:
             raise
         _WHY_TORCH[device] = str(error)
         if device.type == "cpu" and not isinstance(error, NoCompilerError):
-            LOGGER.warning("weights are unpacked without compiled C: %s", error)
+            LOGGER.warning("no compiled C on this CPU, which is slower: %s", error)
     _set(device, path)
     LOGGER.info("kernels on %s: %s", device, path_of(device))
     return _LAUNCHERS[device]

@@ -1,10 +1,10 @@
-"""Unpack block-quantised weights on a CPU with C, where the device has a C compiler.
+"""Kernels in C for a CPU, where the device has a C compiler: unpacking, and the cross-entropy.
 
 The package holds the source alone (`cpu/`), so that one pure-Python wheel serves every platform.
 The first process that needs it compiles it for this CPU, in about a second, and keeps the result
 in the user's cache, under a name made of the source and of all that the compiler says of itself
-and of the CPU: another compiler, CPU or version of the source makes another file. Every path gives
-the same bits, so a fleet may mix them.
+and of the CPU: another compiler, CPU or version of the source makes another file. Weights are
+unpacked to the same bits on every path; a loss is that of plain torch up to its rounding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedtune.errors import KernelError
 from fedtune.kernels.packed import GROUP, PackedWeights, padded
 
 FOLDER = Path(__file__).parent / "cpu"
-SOURCE = FOLDER / "dequantise.c"
+SOURCES = ("cross_entropy.c", "dequantise.c")
 COMPILE_S = 120.0
 """How long a compiler may take; it takes about one second on an idle core."""
 OPENMP_WEIGHTS = 1 << 16
@@ -37,6 +37,8 @@ OPENMP_WEIGHTS = 1 << 16
 Chosen."""
 POOL_WEIGHTS = 1 << 20
 """The same for threads of our own, which take ten times as long to start. Chosen."""
+LOGITS = 1 << 16
+"""Logits for each thread, at least: some 50 us of work. Chosen."""
 
 _FLAGS = ("-x", "c", "-std=c11", "-O3", "-ffp-contract=off", "-fno-trapping-math")
 _LIBRARY_FLAGS = ("-fPIC", "-shared", "-fvisibility=hidden")
@@ -71,8 +73,8 @@ class Compiler:
         return found[0] if found else "no vectors of its own"
 
 
-class NativeUnpacker:
-    """The compiled source, loaded."""
+class NativeKernels:
+    """The compiled sources, loaded."""
 
     def __init__(self, library: Path, description: str, *, uses_openmp: bool) -> None:
         """Load a shared object that `build` made.
@@ -85,13 +87,15 @@ class NativeUnpacker:
             KernelError: it cannot be loaded.
         """
         try:
-            self._function = ctypes.CDLL(str(library)).fedtune_dequantise
+            loaded = ctypes.CDLL(str(library))
+            self._dequantise = loaded.fedtune_dequantise
+            self._cross_entropy = loaded.fedtune_cross_entropy
         except (OSError, AttributeError) as error:
             raise KernelError(
                 f"{library} cannot be loaded ({error}); delete it to have it made again"
             ) from None
         pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self._function.argtypes = [
+        self._dequantise.argtypes = [
             pointer,  # codes
             long,  # byte at which the plane of third bits starts
             pointer,  # scale codes
@@ -103,7 +107,9 @@ class NativeUnpacker:
             long,  # weights
             *[number] * 4,  # bits, block, dtype, threads
         ]
-        self._function.restype = None
+        # Logits, targets, weights, losses; rows, vocabulary, logits from a row to the next; threads
+        self._cross_entropy.argtypes = [*[pointer] * 4, *[long] * 3, number]
+        self._dequantise.restype = self._cross_entropy.restype = None
         self.description = description
         self._uses_openmp = uses_openmp
 
@@ -140,39 +146,83 @@ class NativeUnpacker:
         target, threads = out.data_ptr(), torch.get_num_threads()
         if self._uses_openmp:
             threads = max(1, min(threads, count // OPENMP_WEIGHTS))
-            self._function(*source, target, first, count, *kind, threads)
-        else:
-            size = out.element_size()
+            self._dequantise(*source, target, first, count, *kind, threads)
+            return out
+        size = out.element_size()
 
-            def unpack(start: int, end: int) -> None:
-                self._function(*source, target + start * size, first + start, end - start, *kind, 1)
+        def unpack(start: int, end: int) -> None:
+            self._dequantise(*source, target + start * size, first + start, end - start, *kind, 1)
 
-            _divide(unpack, count, min(threads, count // POOL_WEIGHTS))
+        _divide(unpack, count, GROUP, min(threads, count // POOL_WEIGHTS))
         return out
 
+    def takes_logits(self, logits: Tensor) -> bool:
+        """Whether there is a cross-entropy of these logits."""
+        return logits.dtype == torch.float32 and logits.dim() == 2 and logits.stride(1) == 1
 
-def _divide(unpack: Callable[[int, int], None], count: int, threads: int) -> None:
-    """Unpack the weights from 0 up to `count`, in as many parts as there are threads."""
+    def softmax_cross_entropy_(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """See `fedtune.kernels.reference.softmax_cross_entropy_`; of logits that it takes.
+
+        Raises:
+            KernelError: targets or weights are not one for each row.
+        """
+        rows, vocabulary = logits.shape
+        if tuple(targets.shape) != (rows,) or tuple(weights.shape) != (rows,):
+            raise KernelError(
+                f"{rows} rows of logits need as many targets and weights, "
+                f"got {tuple(targets.shape)} and {tuple(weights.shape)}"
+            )
+        losses = torch.zeros(rows, dtype=torch.float32)
+        targets, weights = targets.to(torch.int64), weights.to(torch.float32)
+        targets, weights = targets.contiguous(), weights.contiguous()
+        stride = logits.stride(0)
+        threads = max(1, min(torch.get_num_threads(), rows * vocabulary // LOGITS))
+
+        def take(start: int, end: int, among: int = 1) -> None:
+            self._cross_entropy(
+                logits.data_ptr() + 4 * start * stride,
+                targets.data_ptr() + 8 * start,
+                weights.data_ptr() + 4 * start,
+                losses.data_ptr() + 4 * start,
+                end - start,
+                vocabulary,
+                stride,
+                among,
+            )
+
+        if self._uses_openmp:
+            take(0, rows, threads)
+        else:
+            _divide(take, rows, 1, threads)
+        return losses
+
+
+def _divide(work: Callable[[int, int], None], count: int, grain: int, threads: int) -> None:
+    """Do what is from 0 up to `count`, in as many parts as there are threads.
+
+    Args:
+        grain: each part begins at a multiple of it.
+    """
     if threads < 2:
-        unpack(0, count)
+        work(0, count)
         return
-    share = -(-count // threads // GROUP) * GROUP
+    share = -(-count // threads // grain) * grain
     starts = range(0, count, share)
     ends = [min(start + share, count) for start in starts]
     # A call of ctypes lets other threads run. All parts are waited for, and errors raised.
-    list(_pool(os.getpid(), threads).map(unpack, starts, ends))
+    list(_pool(os.getpid(), threads).map(work, starts, ends))
 
 
 @lru_cache(maxsize=1)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Threads that stay; a process that was forked has none of its parent's."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="fedtune-unpack")
+    return ThreadPoolExecutor(threads, thread_name_prefix="fedtune-kernels")
 
 
 # ---------------------------------------------------------------- building
 
 
-def load_native(compilers: Sequence[str], cache: Path) -> NativeUnpacker:
+def load_native(compilers: Sequence[str], cache: Path) -> NativeKernels:
     """The compiled source, made first where the cache does not hold it.
 
     Args:
@@ -190,7 +240,7 @@ def load_native(compilers: Sequence[str], cache: Path) -> NativeUnpacker:
     openmp = _torch_has_libgomp() and "#define __clang__ " not in compiler.macros
     description = f"{Path(compiler.path).name}, {compiler.vectors}"
     library = build(compiler, cache, openmp=openmp)
-    return NativeUnpacker(library, description, uses_openmp=openmp)
+    return NativeKernels(library, description, uses_openmp=openmp)
 
 
 def find_compiler(names: Sequence[str]) -> Compiler:
@@ -217,6 +267,7 @@ def build(compiler: Compiler, cache: Path, *, openmp: bool) -> Path:
         KernelError: the compiler fails, or the cache cannot be written to.
     """
     flags = _all_flags(compiler, openmp)
+    sources = [str(FOLDER / name) for name in SOURCES]
     library = cache / library_name(compiler, openmp=openmp)
     if library.is_file():
         return library
@@ -225,7 +276,7 @@ def build(compiler: Compiler, cache: Path, *, openmp: bool) -> Path:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             made = Path(folder) / library.name
-            finished = _run([compiler.path, *flags, str(SOURCE), "-o", str(made)])
+            finished = _run([compiler.path, *flags, *sources, "-lm", "-o", str(made)])
             if finished.returncode != 0:
                 raise KernelError(f"{compiler.path} failed: {_first_error(finished.stderr)}")
             os.replace(made, library)  # at once: another process may be loading it
@@ -240,7 +291,7 @@ def library_name(compiler: Compiler, *, openmp: bool) -> str:
     for path in sorted(FOLDER.iterdir()):
         if path.suffix in (".c", ".h"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return f"unpack-{digest.hexdigest()[:32]}.so"
+    return f"kernels-{digest.hexdigest()[:32]}.so"
 
 
 def _all_flags(compiler: Compiler, openmp: bool) -> list[str]:

@@ -2,8 +2,7 @@
 //
 // A device that has a C compiler makes a shared object of this file; fedtune/kernels/native.py
 // says how, and calls it. No fused multiply-adds (-ffp-contract=off): every path gives these bits.
-#include <stdint.h>
-#include <string.h>
+#include "portable.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -14,12 +13,6 @@
 #include "unpack_avx2.h"
 #else
 #include "unpack_plain.h"
-#endif
-
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
 #endif
 
 enum { SUPERBLOCK_SHIFT = 8, LONGEST_BLOCK = 128 };
@@ -39,18 +32,6 @@ typedef struct {
     int block;  // weights of a block: 32, 64 or 128
     int dtype;
 } Task;
-
-static inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-
-static inline float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
 
 // To the nearest, ties to even; without branches, for the compiler to vectorise.
 static inline void round_to_bfloat16(const float *values, uint16_t *out, int count) {

@@ -16,7 +16,7 @@ from host import HostLauncher, compile_for_host
 from fedtune.kernels import dispatch
 from fedtune.kernels.native import (
     Compiler,
-    NativeUnpacker,
+    NativeKernels,
     NoCompilerError,
     find_compiler,
     load_native,
@@ -46,7 +46,7 @@ def compiler() -> Compiler:
 
 
 @pytest.fixture(scope="session")
-def native(compiler: Compiler, tmp_path_factory: pytest.TempPathFactory) -> NativeUnpacker:
+def native(compiler: Compiler, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
     """The C path, as a device takes it."""
     return load_native((compiler.path,), tmp_path_factory.mktemp("native"))
 

@@ -30,7 +30,7 @@ exit 1
 def undecided(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """As in a fresh process that finds the compiler of this machine and an empty cache."""
     monkeypatch.setattr(dispatch, "_LAUNCHERS", {})
-    monkeypatch.setattr(dispatch, "_UNPACKERS", {})
+    monkeypatch.setattr(dispatch, "_NATIVE", {})
     monkeypatch.setattr(dispatch, "_WHY_TORCH", {})
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
     monkeypatch.setenv("FEDTUNE_KERNELS", "")
@@ -81,7 +81,7 @@ def test_a_compiler_that_fails_is_warned_of_in_one_line(
     with caplog.at_level(logging.WARNING, "fedtune.kernels.dispatch"):
         unpacked_on_the_cpu()
     assert caplog.messages == [
-        f"weights are unpacked without compiled C: {broken} failed: x.c:1: error: no headers"
+        f"no compiled C on this CPU, which is slower: {broken} failed: x.c:1: error: no headers"
     ]
 
 

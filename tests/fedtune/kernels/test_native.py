@@ -16,7 +16,7 @@ from tolerances import DTYPES
 from fedtune.errors import KernelError
 from fedtune.kernels import native as natives
 from fedtune.kernels import unpack
-from fedtune.kernels.native import Compiler, NativeUnpacker, build, library_name, load_native
+from fedtune.kernels.native import Compiler, NativeKernels, build, library_name, load_native
 from fedtune.kernels.packed import Bits, padded
 
 FLAGS = {"any CPU": (), "AVX2": ("-march=haswell",), "this CPU": None}
@@ -25,7 +25,7 @@ FLAGS = {"any CPU": (), "AVX2": ("-march=haswell",), "this CPU": None}
 @pytest.fixture(scope="module", params=FLAGS)
 def way(
     request: pytest.FixtureRequest, compiler: Compiler, tmp_path_factory: pytest.TempPathFactory
-) -> NativeUnpacker:
+) -> NativeKernels:
     """The source as compiled for one kind of CPU."""
     flags = FLAGS[request.param]
     if request.param == "AVX2":
@@ -35,7 +35,7 @@ def way(
             pytest.skip("this CPU has no AVX2")
     chosen = compiler if flags is None else replace(compiler, flags=flags)
     library = build(chosen, tmp_path_factory.mktemp("way"), openmp=False)
-    return NativeUnpacker(library, request.param, uses_openmp=False)
+    return NativeKernels(library, request.param, uses_openmp=False)
 
 
 def as_integers(values: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def as_integers(values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("block", [32, 64, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_every_way_gives_the_bits_of_plain_torch(
-    way: NativeUnpacker, bits: Bits, block: int, dtype: torch.dtype
+    way: NativeKernels, bits: Bits, block: int, dtype: torch.dtype
 ) -> None:
     for shape in ((1, 1), (3, 85), (16, 16), (130, 257), (0, 7)):
         packed, _ = random_packed(bits, block, shape)
@@ -59,7 +59,7 @@ def test_every_way_gives_the_bits_of_plain_torch(
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_part_is_that_part_and_nothing_around_it_is_written(
-    way: NativeUnpacker, bits: Bits, dtype: torch.dtype
+    way: NativeKernels, bits: Bits, dtype: torch.dtype
 ) -> None:
     packed, _ = random_packed(bits, 64, (20, 600))
     whole = unpack.dequantise(packed, 0, torch.empty(padded(packed.weights), dtype=dtype))
@@ -74,7 +74,7 @@ def test_a_part_is_that_part_and_nothing_around_it_is_written(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_values_are_rounded_as_torch_rounds(way: NativeUnpacker, dtype: torch.dtype) -> None:
+def test_values_are_rounded_as_torch_rounds(way: NativeKernels, dtype: torch.dtype) -> None:
     # Levels from below the least number of float16 to beyond its largest, ties and both signs.
     sizes = torch.cat(
         [
@@ -105,7 +105,7 @@ def test_any_number_of_threads_gives_the_same_bits(
     for name in ("OPENMP_WEIGHTS", "POOL_WEIGHTS"):
         monkeypatch.setattr(natives, name, 512)
     library = build(compiler, tmp_path, openmp=uses_openmp)
-    unpacker = NativeUnpacker(library, "", uses_openmp=uses_openmp)
+    unpacker = NativeKernels(library, "", uses_openmp=uses_openmp)
     packed, _ = random_packed(3, 32, (70, 113))
     expected = unpack.dequantise(packed, 256, torch.empty(7001))
     before = torch.get_num_threads()
@@ -118,7 +118,52 @@ def test_any_number_of_threads_gives_the_same_bits(
         torch.set_num_threads(before)
 
 
-def test_codes_need_not_lie_together_nor_at_an_even_byte(native: NativeUnpacker) -> None:
+@pytest.mark.parametrize("uses_openmp", [True, False])
+def test_any_number_of_threads_gives_the_same_loss(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uses_openmp: bool
+) -> None:
+    if uses_openmp and not natives._torch_has_libgomp():
+        pytest.skip("torch has no OpenMP of its own")
+    monkeypatch.setattr(natives, "LOGITS", 1)
+    kernels = NativeKernels(
+        build(compiler, tmp_path, openmp=uses_openmp), "", uses_openmp=uses_openmp
+    )
+    logits = torch.randn(11, 333, generator=torch.Generator().manual_seed(0))
+    targets, weights = torch.arange(11), torch.linspace(0.0, 2.0, 11)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            gradient = logits.clone()
+            losses = kernels.softmax_cross_entropy_(gradient, targets, weights)
+            found.append((losses, gradient))
+    finally:
+        torch.set_num_threads(before)
+    for losses, gradient in found:
+        assert torch.equal(losses, found[0][0])
+        assert torch.equal(gradient, found[0][1])
+        assert bool((losses > 0).all())
+
+
+def test_a_share_is_exact_to_float32(way: NativeKernels) -> None:
+    # The target has logit 0 and the rest of its row as little as a float32 exponential can hold.
+    logits = torch.linspace(-90.0, 0.0, 4001).repeat(2, 1)
+    exact = logits.double().softmax(1)
+    targets = torch.tensor([4000, 0])
+    exact[torch.arange(2), targets] -= 1.0
+    losses = way.softmax_cross_entropy_(logits, targets, torch.ones(2))
+    torch.testing.assert_close(logits.double(), exact, rtol=4e-7, atol=1e-38)
+    wide = torch.linspace(-90.0, 0.0, 4001).double().log_softmax(0)
+    torch.testing.assert_close(losses.double(), -wide[targets], rtol=2e-7, atol=0.0)
+
+
+def test_each_row_of_logits_needs_a_target_and_a_weight(native: NativeKernels) -> None:
+    with pytest.raises(KernelError, match="2 rows of logits need as many targets and weights"):
+        native.softmax_cross_entropy_(torch.empty(2, 4), torch.zeros(1).long(), torch.ones(2))
+
+
+def test_codes_need_not_lie_together_nor_at_an_even_byte(native: NativeKernels) -> None:
     packed, _ = random_packed(8, 64, (3, 100))
     expected = unpack.dequantise(packed, 0, torch.empty(300))
     apart = replace(packed, codes=torch.stack([packed.codes, packed.codes], 1)[:, 0])
@@ -128,13 +173,13 @@ def test_codes_need_not_lie_together_nor_at_an_even_byte(native: NativeUnpacker)
 
 
 @pytest.mark.parametrize("first", [100, -256, 512])
-def test_a_part_outside_the_matrix_is_refused(native: NativeUnpacker, first: int) -> None:
+def test_a_part_outside_the_matrix_is_refused(native: NativeKernels, first: int) -> None:
     packed, _ = random_packed(4, 64, (2, 200))
     with pytest.raises(KernelError, match="multiple of 256, and the matrix has 400"):
         native.dequantise(packed, first, torch.empty(256))
 
 
-def test_other_dtypes_and_strides_are_refused(native: NativeUnpacker) -> None:
+def test_other_dtypes_and_strides_are_refused(native: NativeKernels) -> None:
     packed, _ = random_packed(4, 64, (2, 200))
     with pytest.raises(KernelError, match=r"float32, bfloat16 or float16, got torch\.float64"):
         native.dequantise(packed, 0, torch.empty(256, dtype=torch.float64))
@@ -183,7 +228,7 @@ def test_a_broken_file_in_the_cache_is_named(compiler: Compiler, tmp_path: Path)
     openmp = natives._torch_has_libgomp() and "__clang__" not in compiler.macros
     library = tmp_path / library_name(compiler, openmp=openmp)
     library.write_bytes(b"cut off")
-    with pytest.raises(KernelError, match=r"unpack-\w+\.so cannot be loaded .*; delete it"):
+    with pytest.raises(KernelError, match=r"kernels-\w+\.so cannot be loaded .*; delete it"):
         load_native((compiler.path,), tmp_path)
 
 
