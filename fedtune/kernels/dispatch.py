@@ -42,18 +42,15 @@ def dequantise(packed: PackedWeights, first: int, out: Tensor) -> Tensor:
 
 def softmax_cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """See `reference.softmax_cross_entropy_`."""
-    launcher = launcher_of(logits)
+    launcher = _launcher_of(logits)
     if launcher is None:
-        native = _NATIVE.get(logits.device)
-        if native is not None and native.takes_logits(logits):
-            return native.softmax_cross_entropy_(logits, targets, weights)
         return reference.softmax_cross_entropy_(logits, targets, weights)
     return launches.softmax_cross_entropy_(launcher, logits, targets, weights)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """See `reference.swiglu`."""
-    launcher = launcher_of(gate)
+    launcher = _launcher_of(gate, up)
     if launcher is None:
         return reference.swiglu(gate, up)
     return launches.swiglu(launcher, gate, up)
@@ -61,7 +58,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_backward_(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.swiglu_backward_`."""
-    launcher = launcher_of(gate)
+    launcher = _launcher_of(gate, up, gradient)
     if launcher is None:
         return reference.swiglu_backward_(gradient, gate, up)
     return launches.swiglu_backward_(launcher, gradient, gate, up)
@@ -71,7 +68,7 @@ def rms_norm(
     x: Tensor, weight: Tensor, epsilon: float, weight_offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """See `reference.rms_norm`."""
-    launcher = launcher_of(x)
+    launcher = _launcher_of(x, weight)
     if launcher is None:
         return reference.rms_norm(x, weight, epsilon, weight_offset)
     return launches.rms_norm(launcher, x, weight, epsilon, weight_offset)
@@ -81,7 +78,7 @@ def rms_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor, weight_offset: float = 0.0
 ) -> Tensor:
     """See `reference.rms_norm_backward`."""
-    launcher = launcher_of(x)
+    launcher = _launcher_of(x, weight, gradient)
     if launcher is None:
         return reference.rms_norm_backward(gradient, x, weight, inverse_rms, weight_offset)
     return launches.rms_norm_backward(launcher, gradient, x, weight, inverse_rms, weight_offset)
@@ -89,7 +86,7 @@ def rms_norm_backward(
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """See `reference.rotate_`."""
-    launcher = launcher_of(x)
+    launcher = _launcher_of(x, cos, sin)
     if launcher is None:
         return reference.rotate_(x, cos, sin, inverse)
     return launches.rotate_(launcher, x, cos, sin, inverse)
@@ -135,6 +132,15 @@ def launcher_of(tensor: Tensor) -> Launcher | None:
         return _LAUNCHERS[device]
     except KeyError:
         return _choose(device)
+
+
+def _launcher_of(*tensors: Tensor) -> Launcher | None:
+    """The same, for kernels that C has too: of tensors of the dtype that it knows."""
+    launcher = launcher_of(tensors[0])
+    if launcher is None:
+        native = _NATIVE.get(tensors[0].device)
+        return native if native is not None and native.launches(*tensors) else None
+    return launcher
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""Kernels in C for a CPU, where the device has a C compiler: unpacking, and the cross-entropy.
+"""Kernels in C for a CPU, where the device has a C compiler.
 
 The package holds the source alone (`cpu/`), so that one pure-Python wheel serves every platform.
 The first process that needs it compiles it for this CPU, in about a second, and keeps the result
 in the user's cache, under a name made of the source and of all that the compiler says of itself
 and of the CPU: another compiler, CPU or version of the source makes another file. Weights are
-unpacked to the same bits on every path; a loss is that of plain torch up to its rounding.
+unpacked to the same bits on every path; the others, for float32 alone, give what plain torch gives
+up to its rounding. They take the arguments of the CUDA kernels (`launches`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ from fedtune.errors import KernelError
 from fedtune.kernels.packed import GROUP, PackedWeights, padded
 
 FOLDER = Path(__file__).parent / "cpu"
-SOURCES = ("cross_entropy.c", "dequantise.c")
+SOURCES = ("cross_entropy.c", "dequantise.c", "rms_norm.c", "rotate.c", "swiglu.c")
 COMPILE_S = 120.0
 """How long a compiler may take; it takes about one second on an idle core."""
 OPENMP_WEIGHTS = 1 << 16
@@ -37,13 +39,29 @@ OPENMP_WEIGHTS = 1 << 16
 Chosen."""
 POOL_WEIGHTS = 1 << 20
 """The same for threads of our own, which take ten times as long to start. Chosen."""
-LOGITS = 1 << 16
-"""Logits for each thread, at least: some 50 us of work. Chosen."""
-
-_FLAGS = ("-x", "c", "-std=c11", "-O3", "-ffp-contract=off", "-fno-trapping-math")
+_FLAGS = (
+    "-x",
+    "c",
+    "-std=c11",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+)
 _LIBRARY_FLAGS = ("-fPIC", "-shared", "-fvisibility=hidden")
 _FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())
 """How compilers are asked for all that this CPU can do; the first that one understands is taken."""
+_LAUNCHED = {
+    "cross_entropy_f32": "cross_entropy_f32",
+    "rms_norm_f32_f32": "rms_norm_f32",
+    "rms_norm_short_f32_f32": "rms_norm_f32",
+    "rms_norm_backward_f32_f32": "rms_norm_backward_f32",
+    "rms_norm_backward_short_f32_f32": "rms_norm_backward_f32",
+    "rotate_f32_f32": "rotate_f32",
+    "swiglu_f32": "swiglu_f32",
+    "swiglu_backward_f32": "swiglu_backward_f32",
+}
+"""A kernel's name in `launches` -> the function that does its work here."""
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VECTORS = {"__AVX512F__": "AVX-512", "__AVX2__": "AVX2"}
 
@@ -89,7 +107,7 @@ class NativeKernels:
         try:
             loaded = ctypes.CDLL(str(library))
             self._dequantise = loaded.fedtune_dequantise
-            self._cross_entropy = loaded.fedtune_cross_entropy
+            self._launched = {name: getattr(loaded, own) for name, own in _LAUNCHED.items()}
         except (OSError, AttributeError) as error:
             raise KernelError(
                 f"{library} cannot be loaded ({error}); delete it to have it made again"
@@ -107,9 +125,9 @@ class NativeKernels:
             long,  # weights
             *[number] * 4,  # bits, block, dtype, threads
         ]
-        # Logits, targets, weights, losses; rows, vocabulary, logits from a row to the next; threads
-        self._cross_entropy.argtypes = [*[pointer] * 4, *[long] * 3, number]
-        self._dequantise.restype = self._cross_entropy.restype = None
+        self._dequantise.restype = None
+        for function in self._launched.values():
+            function.argtypes, function.restype = [ctypes.c_char_p, number], None
         self.description = description
         self._uses_openmp = uses_openmp
 
@@ -156,45 +174,26 @@ class NativeKernels:
         _divide(unpack, count, GROUP, min(threads, count // POOL_WEIGHTS))
         return out
 
-    def takes_logits(self, logits: Tensor) -> bool:
-        """Whether there is a cross-entropy of these logits."""
-        return logits.dtype == torch.float32 and logits.dim() == 2 and logits.stride(1) == 1
+    def launches(self, *tensors: Tensor) -> bool:
+        """Whether kernels other than unpacking run here on these tensors: plain torch if not.
 
-    def softmax_cross_entropy_(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """See `fedtune.kernels.reference.softmax_cross_entropy_`; of logits that it takes.
-
-        Raises:
-            KernelError: targets or weights are not one for each row.
+        They have threads from OpenMP alone.
         """
-        rows, vocabulary = logits.shape
-        if tuple(targets.shape) != (rows,) or tuple(weights.shape) != (rows,):
-            raise KernelError(
-                f"{rows} rows of logits need as many targets and weights, "
-                f"got {tuple(targets.shape)} and {tuple(weights.shape)}"
-            )
-        losses = torch.zeros(rows, dtype=torch.float32)
-        targets, weights = targets.to(torch.int64), weights.to(torch.float32)
-        targets, weights = targets.contiguous(), weights.contiguous()
-        stride = logits.stride(0)
-        threads = max(1, min(torch.get_num_threads(), rows * vocabulary // LOGITS))
+        float32 = torch.float32
+        return all(tensor.dtype is float32 for tensor in tensors) and (
+            self._uses_openmp or torch.get_num_threads() == 1
+        )
 
-        def take(start: int, end: int, among: int = 1) -> None:
-            self._cross_entropy(
-                logits.data_ptr() + 4 * start * stride,
-                targets.data_ptr() + 8 * start,
-                weights.data_ptr() + 4 * start,
-                losses.data_ptr() + 4 * start,
-                end - start,
-                vocabulary,
-                stride,
-                among,
-            )
+    @property
+    def processors(self) -> int:
+        """Threads that work at once."""
+        return torch.get_num_threads()
 
-        if self._uses_openmp:
-            take(0, rows, threads)
-        else:
-            _divide(take, rows, 1, threads)
-        return losses
+    def launch(
+        self, name: str, teams: int, threads: int, layout: Struct, *arguments: float
+    ) -> None:
+        """Run a kernel, as `fedtune.kernels.driver.Launcher` says; teams are not needed here."""
+        self._launched[name](layout.pack(*arguments), torch.get_num_threads())
 
 
 def _divide(work: Callable[[int, int], None], count: int, grain: int, threads: int) -> None:

@@ -2,29 +2,9 @@
 //
 // A row is read three times while it lies in the cache. Sums are kept in lanes, which the compiler
 // takes for a vector: it may not reorder a sum by itself.
-#include "portable.h"
-
-#include <math.h>
+#include "exponential.h"
 
 enum { LANES = 16, RUN = 1024 };  // a run is summed in float32, and runs in float64
-
-// e ** x for x <= 0, and not a number for that; 0 where float32 has no normal number for it. Relative
-// error below 2e-7: x = n ln 2 + r, and a polynomial for e ** r with |r| <= ln 2 / 2 (Cephes, expf).
-static inline float exponential(float x) {
-    const float rounder = 12582912.0f;  // 1.5 * 2 ** 23: adding it leaves whole numbers
-    const float shifted = x * 1.44269504f + rounder;
-    const float n = shifted - rounder;
-    const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    float power = 1.9875691500e-4f;
-    power = power * r + 1.3981999507e-3f;
-    power = power * r + 8.3334519073e-3f;
-    power = power * r + 4.1665795894e-2f;
-    power = power * r + 1.6666665459e-1f;
-    power = power * r + 5.0000001201e-1f;
-    power = power * r * r + r + 1.0f;
-    const float scaled = power * float_of((bits_of(shifted) << 23) + 0x3f800000u);
-    return x < -87.0f ? 0.0f : scaled;
-}
 
 static float largest_of(const float *row, int64_t count) {
     float lanes[LANES], largest = -INFINITY;
@@ -77,15 +57,22 @@ static float row_loss(float *row, int64_t count, int64_t target, float weight) {
     return loss;
 }
 
-EXPORT void fedtune_cross_entropy(float *logits, const int64_t *targets, const float *weights,
-                                  float *losses, int64_t rows, int64_t vocabulary,
-                                  int64_t row_stride, int threads) {
-    (void)threads;  // without OpenMP, the caller divides the rows
+typedef struct {  // as in ../cuda/cross_entropy.h
+    float *logits;
+    const int64_t *targets;
+    const float *weights;
+    float *losses;
+    int64_t rows, vocabulary, row_stride;
+} CrossEntropy;
+
+EXPORT void cross_entropy_f32(const CrossEntropy *given, int threads) {
+    const int64_t rows = given->rows, vocabulary = given->vocabulary;
+    (void)threads;
 #if defined(_OPENMP)
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+#pragma omp parallel for num_threads(threads) if (rows * vocabulary >= ENOUGH)
 #endif
     for (int64_t row = 0; row < rows; row++) {
-        float *const first = logits + row * row_stride;
-        losses[row] = row_loss(first, vocabulary, targets[row], weights[row]);
+        float *const first = given->logits + row * given->row_stride;
+        given->losses[row] = row_loss(first, vocabulary, given->targets[row], given->weights[row]);
     }
 }

@@ -17,3 +17,5 @@ static inline float float_of(uint32_t bits) {
     memcpy(&value, &bits, 4);
     return value;
 }
+
+enum { ENOUGH = 65536 };  // numbers that are worth the start of threads; chosen

@@ -14,8 +14,8 @@ from oracle import random_packed
 from tolerances import DTYPES
 
 from fedtune.errors import KernelError
+from fedtune.kernels import launches, unpack
 from fedtune.kernels import native as natives
-from fedtune.kernels import unpack
 from fedtune.kernels.native import Compiler, NativeKernels, build, library_name, load_native
 from fedtune.kernels.packed import Bits, padded
 
@@ -118,32 +118,49 @@ def test_any_number_of_threads_gives_the_same_bits(
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("uses_openmp", [True, False])
-def test_any_number_of_threads_gives_the_same_loss(
-    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uses_openmp: bool
+def test_any_number_of_threads_gives_the_same_numbers(
+    native: NativeKernels,
 ) -> None:
-    if uses_openmp and not natives._torch_has_libgomp():
+    if not native.launches():
         pytest.skip("torch has no OpenMP of its own")
-    monkeypatch.setattr(natives, "LOGITS", 1)
-    kernels = NativeKernels(
-        build(compiler, tmp_path, openmp=uses_openmp), "", uses_openmp=uses_openmp
-    )
-    logits = torch.randn(11, 333, generator=torch.Generator().manual_seed(0))
-    targets, weights = torch.arange(11), torch.linspace(0.0, 2.0, 11)
-    found = []
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+    def everything() -> list[torch.Tensor]:
+        logits, gate, up, x = random(11, 7001), random(30, 5001), random(30, 5001), random(97, 800)
+        targets, weights = torch.arange(11), torch.linspace(0.0, 2.0, 11)
+        losses = launches.softmax_cross_entropy_(native, logits, targets, weights)
+        product = launches.swiglu(native, gate, up)
+        launches.swiglu_backward_(native, random(30, 5001), gate, up)
+        norm, inverse = launches.rms_norm(native, x, random(800), 1e-5)
+        back = launches.rms_norm_backward(native, random(97, 800), x, random(800), inverse)
+        turned = launches.rotate_(native, random(97, 40, 20), random(97, 20), random(97, 20))
+        return [losses, logits, product, gate, up, norm, inverse, back, turned]
+
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3, 7):
+        torch.set_num_threads(1)
+        alone = everything()
+        for threads in (2, 7):
             torch.set_num_threads(threads)
-            gradient = logits.clone()
-            losses = kernels.softmax_cross_entropy_(gradient, targets, weights)
-            found.append((losses, gradient))
+            for found, expected in zip(everything(), alone, strict=True):
+                assert torch.equal(found, expected)
     finally:
         torch.set_num_threads(before)
-    for losses, gradient in found:
-        assert torch.equal(losses, found[0][0])
-        assert torch.equal(gradient, found[0][1])
-        assert bool((losses > 0).all())
+
+
+def test_without_openmp_only_unpacking_has_threads(compiler: Compiler, tmp_path: Path) -> None:
+    kernels = NativeKernels(build(compiler, tmp_path, openmp=False), "", uses_openmp=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert kernels.launches(torch.empty(0))
+        assert not kernels.launches(torch.empty(0), torch.empty(0, dtype=torch.bfloat16))
+        torch.set_num_threads(2)
+        assert not kernels.launches(torch.empty(0))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_share_is_exact_to_float32(way: NativeKernels) -> None:
@@ -152,15 +169,10 @@ def test_a_share_is_exact_to_float32(way: NativeKernels) -> None:
     exact = logits.double().softmax(1)
     targets = torch.tensor([4000, 0])
     exact[torch.arange(2), targets] -= 1.0
-    losses = way.softmax_cross_entropy_(logits, targets, torch.ones(2))
+    losses = launches.softmax_cross_entropy_(way, logits, targets, torch.ones(2))
     torch.testing.assert_close(logits.double(), exact, rtol=4e-7, atol=1e-38)
     wide = torch.linspace(-90.0, 0.0, 4001).double().log_softmax(0)
     torch.testing.assert_close(losses.double(), -wide[targets], rtol=2e-7, atol=0.0)
-
-
-def test_each_row_of_logits_needs_a_target_and_a_weight(native: NativeKernels) -> None:
-    with pytest.raises(KernelError, match="2 rows of logits need as many targets and weights"):
-        native.softmax_cross_entropy_(torch.empty(2, 4), torch.zeros(1).long(), torch.ones(2))
 
 
 def test_codes_need_not_lie_together_nor_at_an_even_byte(native: NativeKernels) -> None:
