@@ -175,8 +175,8 @@ def cache_folder() -> Path:
 def kernel_path() -> KernelPath:
     """Which path kernels take: `FEDTUNE_KERNELS` where it is set, else `auto`.
 
-    `auto` takes the fastest that runs on a device. `c` wants the CPU's weights unpacked by compiled
-    C, and an error where that cannot be. `torch` wants plain torch, on GPUs too.
+    `auto` takes the fastest that runs on a device. `c` wants compiled C on the CPU, and an error
+    where that cannot be. `torch` wants plain torch, on GPUs too.
 
     Raises:
         ConfigError: the variable holds something else.

@@ -1,7 +1,7 @@
 """Kernels in C for a CPU, where the device has a C compiler.
 
 The package holds the source alone (`cpu/`), so that one pure-Python wheel serves every platform.
-The first process that needs it compiles it for this CPU, in about a second, and keeps the result
+The first process that needs it compiles it for this CPU, in two seconds or so, and keeps the result
 in the user's cache, under a name made of the source and of all that the compiler says of itself
 and of the CPU: another compiler, CPU or version of the source makes another file. Weights are
 unpacked to the same bits on every path; the others, for float32 alone, give what plain torch gives
@@ -33,7 +33,7 @@ from fedtune.kernels.packed import GROUP, PackedWeights, padded
 FOLDER = Path(__file__).parent / "cpu"
 SOURCES = ("cross_entropy.c", "dequantise.c", "rms_norm.c", "rotate.c", "swiglu.c")
 COMPILE_S = 120.0
-"""How long a compiler may take; it takes about one second on an idle core."""
+"""How long a compiler may take; it takes about two seconds on an idle core."""
 OPENMP_WEIGHTS = 1 << 16
 """Weights for each thread of OpenMP's, at least: some 5 us of work, as long as it takes to start.
 Chosen."""
