@@ -1,8 +1,8 @@
 """The run file, read once at the edge: from TOML and `--set` to a frozen `RunConfig`.
 
-`load_run_config` is the only place that reads a run file, and `cache_folder` the only one that
-reads the environment. Unknown keys and bad values are one-line errors that name the file, the key,
-the value, what is allowed and the nearest valid key.
+`load_run_config` is the only place that reads a run file; `cache_folder`, `kernel_path` and
+`c_compilers` are the only ones that read the environment. Unknown keys and bad values are one-line
+errors that name the file, the key, the value, what is allowed and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias, cast, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fedtune.errors import ConfigError
 from fedtune.settings import DeviceClassSection, PartitionSection, RunConfig, Section
+
+KernelPath: TypeAlias = Literal["auto", "c", "torch"]
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -167,6 +170,30 @@ def cache_folder() -> Path:
         return Path.home() / "Library" / "Caches" / "fedtune"
     shared = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(shared) if shared else Path.home() / ".cache") / "fedtune"
+
+
+def kernel_path() -> KernelPath:
+    """Which path kernels take: `FEDTUNE_KERNELS` where it is set, else `auto`.
+
+    `auto` takes the fastest that runs on a device. `c` wants compiled C on the CPU, and an error
+    where that cannot be. `torch` wants plain torch, on GPUs too.
+
+    Raises:
+        ConfigError: the variable holds something else.
+    """
+    chosen = os.environ.get("FEDTUNE_KERNELS", "") or "auto"
+    for path in get_args(KernelPath):
+        if chosen == path:
+            return cast(KernelPath, path)
+    raise ConfigError(
+        f"FEDTUNE_KERNELS must be auto, c or torch, got {chosen!r}; change or unset it"
+    )
+
+
+def c_compilers() -> tuple[str, ...]:
+    """Names or paths of C compilers, the first choice first: `CC` and `CXX` where they are set."""
+    chosen = (os.environ.get("CC", ""), os.environ.get("CXX", ""))
+    return tuple(dict.fromkeys(name for name in (*chosen, "cc", "gcc", "clang", "g++") if name))
 
 
 # ---------------------------------------------------------------- refusing

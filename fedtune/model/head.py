@@ -13,6 +13,7 @@ way over autograd is taken.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -105,11 +106,11 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hits = torch.zeros((), dtype=torch.int64, device=hidden.device)
         size = chunk_rows(weight.shape[0], hidden.element_size(), hidden.device.type)
-        buffer = hidden.new_empty(min(size, len(rows)), weight.shape[0])
-        ones = torch.ones(len(buffer), dtype=torch.float32, device=hidden.device)
+        multiply = _product_with(weight, min(size, len(rows)))
+        ones = torch.ones(min(size, len(rows)), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(rows), size):
             part = chosen[start : start + size]
-            logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
+            logits = multiply(part)
             slope = _reshape_(logits, head)
             wished = targets[start : start + size]
             best = logits.amax(-1)
@@ -121,6 +122,7 @@ class _HeadLoss(torch.autograd.Function):
                     logits.mul_(slope)
                 # The rows are done with: their place takes the gradient.
                 torch.mm(logits, weight, out=part)
+            del logits  # its memory is that of the next chunk
         if wanted:
             ctx.save_for_backward(chosen, rows, weights)
             ctx.tokens = len(hidden)
@@ -135,6 +137,25 @@ class _HeadLoss(torch.autograd.Function):
         gradient = slopes.new_zeros(ctx.tokens, slopes.shape[1])
         gradient.index_copy_(0, rows, (slopes * scale).to(slopes.dtype))
         return gradient, None, None, None, None
+
+
+def _product_with(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """x -> x W^T of up to so many rows; a result is valid until the next is asked for.
+
+    oneDNN's product takes 0.7 to 0.8 of the time of torch's own for 64 to 256 rows of a vocabulary
+    of 32 thousand (hidden size 288, one core of a Zen 4). Measured with AVX-512 alone, so used
+    there alone; torch gives it no public name.
+    """
+    fast = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if (
+        fast is not None
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    ):
+        return lambda x: fast(x, weight, None, "none", [], "")
+    buffer = weight.new_empty(rows, weight.shape[0])
+    return lambda x: torch.mm(x, weight.t(), out=buffer[: len(x)])
 
 
 def _reshape_(logits: Tensor, head: Head) -> Tensor | None:

@@ -50,7 +50,7 @@ class OptimizerMemory:
         for name in self.squares.keys() & parameters.keys():
             parameter = parameters[name]
             steps = torch.tensor(float(self.steps[name]))
-            # torch's fused AdamW, which is for CUDA here, counts on the device.
+            # torch's fused AdamW counts on the device.
             optimizer.state[parameter] = {
                 "step": steps.to(parameter.device),
                 "exp_avg": torch.zeros_like(parameter),

@@ -127,9 +127,8 @@ def _build(groups: list[dict[str, Any]], settings: OptimizerSpec) -> Optimizer:
     }
     if settings.name == "adamw-8bit":
         return _eight_bit(groups, adam, on_cuda)
-    # On a CPU `foreach` gives the same bits as the plain loop in two thirds of its time; `fused`
-    # is faster still and rounds otherwise.
-    return AdamW(groups, **adam, fused=True) if on_cuda else AdamW(groups, **adam, foreach=True)
+    # One pass over each parameter: on a CPU in a third of the time of `foreach`, rounded otherwise.
+    return AdamW(groups, **adam, fused=True)
 
 
 def _eight_bit(groups: list[dict[str, Any]], adam: dict[str, Any], on_cuda: bool) -> Optimizer:

@@ -1,4 +1,4 @@
-"""The paths over which the tests of the kernels run: plain torch, and the compiled bodies."""
+"""The paths over which the tests of the kernels run: plain torch, C, and the compiled bodies."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside the tes
 from host import HostLauncher, compile_for_host
 
 from fedtune.kernels import dispatch
+from fedtune.kernels.native import (
+    Compiler,
+    NativeKernels,
+    NoCompilerError,
+    find_compiler,
+    load_native,
+)
+
+COMPILERS = ("cc", "gcc", "clang")
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +34,24 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> HostLauncher:
     return HostLauncher(library)
 
 
-@pytest.fixture(params=["torch", "bodies", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="session")
+def compiler() -> Compiler:
+    """A C compiler of this machine."""
+    if sys.platform == "win32":
+        pytest.skip("there is no C path on Windows")
+    try:
+        return find_compiler(COMPILERS)
+    except NoCompilerError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def native(compiler: Compiler, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
+    """The C path, as a device takes it."""
+    return load_native((compiler.path,), tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture(params=["torch", "c", "bodies", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Where a test makes its tensors; `dispatch` takes one path there during the test."""
     if request.param == "cuda":
@@ -37,6 +63,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         torch.cuda.synchronize()
         return
     cpu = torch.device("cpu")
-    launcher = request.getfixturevalue("host") if request.param == "bodies" else None
-    with dispatch.chosen(launcher, cpu):
+    fixture = {"c": "native", "bodies": "host"}.get(request.param)
+    with dispatch.chosen(fixture and request.getfixturevalue(fixture), cpu):
         yield cpu
