@@ -86,7 +86,8 @@ class Method:
     more_rounds: float = 1.0
 
 
-def _padded(rank_cap: int) -> dict[str, dict[str, object]]:
+def padded(rank_cap: int) -> dict[str, dict[str, object]]:
+    """Sections of a run file that average A and B apart, over devices of equal local steps."""
     return {
         "aggregate": {"rule": "zero-pad"},
         "lora": {"rank_max": rank_cap, "rank_cap": rank_cap},
@@ -99,14 +100,14 @@ METHODS = (
     Method(
         "fedit",
         f"FedIT, rank {CARRIED_RANK}",
-        _padded(CARRIED_RANK),
+        padded(CARRIED_RANK),
         dict.fromkeys(APART, CARRIED_RANK),
         (1e-2, 3e-3, 3e-2),
     ),
     Method(
         "hetlora",
         "HetLoRA-like, ranks " + ", ".join(map(str, RANKS.values())),
-        _padded(max(RANKS.values())),
+        padded(max(RANKS.values())),
         RANKS,
         (1e-2, 3e-3, 3e-2),
     ),
