@@ -8,7 +8,8 @@ be trained (on an int8 backbone, one sample at a time, activations recomputed). 
 data: e2e_nlg, one of the largest restaurants per device, dealt to the classes by the seed; held
 out: every 24th line of test.jsonl, loss per response token of the merged model after every round.
 
-- FedIT: rank 4 everywhere, A and B averaged apart, equal local steps.
+- FedIT: rank 4 everywhere, A and B averaged apart, equal local steps; and with one local step, so
+  that rounds are as short as its weakest device allows.
 - HetLoRA-like: ranks 4, 8 and 16 by hand, padded with zeros (without pruning and sparsity
   weights), equal local steps.
 - fedtune: the rule `delta` and the planner's own choice of ranks, depth, steps, and the rest.
@@ -16,11 +17,12 @@ out: every 24th line of test.jsonl, loss per response token of the merged model 
 Training is real. The clock is not: a round takes as long as the slowest device's plan says
 (arithmetic, weight traffic, both transfers), whoever made the plan. A rival's target is the lowest
 loss that it gets to, and its time is when it first gets there; a speedup is that time over the time
-at which fedtune's loss first is as low, interpolated between rounds. All methods have the same
-local steps at most, batches of 4 samples, AdamW, no clipping, a constant learning rate: of three
-values the one that is best on seed 0, for rivals by loss, for fedtune by time to FedIT's loss.
+at which fedtune's loss first is as low, interpolated between rounds. Nobody takes more than 10
+local steps; batches of 4 samples, AdamW, no clipping, a constant learning rate: of three values the
+one that is best on seed 0, for rivals by loss, for fedtune by time to FedIT's loss.
 
-`--quick` takes one device per class, fewer rounds, one seed, and the learning rates found before.
+`--quick` takes two devices per class, four rounds, one seed, one learning rate, and not the line of
+one local step.
 """
 
 from __future__ import annotations
@@ -63,8 +65,10 @@ class Size:
     seeds: tuple[int, ...]
 
 
-FULL = Size(3, 12, 24, (0, 1, 2))
-QUICK = Size(1, 6, 48, (0,))
+FULL = Size(4, 12, 24, (0, 1, 2))
+QUICK = Size(2, 4, 48, (0,))
+QUICK_RATE = 3e-3
+"""Of every method under `--quick`."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +78,18 @@ class Method:
     Attributes:
         run: sections of the run file that make the method.
         ranks: class -> pinned rank; empty: planned.
-        rates: learning rates to choose from; the first is that of `--quick`.
+        local_steps: most that a device takes in a round.
         more_rounds: rounds as a multiple of the experiment's; short rounds may be more.
+        every: rounds between held-out losses.
     """
 
     key: str
     text: str
     run: Mapping[str, Mapping[str, object]]
     ranks: Mapping[str, int]
-    rates: tuple[float, ...]
+    local_steps: int = LOCAL_STEPS
     more_rounds: float = 1.0
+    every: int = 1
 
 
 def padded(rank_cap: int) -> dict[str, dict[str, object]]:
@@ -96,30 +102,34 @@ def padded(rank_cap: int) -> dict[str, dict[str, object]]:
 
 
 FEDTUNE = "fedtune"
+ONE_STEP = "fedit_one_step"
+_EQUAL = dict.fromkeys(APART, CARRIED_RANK)
 METHODS = (
+    Method("fedit", f"FedIT, rank {CARRIED_RANK}", padded(CARRIED_RANK), _EQUAL),
     Method(
-        "fedit",
-        f"FedIT, rank {CARRIED_RANK}",
+        ONE_STEP,
+        f"FedIT, rank {CARRIED_RANK}, one local step",
         padded(CARRIED_RANK),
-        dict.fromkeys(APART, CARRIED_RANK),
-        (1e-2, 3e-3, 3e-2),
+        _EQUAL,
+        local_steps=1,
+        more_rounds=8,
+        every=8,
     ),
     Method(
         "hetlora",
         "HetLoRA-like, ranks " + ", ".join(map(str, RANKS.values())),
         padded(max(RANKS.values())),
         RANKS,
-        (1e-2, 3e-3, 3e-2),
     ),
     Method(
         FEDTUNE,
         "fedtune's plan",
         {"lora": {"rank_max": max(RANKS.values()), "rank_cap": 32}},
         {},
-        (1e-2, 3e-3, 3e-2),
-        1.5,
+        more_rounds=1.5,
     ),
 )
+RATES = (1e-3, 3e-3, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ class Played:
 
     Attributes:
         round_seconds: virtual seconds of a round.
-        losses: held-out loss of the base model, and after every round.
+        losses: held-out loss of the base model, and after every `every` rounds.
         steps: class -> local steps of its devices.
         took_s: real seconds.
     """
@@ -140,13 +150,14 @@ class Played:
     losses: tuple[float, ...]
     steps: Mapping[str, int]
     took_s: float
+    every: int = 1
 
     def seconds_to(self, loss: float) -> float:
         """Virtual seconds until the loss is first as low, straight between rounds; inf: never."""
         for index, (before, after) in enumerate(zip(self.losses, self.losses[1:], strict=False)):
             if after <= loss:
                 part = 0.0 if before <= loss else (before - loss) / (before - after)
-                return self.round_seconds * (index + part)
+                return self.round_seconds * self.every * (index + part)
         return math.inf
 
 
@@ -194,7 +205,7 @@ def run_tree(
         },
         "fleet": fleet(size, weak_bytes, method.ranks),
         "train": {
-            "local_steps": LOCAL_STEPS,
+            "local_steps": method.local_steps,
             "batch_size": 4,
             "learning_rate": rate,
             "max_gradient_norm": 0.0,
@@ -257,7 +268,7 @@ def play(
         outputs = {"folder": str(Path(folder) / "run"), "exports": [], "keep_checkpoints": rounds}
         config = parse_run_config({**tree, "outputs": outputs}, "fleet")
         run = simulate_config(config, watch=watch, overwrite=True)
-        losses = losses_of(config, run)
+        losses = losses_of(config, run, method.every)
     return Played(
         method.key,
         rate,
@@ -266,11 +277,12 @@ def play(
         losses=losses,
         steps={row["device_class"]: row["local_steps"] for row in planned},
         took_s=time.perf_counter() - started,
+        every=method.every,
     )
 
 
-def losses_of(config: Any, run: Path) -> tuple[float, ...]:  # a RunConfig
-    """Held-out loss of the base, and merged with the checkpoint of every round."""
+def losses_of(config: Any, run: Path, every: int) -> tuple[float, ...]:  # a RunConfig
+    """Held-out loss of the base, and merged with every checkpoint that is to be measured."""
     from fedtune.data.samples import SampleBuilder, build_samples
     from fedtune.data.sites import read_test_rows
     from fedtune.evaluate.perplexity import held_out_loss
@@ -283,7 +295,8 @@ def losses_of(config: Any, run: Path) -> tuple[float, ...]:  # a RunConfig
     builder = SampleBuilder(load_tokenizer(base), config.data)
     samples = build_samples(read_test_rows(config.data), builder).samples
     losses = [held_out_loss(load_base(base, "causal-lm"), samples).loss]
-    for path in sorted((run / "checkpoints").glob("round-*.safetensors")):
+    checkpoints = sorted((run / "checkpoints").glob("round-*.safetensors"))
+    for path in checkpoints[every - 1 :: every]:
         model = merged_model(base, read_checkpoint(path).adapter, "causal-lm", ())
         losses.append(held_out_loss(model, samples).loss)
     return tuple(losses)
@@ -316,16 +329,17 @@ def play_all(size: Size, shared: Path, quick: bool) -> dict[str, list[Played]]:
             return runs
 
         first = size.seeds[0]
-        rates = {method.key: method.rates[:1] if quick else method.rates for method in METHODS}
-        tried = play_jobs([(m, rate, first) for m in METHODS for rate in rates[m.key]])
+        methods = [m for m in METHODS if not quick or m.key != ONE_STEP]
+        rates = (QUICK_RATE,) if quick else RATES
+        tried = play_jobs([(m, rate, first) for m in methods for rate in rates])
         rivals: list[Played] = []
-        for method in METHODS:
+        for method in methods:
             runs = [run for run in tried if run.key == method.key]
             rate = best_rate(runs, rivals)
             found[method.key] = [run for run in runs if run.rate == rate]
             rivals += found[method.key]
         chosen = {key: runs[0].rate for key, runs in found.items()}
-        for run in play_jobs([(m, chosen[m.key], s) for s in size.seeds[1:] for m in METHODS]):
+        for run in play_jobs([(m, chosen[m.key], s) for s in size.seeds[1:] for m in methods]):
             found[run.key].append(run)
     return found
 
@@ -347,6 +361,8 @@ def speedups(found: Mapping[str, Sequence[Played]], rival: str) -> list[float]:
 def rows_of(found: Mapping[str, Sequence[Played]]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for method in METHODS:
+        if method.key not in found:
+            continue
         runs = found[method.key]
         target = [min(run.losses) for run in found["fedit"]]
         reached = [run.seconds_to(loss) for run, loss in zip(runs, target, strict=True)]
@@ -357,12 +373,16 @@ def rows_of(found: Mapping[str, Sequence[Played]]) -> list[dict[str, object]]:
                 "learning rate": f"{runs[0].rate:g}",
                 "local steps": ", ".join(str(runs[0].steps[name]) for name in APART),
                 "virtual s a round": f"{mean(run.round_seconds for run in runs):.2f}",
-                "s to FedIT's loss, by seed": ", ".join(f"{each:.1f}" for each in reached),
+                "s to FedIT's loss, by seed": ", ".join(_seconds_text(each) for each in reached),
                 "lowest loss": f"{mean(min(run.losses) for run in runs):.3f}",
                 "fedtune is sooner by": ", ".join(f"{each:.1f}" for each in factors) or "-",
             }
         )
     return rows
+
+
+def _seconds_text(seconds: float) -> str:
+    return f"{seconds:.1f}" if math.isfinite(seconds) else "not reached"
 
 
 def figures(found: Mapping[str, Sequence[Played]]) -> dict[str, object]:
