@@ -67,7 +67,7 @@ class Size:
 
 FULL = Size(4, 12, 24, (0, 1, 2))
 QUICK = Size(2, 4, 48, (0,))
-QUICK_RATE = 3e-3
+QUICK_RATE = 1e-2
 """Of every method under `--quick`."""
 
 
