@@ -33,6 +33,10 @@ def test_a_loss_counts_when_it_is_first_as_low_even_if_it_rises_again() -> None:
     assert played("fedit", 4.0, 2.0, 3.0, 2.0).seconds_to(2.5) == 7.5
 
 
+def test_a_run_that_is_measured_every_few_rounds_counts_all_of_them() -> None:
+    assert replace(played("fedit", 4.0, 2.0), every=8).seconds_to(3.0) == 40.0
+
+
 def test_a_rival_is_measured_where_it_is_best_and_not_where_it_stops() -> None:
     rival = played("fedit", 4.0, 2.0, 3.0)
     ours = played(FEDTUNE, 4.0, 2.0, 1.0, seconds=2.0)
