@@ -39,8 +39,8 @@ def test_a_run_that_is_measured_every_few_rounds_counts_all_of_them() -> None:
 
 def test_a_rival_is_measured_where_it_is_best_and_not_where_it_stops() -> None:
     rival = played("fedit", 4.0, 2.0, 3.0)
-    ours = played(FEDTUNE, 4.0, 2.0, 1.0, seconds=2.0)
-    assert fleet.speedup(rival, ours) == 5.0
+    ours = played(FEDTUNE, 4.0, 2.8, 2.0, seconds=2.0)
+    assert fleet.speedup(rival, ours) == 2.5
 
 
 def test_a_loss_that_is_never_reached_is_no_speedup() -> None:
