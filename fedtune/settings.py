@@ -383,7 +383,7 @@ class PlanSection(Section):
         "`gain_weight` over seconds to the power of this; 0: only what is learned counts",
     )
     gain_weight: float = Field(
-        1.0, ge=0, description="how much what the devices learn in a round counts; see above"
+        2.0, ge=0, description="how much what the devices learn in a round counts; see above"
     )
     steps: Literal["planned", "equal"] = Field(
         "planned",

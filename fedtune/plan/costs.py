@@ -133,11 +133,11 @@ class Costs:
     def peak(self, task: Task, option: Option) -> tuple[PeakLine, float]:
         """The line of an option in a reference form, and what its own form takes beyond that."""
         reference = replace(option, form=MatrixForm("bf16"))
-        mode = (*_mode(option), task.whole_matrices)
+        mode = (*_mode(option), task.whole_matrices, task.itemsize)
         if mode not in self._peaks:
             self._peaks[mode] = _peak_line(lambda **more: self._bytes(task, reference, **more))
         # The form's share depends on nothing else but on what is unpacked at a time.
-        key = (option.form, option.checkpointing, task.whole_matrices)
+        key = (option.form, option.checkpointing, task.whole_matrices, task.itemsize)
         if key not in self._offsets:
             own = self._bytes(task, option)
             self._offsets[key] = float(own - self._bytes(task, reference))
@@ -189,12 +189,19 @@ class Costs:
     def _seconds(self, task: Task, option: Option, **more: Any) -> float:
         load = replace(self._load(task, option), **more)
         forms, _ = self._uniform(option.form)
-        return step_seconds(task.profile, self._shapes, forms, load, task.settings.batch_size)
+        return step_seconds(
+            task.profile,
+            self._shapes,
+            forms,
+            load,
+            task.settings.batch_size,
+            block_seconds=task.calibration.block_seconds,
+        )
 
     def _rates(self, task: Task) -> tuple[object, ...]:
         key = id(task)
         if key not in self._rates_of:
-            self._rates_of[key] = _rates(task.profile)
+            self._rates_of[key] = *_rates(task.profile), task.calibration.block_seconds
         return self._rates_of[key]
 
     def _bytes(self, task: Task, option: Option, **more: Any) -> int:

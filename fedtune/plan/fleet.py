@@ -4,8 +4,10 @@ A fleet's plan is the one of most
 
     gain_weight * log(gain) - makespan_weight * log(seconds of the slowest device)
 
-where the gain is the mean over the devices, by their samples, of coverage (share of the gain of the
-global rank order) times share of the local steps. For a fixed length of the round the devices are
+where the gain is the geometric mean over the devices, by their samples, of coverage (share of the
+gain of the global rank order) times share of the local steps. The geometric mean is proportionally
+fair: an arithmetic one gains most by leaving slow devices next to nothing, and the joined model then
+settles on the data of the quick ones (`benchmarks/fleet.py`). For a fixed length of the round the devices are
 independent, so lengths are tried one after another: from the round in which the quickest kind of
 device, that of most coverage per second, does its whole share, to that in which the slowest does.
 So the quickest gives up nothing, and a fleet of equal devices does all steps.
@@ -202,9 +204,11 @@ def _score(
             return -math.inf
         found.append(own if pick is None else Outcome(pick.gain, pick.seconds))
     weights = sum(kind.weight for kind in kinds)
-    gain = sum(kind.weight * each.gain for kind, each in zip(kinds, found, strict=True)) / weights
+    gains = (kind.weight * math.log(each.gain) for kind, each in zip(kinds, found, strict=True))
     slowest = max(each.seconds for each in found)
-    return settings.gain_weight * math.log(gain) - settings.makespan_weight * math.log(slowest)
+    return settings.gain_weight * sum(gains) / weights - settings.makespan_weight * math.log(
+        slowest
+    )
 
 
 def _nested(

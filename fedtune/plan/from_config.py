@@ -11,6 +11,9 @@ from fedtune.settings import RunConfig
 NO_CAP = 4096
 """Highest rank that a message may name."""
 
+_ITEMSIZES = {"auto": 0, "fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of one activation; 0: as each device chooses for itself."""
+
 Tail = Literal["planned", "none", "whole"]
 """What a rule sends of the joined adapter beside the directions that are trained."""
 
@@ -38,7 +41,7 @@ def plan_settings(config: RunConfig, dense_parameters: int, tail: Tail) -> PlanS
         task=config.model.task,
         whole_tail=whole,
         correction_rank=config.plan.correction_rank,
-        compute_itemsize=2 if config.train.compute in ("bf16", "fp16") else 4,
+        compute_itemsize=_ITEMSIZES[config.train.compute],
         upload_bytes=config.plan.max_bytes,
         makespan_weight=config.plan.makespan_weight,
         gain_weight=config.plan.gain_weight,

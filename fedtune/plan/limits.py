@@ -36,7 +36,7 @@ def bare_load(task: Task, option: Option) -> Load:
         task=task.settings.task,
         eager_attention=task.settings.eager_attention,
         whole_matrices=task.whole_matrices,
-        itemsize=task.settings.compute_itemsize,
+        itemsize=task.itemsize,
     )
 
 
@@ -78,8 +78,16 @@ def device_peak(task: Task, forms: Mapping[str, MatrixForm], load: Load) -> int:
 
 def device_step(task: Task, forms: Mapping[str, MatrixForm], load: Load) -> float:
     """Predicted seconds of an optimiser step, by what was measured of the device's class."""
-    seconds = step_seconds(task.profile, task.shapes, forms, load, task.settings.batch_size)
-    return seconds * task.calibration.seconds_factor
+    measured = task.calibration
+    seconds = step_seconds(
+        task.profile,
+        task.shapes,
+        forms,
+        load,
+        task.settings.batch_size,
+        block_seconds=measured.block_seconds,
+    )
+    return seconds * measured.seconds_factor
 
 
 def device_transfer(task: Task, load: Load) -> float:

@@ -13,10 +13,9 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 
 from fedtune.plan.cost import (
-    Load,
     PeakBytes,
-    correction_elements,
     download_bytes,
+    load_of_plan,
     peak_bytes,
     step_seconds,
     transfer_seconds,
@@ -90,41 +89,25 @@ def predict(
         KeyError: the plan has a matrix that the model does not have.
     """
     measured = calibration or CostCalibration()
-    load = load_of_plan(plan, profile, shapes, settings)
+    load = load_of_plan(
+        plan,
+        shapes,
+        task=settings.task,
+        dense_parameters=settings.dense_parameters,
+        eager_attention=settings.eager_attention,
+        whole_matrices=profile.accelerator != "cpu",
+        itemsize=settings.itemsize(profile),
+    )
     forms = {matrix.name: matrix.form for matrix in plan.matrices}
-    step = step_seconds(profile, shapes, forms, load, plan.batch_size) * measured.seconds_factor
+    step = measured.seconds_factor * step_seconds(
+        profile, shapes, forms, load, plan.batch_size, block_seconds=measured.block_seconds
+    )
     return Prediction(
         parts=_scaled(memory_parts(peak_bytes(shapes, forms, load)), measured.bytes_factor),
         compute_seconds=plan.local_steps * step,
         transfer_seconds=transfer_seconds(profile, load, settings.wire_itemsize),
         download_bytes=download_bytes(load, settings.wire_itemsize),
         upload_bytes=upload_bytes(load, settings.wire_itemsize),
-    )
-
-
-def load_of_plan(
-    plan: DevicePlan, profile: DeviceProfile, shapes: ModelShapes, settings: PlanSettings
-) -> Load:
-    """What a device computes in a step under a plan, summed over its matrices."""
-    by_name = shapes.by_name()
-    sides = {name: shape.out_features + shape.in_features for name, shape in by_name.items()}
-    return Load(
-        micro_batch=plan.micro_batch,
-        sequence_length=plan.sequence_length,
-        checkpointing=plan.checkpointing,
-        first_trained_layer=plan.first_trained_layer,
-        trained_elements=sum(m.rank * sides[m.name] for m in plan.matrices),
-        trained_ranks=sum(m.rank for m in plan.matrices),
-        tail_elements=sum(m.tail_rank * sides[m.name] for m in plan.matrices),
-        tail_ranks=sum(m.tail_rank for m in plan.matrices),
-        correction_elements=sum(
-            correction_elements(by_name[m.name], m.form) for m in plan.matrices
-        ),
-        dense_parameters=settings.dense_parameters,
-        task=settings.task,
-        eager_attention=settings.eager_attention,
-        whole_matrices=profile.accelerator != "cpu",
-        itemsize=settings.compute_itemsize,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fedtune.records import FormatName, TaskName
+from fedtune.records import DeviceProfile, FormatName, TaskName
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class PlanSettings:
             directions, and has to carry it (`flora`).
         eager_attention: whether attention scores are kept in memory (not with fused kernels).
         correction_rank: highest rank of the frozen pair that may repair a quantised matrix.
-        compute_itemsize: bytes of one activation; 4 covers devices that choose for themselves.
+        compute_itemsize: bytes of one activation; 0: as each device chooses for itself.
         upload_bytes: largest update of any device in a round; 0: no limit.
         makespan_weight: power of the round's seconds in what a plan is chosen by; 0: they do not
             count.
@@ -66,6 +66,10 @@ class PlanSettings:
     shortest_sequence: int = 0
     solver: Literal["greedy", "milp"] = "greedy"
     solver_seconds: float = 20.0
+
+    def itemsize(self, profile: DeviceProfile) -> int:
+        """Bytes of one activation on a device: the run's, or of the dtype that it chose itself."""
+        return self.compute_itemsize or (2 if profile.compute in ("bf16", "fp16") else 4)
 
     @property
     def tail_max(self) -> int:

@@ -122,6 +122,7 @@ def _key(profile: DeviceProfile) -> tuple[object, ...]:
     return (
         profile.device_class,
         profile.accelerator,
+        profile.compute,
         profile.budget_bytes,
         tuple(sorted(profile.matmul_flops_per_s.items())),
         profile.memory_bandwidth_bytes_per_s,

@@ -47,6 +47,11 @@ class Task:
     calibration: CostCalibration = field(default_factory=CostCalibration)
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of one activation on the device."""
+        return self.settings.itemsize(self.profile)
+
+    @property
     def whole_matrices(self) -> bool:
         """Whether a product unpacks a whole matrix, as on an accelerator."""
         return self.profile.accelerator != "cpu"

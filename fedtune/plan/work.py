@@ -114,7 +114,8 @@ def step_seconds(
     rates = profile.matmul_flops_per_s
     flops_per_s = rates.get("fp32", max(rates.values(), default=0.0))
     if load.itemsize != FLOAT_BYTES:
-        flops_per_s = rates.get("bf16", flops_per_s)
+        dtype = profile.compute if profile.compute in ("bf16", "fp16") else "bf16"
+        flops_per_s = rates.get(dtype, flops_per_s)
     seconds = block_seconds * block_passes(shapes, load) * (batch_size / load.micro_batch)
     if flops_per_s > 0:
         seconds += step_flops(shapes, load, batch_size) / flops_per_s

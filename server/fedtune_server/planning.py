@@ -8,14 +8,14 @@ anew between rounds is planned with the same knowledge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from flwr.serverapp import Grid
 
-from fedtune.aggregate.rules import TailUse
+from fedtune.aggregate.directions import TailUse
 from fedtune.plan.calibration import StepMeasurement
 from fedtune.plan.calibration import calibrate as class_factors
 from fedtune.plan.describe import plan_rows
@@ -49,8 +49,6 @@ from fedtune_server.importance import (
 )
 from fedtune_server.run_folder import RunFolder
 
-PlanFleet = Callable[[Sequence[DeviceProfile]], FleetPlan]
-
 
 class Planning:
     """Plans one run's fleet, and keeps what it was planned with.
@@ -80,7 +78,7 @@ class Planning:
         self._listed_bytes = 0
         held = {name: report.train_samples for name, report in fleet.reports.items()}
         # All that a fleet is planned with goes in here: whoever plans anew calls the same.
-        self._plan_fleet: PlanFleet = partial(
+        self._plan_fleet: Callable[..., FleetPlan] = partial(
             plan_fleet,
             shapes=shapes,
             settings=self._settings,
@@ -89,7 +87,7 @@ class Planning:
         )
 
     @property
-    def again(self) -> PlanFleet:
+    def again(self) -> Callable[..., FleetPlan]:
         """Plans profiles that may have changed, with all that the first plan was made with."""
         return self._plan_fleet
 
