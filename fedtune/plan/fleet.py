@@ -6,11 +6,13 @@ A fleet's plan is the one of most
 
 where the gain is the geometric mean over the devices, by their samples, of coverage (share of the
 gain of the global rank order) times share of the local steps. The geometric mean is proportionally
-fair: an arithmetic one gains most by leaving slow devices next to nothing, and the joined model then
-settles on the data of the quick ones (`benchmarks/fleet.py`). For a fixed length of the round the devices are
-independent, so lengths are tried one after another: from the round in which the quickest kind of
-device, that of most coverage per second, does its whole share, to that in which the slowest does.
-So the quickest gives up nothing, and a fleet of equal devices does all steps.
+fair: an arithmetic one gains most by leaving slow devices next to nothing, and the joined model
+then settles on the data of the quick ones (`benchmarks/fleet.py`).
+
+For a fixed length of the round the devices are independent, so lengths are tried one after another:
+from the round in which the quickest kind of device, that of most coverage per second, does its
+whole share, to that in which the slowest does. So the quickest gives up nothing, and a fleet of
+equal devices does all steps.
 
 Ranks nest: a device takes its rungs from those of every device that can carry more
 (`fedtune.plan.nesting`).
