@@ -22,6 +22,7 @@ from fedtune.wire.calibration import (
 from fedtune.wire.importance import read_importance
 from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune_server.coordinator import Coordinator
+from fedtune_server.planning import Planning
 from fedtune_server.run_folder import RunFolder
 
 FakeFleet = Any  # tests/fedtune_server/conftest.py
@@ -244,17 +245,17 @@ def test_steps_are_asked_for_where_clocks_are_real(
         fleet.calibrated[name] = Device(fleet, {}, step)
     del fleet.calibrated["c"]
     seen: list[Any] = []
-    plan = Coordinator._plan
+    factors = Planning._factors
 
-    def watch(self: Coordinator, fleet: Any, calibration: Any) -> Any:
-        seen.append(calibration)
-        return plan(self, fleet, calibration)
+    def watch(self: Planning, steps: Any) -> Any:
+        seen.append(steps)
+        return factors(self, steps)
 
-    monkeypatch.setattr(Coordinator, "_plan", watch)
+    monkeypatch.setattr(Planning, "_factors", watch)
     play(fleet, tree)
-    (calibration,) = seen
-    assert calibration.importance is None
-    assert calibration.steps.keys() == {"a"}
-    step = calibration.steps["a"]
+    (steps,) = seen
+    assert not fleet.all("importance_found")
+    assert steps.keys() == {"a"}
+    step = steps["a"]
     assert (step.seconds, step.peak_bytes, step.plan.device) == (0.5, 500_000, "a")
     assert fleet.all("leaves_device")[0]["tensors"] == []

@@ -16,7 +16,7 @@ from fedtune.export.quantities import bytes_text
 from fedtune.plan.settings import Pins, PlanSettings
 from fedtune.plan.solve import plan_fleet
 from fedtune.records import DevicePlan, DeviceProfile, FleetPlan, MatrixPlan
-from fedtune_server import coordinator as coordinator_module
+from fedtune_server import planning as planning_module
 from fedtune_server.coordinator import Coordinator
 from fedtune_server.drift import MARGIN, REST_ROUNDS, Standing
 from fedtune_server.replan import Replanner, held_profile, ranks_nest
@@ -43,6 +43,7 @@ def tree() -> dict[str, dict[str, Any]]:
         "model": {"path": "not/read/here"},
         "data": {"train": "not-read.jsonl", "max_tokens": 16},
         "fleet": {"any": {"count": 3, "memory": "1 GB"}},
+        "importance": {"method": "uniform"},
         "lora": {"rank_max": 3, "rank_cap": 6},
         "plan": {"round_seconds": 4.0, "steps": "equal"},
         "train": {"batch_size": 4, "local_steps": 10, "evaluate_every": 0},
@@ -318,7 +319,7 @@ def test_what_more_leaves_a_device_is_listed_before_it_does(
         fast = any(profile.matmul_flops_per_s["fp32"] > 1e6 for profile in profiles)
         return plan_fleet(profiles, settings=replace(settings, rank_max=3 if fast else 1), **rest)
 
-    monkeypatch.setattr(coordinator_module, "plan_fleet", more_for_the_fast)
+    monkeypatch.setattr(planning_module, "plan_fleet", more_for_the_fast)
     fake = fleet_with_rates(fleet_of, "a", "b")
     says(fake, "b", lambda round: {"step_seconds": STEP_SECONDS / 2})
     play(fake, tree)

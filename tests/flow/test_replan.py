@@ -49,7 +49,8 @@ def test_on_this_machines_clock_each_device_is_planned_anew_with_one_line(
         assert (event["round"], event["cause"]) == (2, "time")
         assert event["measured_step_seconds"] > 1.25 * event["planned_step_seconds"]
         before, after = event["changed"]["local_steps"]
-        assert (before, after) == (4, 2)
+        assert before == 4
+        assert 1 <= after <= 3  # two whole ones fit, or three that stop at a higher layer
         reports = [r for r in played.all("device_reported") if r["device"] == event["device"]]
         assert [r["samples"] for r in reports] == [4 * 8] * 2 + [after * 8] * 2
         assert all(r["step_seconds"] > 0 and r["free_bytes"] > 0 for r in reports)

@@ -40,6 +40,16 @@ class Sample:
     label: int = 0
 
 
+@pytest.fixture(autouse=True)
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions are those of plain torch, which every device can fall back to; C takes less."""
+    from fedtune.kernels import dispatch
+
+    for decided in ("_LAUNCHERS", "_NATIVE", "_WHY_TORCH"):
+        monkeypatch.setattr(dispatch, decided, {})
+    monkeypatch.setenv("FEDTUNE_KERNELS", "torch")
+
+
 def measured_peak(run: Callable[[], object]) -> int:
     """Most bytes that tensors hold at once beyond those that were there before."""
     from torch.profiler import ProfilerActivity, profile
@@ -94,6 +104,7 @@ def within_a_quarter(folder: Path, case: Case) -> None:
     if case.task == "causal-lm":
         packs(backbone.model)  # tried once per model, and no part of a step
     release_workspaces()  # what another test left does not count as new
+
     measured = measured_peak(
         lambda: train_round(
             backbone, [batch, batch], sent, plan, OptimizerSpec(), task=case.task, pad_id=0

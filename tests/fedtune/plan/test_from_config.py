@@ -17,7 +17,7 @@ def tree(**plan: object) -> dict[str, object]:
 def test_every_aim_of_the_plan_section_reaches_the_planner() -> None:
     aims: dict[str, object] = {
         "makespan_weight": 0.5,
-        "gain_weight": 2.0,
+        "gain_weight": 3.0,
         "steps": "equal",
         "max_bytes": "5 MB",
         "shortest_sequence": 32,
@@ -26,14 +26,14 @@ def test_every_aim_of_the_plan_section_reaches_the_planner() -> None:
         "round_seconds": 9.0,
     }
     found = plan_settings(parse_run_config(tree(**aims), "test"), 0, "planned")
-    assert (found.makespan_weight, found.gain_weight, found.steps) == (0.5, 2.0, "equal")
+    assert (found.makespan_weight, found.gain_weight, found.steps) == (0.5, 3.0, "equal")
     assert (found.upload_bytes, found.shortest_sequence) == (5 * 10**6, 32)
     assert (found.solver, found.solver_seconds, found.round_seconds) == ("greedy", 3.0, 9.0)
 
 
-def test_a_run_counts_gain_and_makespan_alike_unless_told_otherwise() -> None:
+def test_a_run_counts_gain_twice_as_much_as_makespan_unless_told_otherwise() -> None:
     config = parse_run_config(tree(), "test")
     found = plan_settings(config, 0, "planned")
-    assert (found.makespan_weight, found.gain_weight) == (1.0, 1.0)
+    assert (found.makespan_weight, found.gain_weight) == (1.0, 2.0)
     assert (found.steps, found.solver, found.shortest_sequence) == ("planned", "milp", 0)
     assert plan_pins(config)["lab"].upload_bytes == 2 * 10**6
