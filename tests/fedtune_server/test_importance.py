@@ -14,6 +14,7 @@ import pytest
 
 from fedtune.config import parse_run_config
 from fedtune.errors import ProtocolError
+from fedtune.records import DeviceProfile
 from fedtune.wire.calibration import (
     CalibrationInstruction,
     CalibrationReport,
@@ -259,3 +260,34 @@ def test_steps_are_asked_for_where_clocks_are_real(
     step = steps["a"]
     assert (step.seconds, step.peak_bytes, step.plan.device) == (0.5, 500_000, "a")
     assert fleet.all("leaves_device")[0]["tensors"] == []
+
+
+def test_measured_steps_calibrate_the_plan_of_their_class(
+    fleet_of: FleetOf, play: Play, tree: Any
+) -> None:
+    def planned(step_seconds: float) -> tuple[Any, list[Any]]:
+        fake = fleet_of("a", "b", "c")
+        for name in fake.names:
+            rates = {
+                "matmul_flops_per_s": {"fp32": 1e6},
+                "memory_bandwidth_bytes_per_s": 1e9,
+            }
+            fake.change(name, profile=DeviceProfile(name, "any", 1, 10**9, **rates))
+            fake.calibrated[name] = Device(fake, {}, step_seconds)
+        play(fake, tree)
+        return fake.all("planned")[-1], fake.all("costs_calibrated")
+
+    tree["importance"]["method"] = "uniform"
+    tree["plan"] = {"makespan_weight": 0.0}
+    uncalibrated, none = planned(0.0)
+    tree["simulation"] = {"clock": "measured"}
+    asked, nothing = planned(0.0)  # they measure no step
+    assert none == nothing == []
+    assert asked["makespan_seconds"] == uncalibrated["makespan_seconds"]
+    steps = uncalibrated["devices"][0]["local_steps"]
+    measured = 3 * uncalibrated["makespan_seconds"] / steps
+    calibrated, (told,) = planned(measured)
+    assert told["classes"]["any"]["seconds_factor"] == pytest.approx(3, rel=0.05)
+    assert calibrated["makespan_seconds"] == pytest.approx(
+        3 * uncalibrated["makespan_seconds"], rel=0.05
+    )
