@@ -2,7 +2,7 @@
 
 Seconds are products at the device's rate, and everything else as bytes at its bandwidth: weights
 that are unpacked, and what happens number by number to activations and logits (norms, rotations,
-exponentials). How many bytes the latter are worth was fitted to 18 plans on a CPU
+exponentials). How many bytes the latter are worth was fitted to 19 plans on a CPU
 (`benchmarks/plan_accuracy.py`), where exponentials and conversions cost more than memory does; for
 an accelerator it is counted from what its fused kernels read and write. What is common to all of it
 is left to calibration: one measured step says how a device's own rates relate to its probed ones.
@@ -18,9 +18,10 @@ from fedtune.plan.load import Load
 from fedtune.plan.weights import FLOAT_BYTES, form_bytes
 from fedtune.records import DeviceProfile, MatrixForm, ModelShapes
 
-LOGIT_BYTES = 135.0
-"""Bytes of traffic that a logit's loss is worth on a CPU: 6.6 ns at 20 GB/s."""
-ACTIVATION_BYTES = {4: 40.0, 2: 130.0}
+LOGIT_BYTES = 25.0
+"""Bytes of traffic that a logit's loss is worth on a CPU with C kernels: 1.2 ns at 20 GB/s. Plain
+torch takes five times that."""
+ACTIVATION_BYTES = {4: 34.0, 2: 140.0}
 """The same for each number that a block keeps, in each of its passes, by its own bytes: narrow ones
 are widened for every step, and rounded again."""
 ACCELERATOR_TOUCHES = {"logit": 5, "activation": 3}
