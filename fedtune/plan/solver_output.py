@@ -12,8 +12,8 @@ from typing import Final
 
 _STDOUT: Final = 1
 _MARK: Final = b"Highs"
-"""How such lines begin. That of SciPy 1.17 prints one, with all output turned off, each time that it
-repairs a solution which misses a constraint by a rounding error."""
+"""How such lines begin. HiGHS in SciPy 1.17 prints one, with all output turned off, whenever it
+repairs a solution that misses a constraint by a rounding error."""
 
 
 @contextmanager
@@ -45,6 +45,6 @@ def without_solver_lines() -> Iterator[None]:
 
 
 def _flush_c() -> None:
-    """Write out what C's own buffers hold: to a pipe or a file, they would keep it until the end."""
+    """Write out what C's own buffers hold; for a pipe or a file, they would keep it."""
     library = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
     library.fflush(None)
