@@ -201,7 +201,7 @@ def leaving_line(tensors: Sequence[object], stage: object) -> str:
     """
     rows = [row for row in tensors if isinstance(row, Mapping)]
     total = sum(number(row, "bytes") or 0 for row in rows)
-    when = "before it is planned, once," if stage == "calibration" else "each round"
+    when = "once, before the plan," if stage == "calibration" else "each round"
     return (
         f"{when} a device sends at most {len(rows)} tensors, {bytes_text(total)}, "
         f"from {one_line(rows[0].get('name'))} to {one_line(rows[-1].get('name'))}; "

@@ -174,7 +174,7 @@ def test_what_was_measured_before_the_plan_is_said(
 ) -> None:
     text = shown(iter(MEASURED))
     assert (
-        "before it is planned, once, a device sends at most 1 tensors, 400 B, from q.left to "
+        "once, before the plan, a device sends at most 1 tensors, 400 B, from q.left to "
         "q.left; no sample leaves it\n"
     ) in text
     assert (
