@@ -20,7 +20,9 @@ def bytes_text(count: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """A duration: `0.42 s`, `12 s`, `3 min 05 s`, `2 h 10 min`."""
+    """A duration: `1.3 ms`, `0.42 s`, `12 s`, `3 min 05 s`, `2 h 10 min`."""
+    if 0 < seconds < 0.00995:
+        return f"{1000 * seconds:.1f} ms"
     if seconds < 9.95:
         return f"{seconds:.2f} s" if seconds < 0.995 else f"{seconds:.1f} s"
     whole = round(seconds)

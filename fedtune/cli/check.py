@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.cli.amounts import bytes_text
 from fedtune.cli.inspection import Inspection, ShownSample, inspect_run
 from fedtune.config import load_run_config
 from fedtune.settings import RunConfig
@@ -106,7 +107,7 @@ def _facts(config: RunConfig, found: Inspection) -> Iterator[str]:
     if found.left:
         yield f"as is    {', '.join(found.left)}"
     classes = (
-        f"{section.count} {name} ({section.memory / 1e9:.3g} GB)"
+        f"{section.count} {name} ({bytes_text(section.memory)})"
         for name, section in config.fleet.items()
     )
     yield f"devices  {config.devices}: {', '.join(classes)}"

@@ -21,6 +21,7 @@ from fedtune.cli.amounts import bytes_text, one_line, seconds_text
 from fedtune.cli.pictures import (
     device_table,
     headline,
+    importance_line,
     leaving_line,
     loss_line,
     notice_lines,
@@ -142,7 +143,10 @@ class LiveDisplay:
     def _show_leaving(self, event: Event) -> None:
         tensors = event.fields.get("tensors")
         if isinstance(tensors, (list, tuple)) and tensors:
-            self._print(leaving_line(tensors))
+            self._print(leaving_line(tensors, event.fields.get("stage")))
+
+    def _show_importance(self, event: Event) -> None:
+        self._print(importance_line(event.fields))
 
 
 # ---------------------------------------------------------------- without a terminal
@@ -204,6 +208,7 @@ _PLAIN: dict[str, Callable[[RunProgress, Event], str]] = {
     "run_started": _started_line,
     "site_reported": _site_line,
     "site_excluded": _notice_line,
+    "calibration_refused": _notice_line,
     "device_refused": _notice_line,
     "warning": _notice_line,
     "round_finished": _round_line,
@@ -212,6 +217,7 @@ _PLAIN: dict[str, Callable[[RunProgress, Event], str]] = {
 }
 
 _ALWAYS: dict[str, Callable[[LiveDisplay, Event], None]] = {
+    "importance_found": LiveDisplay._show_importance,
     "planned": LiveDisplay._show_plan,
     "leaves_device": LiveDisplay._show_leaving,
 }

@@ -170,8 +170,8 @@ def _planned(
     importance, table = _importance(config, shapes), _distortion(config)
     if importance is None and config.importance.method != "uniform":
         notes.append(
-            f"ranks follow no measurement: a run measures importance ({config.importance.method}) "
-            "before it plans; name what one left with --importance"
+            "ranks follow a prior here, and a run measures importance "
+            f"({config.importance.method}) first; --importance takes what an earlier run measured"
         )
     plan = plan_fleet(
         profiles,
@@ -184,8 +184,8 @@ def _planned(
     )
     if table is None and config.plan.widths == "mixed" and may_mix(plan):
         notes.append(
-            "a run that measures the base may hold single matrices in better forms than here: "
-            "fedtune measure, then plan.distortion"
+            "a run may hold single matrices in better forms than here, since it measures the base: "
+            "fedtune measure writes the table for plan.distortion"
         )
     return plan
 

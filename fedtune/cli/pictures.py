@@ -15,6 +15,7 @@ from fedtune.cli.amounts import bytes_text, one_line, seconds_text, sparkline
 from fedtune.cli.progress import DeviceRow, RunProgress, number
 
 _MOST_ROWS = 12
+_SHOWN_TOP = 3
 _WIDE_FROM = 125
 _WIDE = (
     "devices",
@@ -177,12 +178,32 @@ def _batch(batch: object, micro: object) -> str:
     return f"{batch // micro} x {micro}"
 
 
-def leaving_line(tensors: Sequence[object]) -> str:
-    """What leaves a device in a round, in one sentence."""
+def importance_line(fields: Mapping[str, object]) -> str:
+    """What the ranks follow, and where they are worth most: of the event `importance_found`."""
+    source, tokens = fields.get("source"), number(fields, "tokens") or 0
+    words = {"measured": f"measured on {tokens:,.0f} tokens", "drawn": "drawn by the seed"}
+    line = f"importance: {one_line(fields.get('method'))}, "
+    line += words.get(str(source), f"read from {one_line(source)}")
+    top = fields.get("top")
+    if isinstance(top, Mapping) and top:
+        shares = (
+            f"{one_line(name)} ({number(top, name) or 0:.1%})" for name in list(top)[:_SHOWN_TOP]
+        )
+        line += f"; most gain in {', '.join(shares)}"
+    return line
+
+
+def leaving_line(tensors: Sequence[object], stage: object) -> str:
+    """What leaves a device, in one sentence.
+
+    Args:
+        stage: of the event `leaves_device`: once before the plan (`calibration`), or each round.
+    """
     rows = [row for row in tensors if isinstance(row, Mapping)]
     total = sum(number(row, "bytes") or 0 for row in rows)
+    when = "once, before the plan," if stage == "calibration" else "each round"
     return (
-        f"each round a device sends at most {len(rows)} tensors, {bytes_text(total)}, "
+        f"{when} a device sends at most {len(rows)} tensors, {bytes_text(total)}, "
         f"from {one_line(rows[0].get('name'))} to {one_line(rows[-1].get('name'))}; "
         "no sample leaves it"
     )

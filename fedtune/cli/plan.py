@@ -182,7 +182,7 @@ def _print(console: Console, folder: Path, paper: PaperPlan, groups: Sequence[Gr
         console.print(Text(f"and {len(groups) - len(shown)} more kinds of plans in {PLAN_NAME}"))
     ascii_only = "utf" not in console.encoding.lower()
     for line in rank_maps(shown, console.width, ascii_only):
-        console.print(line, no_wrap=True, overflow="crop")
+        console.print(line)
     console.print()
     console.print(Text(_fleet_line(paper)), soft_wrap=True)
     for note in paper.notes:

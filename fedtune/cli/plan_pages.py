@@ -179,7 +179,8 @@ def _rank_map(grid: Grid, highest: int, width: int, shades: str) -> Iterator[Tex
             [grid.ranks[kind, at] for at in span if (kind, at) in grid.ranks] for span in spans
         )
         text = "".join(shades[_shade(max(of), highest)] if of else " " for of in found)
-        yield Text.assemble((f"{kind:<{label}}", "dim"), (text, "cyan"))
+        words = (f"{kind:<{label}}", "dim"), (text, "cyan")
+        yield Text.assemble(*words, no_wrap=True, overflow="crop")
 
 
 def _legend(highest: int, shades: str) -> Text:

@@ -101,6 +101,10 @@ def _site_excluded(progress: RunProgress, fields: Mapping[str, object]) -> None:
     progress.note(f"{fields.get('device')} is left out: {fields.get('reason')}")
 
 
+def _calibration_refused(progress: RunProgress, fields: Mapping[str, object]) -> None:
+    progress.note(f"{fields.get('device')} is planned unmeasured: {fields.get('reason')}")
+
+
 def _round_started(progress: RunProgress, fields: Mapping[str, object]) -> None:
     progress.round = int(number(fields, "round") or 0)
     names = fields.get("devices")
@@ -194,6 +198,7 @@ def _run_failed(progress: RunProgress, fields: Mapping[str, object]) -> None:
 _HANDLERS = {
     "run_started": _run_started,
     "site_excluded": _site_excluded,
+    "calibration_refused": _calibration_refused,
     "round_started": _round_started,
     "device_reported": _device_reported,
     "device_refused": _device_refused,

@@ -33,6 +33,7 @@ class LedgerFacts:
     Attributes:
         status: of `finished`, `not finished`, `interrupted`, `failed`.
         ending: the event that gave the status.
+        importance: the `importance_found`: what the ranks follow.
         plans: one entry per device, of the last plan.
         rounds: round -> its `round_finished`.
         reports: (round, device) -> its `device_reported`.
@@ -47,6 +48,7 @@ class LedgerFacts:
     ending: Line = field(default_factory=dict)
     sites: dict[str, Line] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
+    importance: Line = field(default_factory=dict)
     plans: list[Line] = field(default_factory=list)
     leaves: list[Line] = field(default_factory=list)
     rounds: dict[int, Line] = field(default_factory=dict)
@@ -184,7 +186,9 @@ def _gather_fleet(facts: LedgerFacts, kind: str, event: Line) -> None:
         facts.excluded[device] = str(event.get("reason", ""))
     elif kind == "planned":
         facts.plans = list(event.get("devices") or [])
-    elif kind == "leaves_device":
+    elif kind == "importance_found":
+        facts.importance = event
+    elif kind == "leaves_device" and event.get("stage") != "calibration":
         facts.leaves = list(event.get("tensors") or [])
 
 

@@ -7,7 +7,7 @@ from html import escape
 
 from fedtune.export.charts import HeatRow, group_by_layer, heat_map, kind_of, strength
 from fedtune.export.ledger_facts import LedgerFacts, Line, number
-from fedtune.export.quantities import UNKNOWN, bytes_text, seconds_text
+from fedtune.export.quantities import UNKNOWN, bytes_text, count_text, seconds_text
 from fedtune.export.tables import details, table, track
 
 _SHOWN_ROWS = 60
@@ -18,7 +18,27 @@ def plan_section(facts: LedgerFacts) -> str:
     """Plan table, heat map of ranks, and predictions beside measurements."""
     if not facts.plans:
         return ""
-    return f"<h2>Plan</h2>{_plan_table(facts)}{_picture(facts.plans)}{_rank_table(facts.plans)}"
+    return (
+        f"<h2>Plan</h2>{_importance(facts.importance)}{_plan_table(facts)}"
+        f"{_picture(facts.plans)}{_rank_table(facts.plans)}"
+    )
+
+
+def _importance(found: Line) -> str:
+    """What the ranks follow, and the matrices in which they gain most."""
+    if not found:
+        return ""
+    source = str(found.get("source", UNKNOWN))
+    words = {
+        "measured": f"measured on {count_text(number(found, 'tokens'))} tokens",
+        "drawn": "drawn by the seed",
+    }.get(source, f"read from {source}")
+    text = f"Ranks follow importance: {found.get('method', UNKNOWN)}, {words}."
+    top = found.get("top") or {}
+    shares = ", ".join(
+        f"<code>{escape(str(name))}</code> {number(top, name) or 0:.1%}" for name in top
+    )
+    return f"<p>{escape(text)}{f' Most gain: {shares}.' if shares else ''}</p>"
 
 
 def _plan_table(facts: LedgerFacts) -> str:
@@ -53,6 +73,9 @@ def _plan_cells(facts: LedgerFacts, plan: Line) -> list[str]:
         [(share, "over" if share > 1 else "")], f"{share:.0%} of the budget" if share else ""
     )
     micro = f"{plan.get('micro_batch', UNKNOWN)} of {plan.get('batch_size', UNKNOWN)}"
+    steps = plan.get("local_steps")
+    if steps is not None:
+        micro += f"<br><small class='soft'>{steps} local step{'' if steps == 1 else 's'}</small>"
     if plan.get("checkpointing"):
         micro += "<br><small class='soft'>checkpointing</small>"
     return [

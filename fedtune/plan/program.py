@@ -35,6 +35,7 @@ from fedtune.plan.fleet import FleetChoice, Kind, Settled
 from fedtune.plan.limits import device_step, load_of, longest, round_seconds
 from fedtune.plan.mixing import allowed_forms, fits, fixed_bytes, form_errors, form_sizes, mixes
 from fedtune.plan.nesting import caps_by, common_caps, from_the_strongest
+from fedtune.plan.solver_output import without_solver_lines
 from fedtune.plan.task import Choice, Task
 from fedtune.plan.widths import lower_hull
 from fedtune.records import MatrixForm
@@ -316,13 +317,14 @@ def solve(program: Program, seconds: float) -> Solution | None:
     ]
     if len(chain):
         constraints.append(LinearConstraint(csr_array(chain), 0, np.inf))
-    found = milp(
-        cost,
-        integrality=np.ones(len(cost), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"time_limit": seconds, "node_limit": NODES, "mip_rel_gap": GAP},
-    )
+    with without_solver_lines():
+        found = milp(
+            cost,
+            integrality=np.ones(len(cost), dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"time_limit": seconds, "node_limit": NODES, "mip_rel_gap": GAP},
+        )
     if found.x is None:
         return None
     taken = found.x > 0.5

@@ -49,10 +49,12 @@ class TorchMeasurer:
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
     def facts(self) -> Mapping[str, str]:
-        """The GPU and the threads; both are torch's to say."""
+        """The GPU, the threads, and the kernels, with which formats are tried."""
+        kernels = {"kernels": paths()[str(self.device)]}
         if self.device.type == "cpu":
-            return {"threads": str(_threads())}
+            return {"threads": str(_threads()), **kernels}
         return {
+            **kernels,
             "gpu": torch.cuda.get_device_name(self.device),
             "capability": self._capability(),
             "runtime": str(torch.version.cuda or torch.version.hip),

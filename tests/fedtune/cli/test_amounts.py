@@ -27,6 +27,10 @@ def test_sizes_are_in_powers_of_1000(count: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
+        (0.0, "0.00 s"),
+        (0.00126, "1.3 ms"),
+        (0.00994, "9.9 ms"),
+        (0.00996, "0.01 s"),
         (0.416, "0.42 s"),
         (0.996, "1.0 s"),
         (9.94, "9.9 s"),

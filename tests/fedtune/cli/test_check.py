@@ -57,7 +57,7 @@ def test_sites_model_and_samples_are_shown(
         assert name in text
     assert "adapted  35 matrices, 226,560 of 260,032 parameters" in text
     assert "as is    model.embed_tokens\n" in text
-    assert "devices  3: 2 small (1 GB), 1 large (2 GB)" in text
+    assert "devices  3: 2 small (1.0 GB), 1 large (2.0 GB)" in text
     samples = [line for line in text.splitlines() if "[[" in line and "<s>" in line]
     assert len(samples) == 2
     assert "?\\n [[It is " in samples[0]

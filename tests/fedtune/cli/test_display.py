@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from rich.console import Console
 
 from fedtune.cli.display import JsonLines, LiveDisplay
+from fedtune.cli.pictures import importance_line
 from fedtune.records import Event
 
 NAMES = ["site-0", "site-1", "site-2"]
@@ -130,6 +131,16 @@ def terminal(at_once: int = 0, width: int = 100) -> LiveDisplay:
     return LiveDisplay(Console(file=io.StringIO(), width=width, force_terminal=True), at_once)
 
 
+def printed(events: Iterator[Event]) -> str:
+    """What stays on a terminal above the picture."""
+    stream = io.StringIO()
+    console = Console(file=stream, width=200, force_terminal=True, color_system=None)
+    with LiveDisplay(console) as display:
+        for event in events:
+            display(event)
+    return stream.getvalue()
+
+
 def test_without_a_terminal_each_round_is_one_line_of_plain_text() -> None:
     text = plain(whole_run())
     rounds = [line for line in text.splitlines() if line.startswith("round ")]
@@ -140,6 +151,49 @@ def test_without_a_terminal_each_round_is_one_line_of_plain_text() -> None:
     assert len(rounds) == 4
     assert "left" not in rounds[-1]
     assert all(c == "\n" or c.isprintable() for c in text)
+
+
+MEASURED = [
+    Event("leaves_device", {"stage": "calibration", "tensors": [{"name": "q.left", "bytes": 400}]}),
+    Event("calibration_refused", {"device": "site-1", "reason": "no memory"}),
+    Event(
+        "importance_found",
+        {
+            "method": "spectrum",
+            "source": "measured",
+            "tokens": 23214,
+            "top": {"l.0.down": 0.0623, "l.1.up": 0.05, "l.2.up": 0.04, "l.3.up": 0.03},
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("shown", [plain, printed])
+def test_what_was_measured_before_the_plan_is_said(
+    shown: Callable[[Iterator[Event]], str],
+) -> None:
+    text = shown(iter(MEASURED))
+    assert (
+        "once, before the plan, a device sends at most 1 tensors, 400 B, from q.left to "
+        "q.left; no sample leaves it\n"
+    ) in text
+    assert (
+        "importance: spectrum, measured on 23,214 tokens; most gain in l.0.down (6.2%), "
+        "l.1.up (5.0%), l.2.up (4.0%)\n"
+    ) in text
+
+
+def test_a_measurement_that_is_not_used_is_a_warning() -> None:
+    assert "warning: site-1 is planned unmeasured: no memory" in plain(iter(MEASURED)).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("source", "words"), [("drawn", "drawn by the seed"), ("runs/a/i.json", "from runs/a/i.json")]
+)
+def test_importance_that_was_not_measured_says_where_it_is_from(source: str, words: str) -> None:
+    line = importance_line({"method": "random", "source": source, "tokens": 0, "top": {}})
+    assert line.startswith("importance: random, ")
+    assert line.endswith(words)
 
 
 def test_without_a_terminal_the_plan_is_a_line_per_group_of_equal_devices() -> None:

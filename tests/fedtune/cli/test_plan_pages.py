@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
+from rich.console import Console
+
 from fedtune.cli.plan_pages import Group, groups_of, plan_tables, rank_maps
 from fedtune.plan.settings import PlanSettings
 from fedtune.records import (
@@ -56,6 +60,17 @@ def test_layers_share_a_mark_with_their_highest_rank_on_a_narrow_terminal() -> N
     ranks[5] = 8
     _, drawn, _ = lines(groups(device("a", ranks)), 28)
     assert drawn == "q_proj  " + "··█" + "·" * 17
+
+
+def test_a_narrow_terminal_folds_what_the_marks_mean_and_cuts_no_rank() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=24)
+    for line in rank_maps(groups(device("a", [1] * 20 + [8] * 20)), console.width, False):
+        console.print(line)
+    shown = stream.getvalue()
+    assert "q_proj  " + "▁" * 6 in shown
+    assert "█ 8" in shown
+    assert all(len(line) <= 24 for line in shown.splitlines())
 
 
 def test_classes_are_drawn_in_one_scale() -> None:

@@ -49,9 +49,22 @@ def synthetic_run(devices: int = 3, rounds: int = 4, layers: int = 5) -> list[Ev
             }
             for index, name in enumerate(names)
         ),
+        {
+            "kind": "leaves_device",
+            "stage": "calibration",
+            "tensors": [{"name": "model.layers.0.mlp.up_proj.left", "shape": [9], "bytes": 36}],
+        },
+        {
+            "kind": "importance_found",
+            "method": "spectrum",
+            "source": "measured",
+            "tokens": 23214,
+            "top": {"model.layers.0.mlp.up_proj": 0.25},
+        },
         {"kind": "planned", "devices": [plan(i, name, layers) for i, name in enumerate(names)]},
         {
             "kind": "leaves_device",
+            "stage": "round",
             "tensors": [
                 {"name": f"model.layers.{layer}.{kind}.a", "shape": [8, 64], "bytes": 2048}
                 for layer in range(layers)
@@ -119,6 +132,7 @@ def plan(index: int, name: str, layers: int) -> Event:
         "rank_max": rank,
         "trained_matrices": sum(r > 0 for r in ranks.values()),
         "micro_batch": 4,
+        "local_steps": 3,
         "batch_size": 16,
         "sequence_length": 128,
         "checkpointing": index % 2 == 0,
@@ -239,6 +253,21 @@ def test_the_plan_shows_ranks_limits_and_what_was_measured(tmp_path: Path) -> No
     assert "<small class='soft'>measured 140 MB</small>" in page
     assert "round time of the slowest device" in page
     assert "<code>self_attn.q_proj</code>, <code>self_attn.k_proj</code>" in page
+
+
+def test_the_plan_says_what_the_ranks_follow_and_how_many_steps_a_device_takes(
+    tmp_path: Path,
+) -> None:
+    page = report_of(tmp_path, synthetic_run())
+    assert "Ranks follow importance: spectrum, measured on 23\N{NARROW NO-BREAK SPACE}214" in page
+    assert "Most gain: <code>model.layers.0.mlp.up_proj</code> 25.0%." in page
+    assert "3 local steps" in page
+
+
+def test_what_was_measured_once_is_no_part_of_what_a_round_sends(tmp_path: Path) -> None:
+    """A run that fails before round 1 has no other list."""
+    page = report_of(tmp_path, [e for e in synthetic_run() if e.get("stage") != "round"])
+    assert "What leaves a device in a round" not in page
 
 
 def test_bytes_of_a_device_are_the_sums_over_its_rounds(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from fedtune.kernels.dispatch import paths  # noqa: E402
 from fedtune.records import BACKBONE_FORMATS  # noqa: E402
 from fedtune.train import measure_device  # noqa: E402
 from fedtune.train.compute import compute_dtype  # noqa: E402
@@ -42,7 +43,7 @@ def test_a_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.get_num_threads() == threads
     assert set(measured.formats) | set(measured.failed_formats) == set(BACKBONE_FORMATS)
     assert DTYPES[measured.compute] == compute_dtype("auto", CPU)
-    assert measured.kernels.startswith("plain torch")
+    assert measured.kernels == paths()["cpu"]
     # Any machine that runs this is between a slow core and a rack.
     assert 1e8 < measured.matmul_flops_per_s["fp32"] < 1e14
     assert 1e8 < measured.memory_bandwidth_bytes_per_s < 1e13
@@ -100,6 +101,12 @@ def test_a_copy_counts_what_is_read_and_what_is_written(monkeypatch: pytest.Monk
     monkeypatch.setattr(measure_device, "_best_seconds", lambda work, device: work() is None or 0.5)
     monkeypatch.setitem(measure_device._COPY_BYTES, "cpu", 1 << 20)
     assert copy_bytes_per_s(CPU) == 2 * (1 << 20) / 0.5
+
+
+def test_a_probe_made_with_other_kernels_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = TorchMeasurer().facts()
+    monkeypatch.setattr(measure_device, "paths", lambda: {"cpu": "compiled C (another)"})
+    assert TorchMeasurer().facts() != before
 
 
 def test_the_profile_of_this_machine_needs_no_more_than_a_name(tmp_path: Path) -> None:
