@@ -2,7 +2,7 @@
 
     python benchmarks/fleet.py [--quick] [--json]
 
-Three classes of devices; each is ten times as fast as the one before, has ten times the memory, the
+Three classes of two devices; each is ten times as fast as the one before, has ten times the memory, the
 memory bandwidth and the link. The weakest has just the memory in which rank 4 on every matrix can
 be trained (on an int8 backbone, one sample at a time, activations recomputed). Model: stories260k;
 data: e2e_nlg, one of the largest restaurants per device, dealt to the classes by the seed; held
@@ -21,8 +21,7 @@ at which fedtune's loss first is as low, interpolated between rounds. Nobody tak
 local steps; batches of 4 samples, AdamW, no clipping, a constant learning rate: of three values the
 one that is best on seed 0, for rivals by loss, for fedtune by time to FedIT's loss.
 
-`--quick` takes two devices per class, four rounds, one seed, one learning rate, and not the line of
-one local step.
+`--quick` takes four rounds, one seed, one learning rate, and not the line of one local step.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Size:
     seeds: tuple[int, ...]
 
 
-FULL = Size(4, 12, 24, (0, 1, 2))
+FULL = Size(2, 10, 24, (0, 1, 2))
 QUICK = Size(2, 4, 48, (0,))
 QUICK_RATE = 1e-2
 """Of every method under `--quick`."""
