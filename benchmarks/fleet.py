@@ -2,11 +2,12 @@
 
     python benchmarks/fleet.py [--quick] [--json]
 
-Three classes of two devices; each is ten times as fast as the one before, has ten times the memory, the
-memory bandwidth and the link. The weakest has just the memory in which rank 4 on every matrix can
-be trained (on an int8 backbone, one sample at a time, activations recomputed). Model: stories260k;
-data: e2e_nlg, one of the largest restaurants per device, dealt to the classes by the seed; held
-out: every 24th line of test.jsonl, loss per response token of the merged model after every round.
+Three classes of two devices; each class is ten times as fast as the one before, has ten times the
+memory, the memory bandwidth and the link. The weakest has just the memory in which rank 4 on every
+matrix can be trained (on an int8 backbone, one sample at a time, activations recomputed). Model:
+stories260k; data: e2e_nlg, one of the largest restaurants per device, dealt to the classes by the
+seed; held out: every 24th line of test.jsonl, loss per response token of the merged model after
+every round.
 
 - FedIT: rank 4 everywhere, A and B averaged apart, equal local steps; and with one local step, so
   that rounds are as short as its weakest device allows.
