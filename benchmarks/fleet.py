@@ -20,7 +20,7 @@ Training is real. The clock is not: a round takes as long as the slowest device'
 loss that it gets to, and its time is when it first gets there; a speedup is that time over the time
 at which fedtune's loss first is as low, interpolated between rounds. Nobody takes more than 10
 local steps; batches of 4 samples, AdamW, no clipping, a constant learning rate: of three values the
-one that is best on seed 0, for rivals by loss, for fedtune by time to FedIT's loss.
+one whose loss is the lowest on seed 0.
 
 `--quick` takes four rounds, one seed, one learning rate, and not the line of one local step.
 """
@@ -305,12 +305,9 @@ def losses_of(config: Any, run: Path, every: int) -> tuple[float, ...]:  # a Run
 # ---------------------------------------------------------------- all runs
 
 
-def best_rate(runs: Sequence[Played], rivals: Sequence[Played]) -> float:
-    """The learning rate of the lowest loss; for fedtune, of the least time to FedIT's loss."""
-    if runs[0].key != FEDTUNE:
-        return min(runs, key=lambda run: min(run.losses)).rate
-    target = min(next(run for run in rivals if run.key == "fedit").losses)
-    return min(runs, key=lambda run: (run.seconds_to(target), min(run.losses))).rate
+def best_rate(runs: Sequence[Played]) -> float:
+    """The learning rate of the lowest loss."""
+    return min(runs, key=lambda run: min(run.losses)).rate
 
 
 def play_all(size: Size, shared: Path, quick: bool) -> dict[str, list[Played]]:
@@ -332,12 +329,10 @@ def play_all(size: Size, shared: Path, quick: bool) -> dict[str, list[Played]]:
         methods = [m for m in METHODS if not quick or m.key != ONE_STEP]
         rates = (QUICK_RATE,) if quick else RATES
         tried = play_jobs([(m, rate, first) for m in methods for rate in rates])
-        rivals: list[Played] = []
         for method in methods:
             runs = [run for run in tried if run.key == method.key]
-            rate = best_rate(runs, rivals)
+            rate = best_rate(runs)
             found[method.key] = [run for run in runs if run.rate == rate]
-            rivals += found[method.key]
         chosen = {key: runs[0].rate for key, runs in found.items()}
         for run in play_jobs([(m, chosen[m.key], s) for s in size.seeds[1:] for m in methods]):
             found[run.key].append(run)
