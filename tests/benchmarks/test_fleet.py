@@ -74,3 +74,12 @@ def test_the_weakest_has_memory_for_its_rank_and_not_for_one_more(
     larger = replace(method, ranks=ranks, run=fleet.padded(fleet.CARRIED_RANK + 1))
     monkeypatch.setattr(fleet, "METHODS", (larger,))
     assert fleet.smallest_memory(shared_folder, fleet.QUICK) > 1.02 * carried
+
+
+def test_a_seed_that_is_lost_is_told_before_the_median() -> None:
+    found = {
+        "fedit": [played("fedit", 4.0, 2.0), played("fedit", 4.0, 2.0)],
+        FEDTUNE: [played(FEDTUNE, 4.0, 2.1), played(FEDTUNE, 4.0, 1.9)],
+    }
+    assert fleet.plainly(found).startswith("On 1 of 2 seeds")
+    assert fleet.plainly({key: runs[1:] for key, runs in found.items()}).startswith("The median")
