@@ -21,12 +21,12 @@ import torch
 from contenders.workloads import Sample
 
 import fedtune_client.app  # noqa: F401  all that a device imports
+from fedtune.devices.usage import peak_resident_bytes, restart_peak
 from fedtune.model.backbone import BackboneShelf
 from fedtune.model.shapes import read_shapes
 from fedtune.records import DevicePlan, Dispatch, LoraFactors, ModelShapes
 from fedtune.train.allocator import keep_what_fits
 from fedtune.train.idle import SLACK_BYTES, call_seconds, ready_bytes
-from fedtune.train.resident import peak_resident_bytes, restart_peak
 from fedtune.train.round import train_round
 from fedtune.wire.messages import OptimizerSpec
 from planned.cases import Case

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from fedtune.data.samples import Sample, SampleBuilder, SampleSet, build_samples, site_labels
+from fedtune.devices.usage import resident_bytes
 from fedtune.errors import ModelError, ProtocolError
 from fedtune.evaluate.perplexity import EvaluationReport, held_out_loss
 from fedtune.model.backbone import Backbone, BackboneShelf
@@ -50,7 +51,7 @@ from fedtune.wire.messages import (
 from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune.wire.tensors import unpack_dispatch, update_tensors
 from fedtune_client.allowance import Allowance
-from fedtune_client.calibrate import Bench, calibrate, resident_bytes
+from fedtune_client.calibrate import Bench, calibrate
 from fedtune_client.clock import StepClock
 from fedtune_client.site import SiteSettings
 
@@ -130,7 +131,7 @@ class Agent:
         self._loss_scale = LossScale()
         self._allowance = Allowance(site.profile, site.measures_steps)
         # Of a process that other sites share, nobody could say whose memory it is.
-        self._idle_bytes = 0 if site.shares_backbone else resident_bytes()
+        self._idle_bytes = 0 if site.shares_backbone else resident_bytes() or 0
 
     @property
     def name(self) -> str:

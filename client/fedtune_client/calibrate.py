@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
 
 from fedtune.data.samples import Sample
+from fedtune.devices.usage import peak_resident_bytes, restart_peak
 from fedtune.errors import ProtocolError
 from fedtune.importance.collect import Collector, collecting
 from fedtune.model.backbone import Backbone
@@ -225,30 +225,7 @@ def _watched_peak(device: torch.device, idle_bytes: int) -> Iterator[_Peak]:
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device)
         return
-    told = idle_bytes > 0 and _forget_peak()
+    told = idle_bytes > 0 and restart_peak()
     yield peak
     if told:
-        peak.bytes = max(0, _status_bytes("VmHWM") - idle_bytes)
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds now; 0 where the system does not tell."""
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(field: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
-    return 1024 * int(found[0]) if found else 0
-
-
-def _forget_peak() -> bool:
-    """Let Linux count this process's peak anew; False where that is not allowed."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
+        peak.bytes = max(0, (peak_resident_bytes() or 0) - idle_bytes)

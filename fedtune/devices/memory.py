@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from fedtune.devices.control_groups import memory_limits
+from fedtune.devices.usage import status_bytes
 
 try:
     import resource
@@ -55,8 +56,7 @@ def _own_limits() -> dict[str, int]:
 
     Only Linux is asked how much it holds by each limit's own count; macOS does not enforce them.
     """
-    held = _own_sizes()
-    if resource is None or not held:
+    if resource is None:
         return {}
     left = {}
     for name, kind, size in (
@@ -64,20 +64,7 @@ def _own_limits() -> dict[str, int]:
         ("ulimit -d", resource.RLIMIT_DATA, "VmData"),
     ):
         soft, _ = resource.getrlimit(kind)
-        if soft != resource.RLIM_INFINITY and size in held:
-            left[name] = max(0, soft - held[size])
+        held = status_bytes(size)
+        if soft != resource.RLIM_INFINITY and held is not None:
+            left[name] = max(0, soft - held)
     return left
-
-
-def _own_sizes() -> dict[str, int]:
-    """Bytes that the kernel says this process holds, by the names of proc_pid_status(5)."""
-    try:
-        text = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return {}
-    fields = (line.partition(":") for line in text.splitlines())
-    return {
-        name: int(value.split()[0]) * 1024
-        for name, _, value in fields
-        if name in ("VmSize", "VmData")
-    }

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedtune.devices.usage import resident_bytes
 from fedtune.errors import MissingExtraError
 from fedtune.kernels.workspace import release_workspaces
 from fedtune.lora.linear import AdaptedLinear
@@ -24,7 +25,6 @@ from fedtune.model.backbone import Backbone
 from fedtune.model.blocks import fuse
 from fedtune.quant.storage import store
 from fedtune.records import DevicePlan, Dispatch, LoraFactors, MatrixForm, MatrixPlan
-from fedtune.train.resident import resident_bytes
 from fedtune.train.round import train_round
 from fedtune.wire.messages import OptimizerSpec
 

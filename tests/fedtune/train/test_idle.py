@@ -11,9 +11,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from fedtune.train import resident
+from fedtune.devices import usage
+from fedtune.devices.usage import peak_resident_bytes, resident_bytes, restart_peak
 from fedtune.train.idle import SLACK_BYTES, call_seconds, ready_bytes, settle
-from fedtune.train.resident import peak_resident_bytes, resident_bytes, restart_peak
 
 _BLOCK = 64 << 20
 
@@ -57,8 +57,8 @@ def test_the_peak_starts_anew_from_what_is_held() -> None:
 def test_without_proc_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from pathlib import Path
 
-    monkeypatch.setattr(resident, "_STATUS", Path("/no/such/status"))
-    monkeypatch.setattr(resident, "_CLEAR", Path("/no/such/folder/clear"))
+    monkeypatch.setattr(usage, "_STATUS", Path("/no/such/status"))
+    monkeypatch.setattr(usage, "_CLEAR", Path("/no/such/folder/clear"))
     assert resident_bytes() is None
     assert ready_bytes() is None
     assert not restart_peak()
@@ -67,7 +67,7 @@ def test_without_proc_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 _FREED = """
 import sys, torch
 from fedtune.train.allocator import keep_what_fits
-from fedtune.train.resident import resident_bytes
+from fedtune.devices.usage import resident_bytes
 assert keep_what_fits(100, int(sys.argv[1])) == (int(sys.argv[1]) >= 150)
 torch.ones(4_000_000)
 before = resident_bytes()
