@@ -104,8 +104,6 @@ def decode_calibration_instruction(data: bytes) -> CalibrationInstruction:
         ProtocolError: the bytes are no instruction, or a field is out of its range.
     """
     message = fields.parse(pb.CalibrationInstruction(), data, "CalibrationInstruction")
-    fields.count(message.labels, "labels")
-    fields.unique(message.labels, "labels")
     return CalibrationInstruction(
         run=fields.text(message.run, "run"),
         base_digest=fields.text(message.base_digest, "base_digest"),
@@ -115,7 +113,7 @@ def decode_calibration_instruction(data: bytes) -> CalibrationInstruction:
         batches=fields.whole(message.batches, "batches", 1, 2**20),
         seed=fields.whole(message.seed, "seed", 0, _MAX_SEED),
         tensors_digest=fields.text(message.tensors_digest, "tensors_digest"),
-        labels=tuple(fields.text(label, "labels") for label in message.labels),
+        labels=fields.texts(message.labels, "labels"),
         measure_step=message.measure_step,
     )
 

@@ -7,7 +7,7 @@ its field, and returns the value or raises `ProtocolError` in words that name th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -94,6 +94,13 @@ def unique(names: Iterable[str], field: str) -> None:
         if name in seen:
             raise ProtocolError(f"{field}: {shown(name)} comes twice")
         seen.add(name)
+
+
+def texts(values: Sequence[str], field: str) -> tuple[str, ...]:
+    """Texts of which none comes twice, in their order."""
+    count(values, field)
+    unique(values, field)
+    return tuple(text(value, field) for value in values)
 
 
 def reals(

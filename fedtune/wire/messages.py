@@ -8,7 +8,7 @@ its ranges.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
@@ -194,13 +194,11 @@ def decode_task_spec(data: bytes) -> TaskSpec:
         ProtocolError: the bytes are no task, or a field is out of its range.
     """
     message = fields.parse(pb.TaskSpec(), data, "TaskSpec")
-    fields.count(message.matrices, "matrices")
-    fields.unique(message.matrices, "matrices")
     return TaskSpec(
         run=fields.text(message.run, "run"),
         task=cast(TaskName, fields.one_of(message.task, "task", get_args(TaskName))),
         base_digest=fields.text(message.base_digest, "base_digest"),
-        matrices=tuple(fields.text(name, "matrices") for name in message.matrices),
+        matrices=fields.texts(message.matrices, "matrices"),
         seed=fields.whole(message.seed, "seed", 0, _MAX_SEED),
     )
 
@@ -255,7 +253,7 @@ def decode_train_instruction(data: bytes) -> TrainInstruction:
         tensors_digest=fields.text(message.tensors_digest, "tensors_digest"),
         evaluate=message.evaluate,
         scale=_scale(message.scale, message.scaling),
-        labels=_labels(message.labels),
+        labels=fields.texts(message.labels, "labels"),
         wire_dtype=cast(
             WireDtype, fields.one_of(message.wire_dtype, "wire_dtype", get_args(WireDtype))
         ),
@@ -280,12 +278,6 @@ def _optimizer_record(message: pb.OptimizerSpec) -> OptimizerSpec:
         keep=message.keep,
         way=_way_record(message.way) if message.HasField("way") else TrainingWay(),
     )
-
-
-def _labels(values: Sequence[str]) -> tuple[str, ...]:
-    fields.count(values, "labels")
-    fields.unique(values, "labels")
-    return tuple(fields.text(label, "labels") for label in values)
 
 
 def _scale(value: float, scaling: str) -> LoraScale:
@@ -390,7 +382,7 @@ def decode_evaluate_instruction(data: bytes) -> EvaluateInstruction:
         plan=plan_record(message.plan),
         tensors_digest=fields.text(message.tensors_digest, "tensors_digest"),
         scale=_scale(message.scale, message.scaling),
-        labels=_labels(message.labels),
+        labels=fields.texts(message.labels, "labels"),
     )
 
 

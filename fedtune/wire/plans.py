@@ -48,8 +48,6 @@ def decode_site_report(data: bytes) -> SiteReport:
         ProtocolError: the bytes are no report, or a field is out of its range.
     """
     message = fields.parse(pb.SiteReport(), data, "SiteReport")
-    fields.count(message.labels, "labels")
-    fields.unique(message.labels, "labels")
     fields.count(message.warnings, "warnings", 100)
     return SiteReport(
         profile=_profile_record(message.profile),
@@ -60,7 +58,7 @@ def decode_site_report(data: bytes) -> SiteReport:
         ),
         train_tokens=fields.whole(message.train_tokens, "train_tokens", 0, fields.MAX_COUNT),
         dense=_dense_shapes(message.dense),
-        labels=tuple(fields.text(label, "labels") for label in message.labels),
+        labels=fields.texts(message.labels, "labels"),
         warnings=tuple(fields.text(line, "warnings", longest=2000) for line in message.warnings),
     )
 
