@@ -478,11 +478,14 @@ class Contribution:
     Attributes:
         weight: not yet normalised; positive.
         sent: exactly what the device started from, after rounding to the wire's dtype.
+        factor: what its difference is multiplied by beside its normalised weight, 0..1: below 1
+            where it is late or longer than allowed.
     """
 
     weight: float
     sent: Dispatch
     update: AdapterUpdate
+    factor: float = 1.0
 
 
 # ---------------------------------------------------------------- the coordinator's state

@@ -13,7 +13,9 @@ from pydantic import Field, model_validator
 
 from fedtune.sections.federation import (
     AggregateSection,
+    DefenceSection,
     OutputsSection,
+    RoundsSection,
     RunSection,
     SimulationSection,
     WireSection,
@@ -31,6 +33,7 @@ from fedtune.sections.section import Section, parse_bytes
 __all__ = [
     "AggregateSection",
     "DataSection",
+    "DefenceSection",
     "DeviceClassSection",
     "ImportanceSection",
     "LoraSection",
@@ -38,6 +41,7 @@ __all__ = [
     "OutputsSection",
     "PartitionSection",
     "PlanSection",
+    "RoundsSection",
     "RunConfig",
     "RunSection",
     "Section",
@@ -59,7 +63,9 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     importance: ImportanceSection = ImportanceSection()
     plan: PlanSection = PlanSection()
+    rounds: RoundsSection = RoundsSection()
     aggregate: AggregateSection = AggregateSection()
+    defence: DefenceSection = DefenceSection()
     wire: WireSection = WireSection()
     simulation: SimulationSection = SimulationSection()
     outputs: OutputsSection = OutputsSection()

@@ -29,6 +29,7 @@ class Share:
         sent: what the device started from.
         factors: what it returned, by matrix.
         dense: what it returned, by tensor.
+        factor: what its difference is multiplied by beside its weight.
     """
 
     device: str
@@ -36,6 +37,12 @@ class Share:
     sent: Dispatch
     factors: Mapping[str, LoraFactors]
     dense: Mapping[str, FloatArray]
+    factor: float = 1.0
+
+    @property
+    def step(self) -> float:
+        """What the device's difference is multiplied by in the sum."""
+        return self.weight * self.factor
 
 
 JoinMatrix = Callable[[str, LowRank, Sequence[Share]], tuple[LowRank, float]]
@@ -93,6 +100,7 @@ def ordered_shares(
             sent=contribution.sent,
             factors=contribution.update.factors,
             dense=contribution.update.dense,
+            factor=contribution.factor,
         )
         for contribution in ordered
     )
@@ -113,7 +121,7 @@ def join_dense(dense: Mapping[str, FloatArray], shares: Sequence[Share]) -> dict
         for share in shares:
             if name in share.dense:
                 before = share.sent.dense[name].astype(np.float64)
-                total += share.weight * (share.dense[name].astype(np.float64) - before)
+                total += share.step * (share.dense[name].astype(np.float64) - before)
         joined[name] = total.astype(np.float32)
     return joined
 

@@ -103,12 +103,12 @@ def join_differences(
     kept = np.ones(before.rank)
     changes: list[Pair] = []
     for share, sent, returned in holders(name, shares):
-        changes.append(pair_of_factors(returned, share.weight))
+        changes.append(pair_of_factors(returned, share.step))
         warm = truncation_rank(before, sent)
         if warm is None:
-            changes.append(pair_of_factors(sent, -share.weight))
+            changes.append(pair_of_factors(sent, -share.step))
         else:
-            kept[:warm] -= share.weight
+            kept[:warm] -= share.step
     if not changes:
         return before, 0.0
     return recompress([pair_of_low_rank(before, remaining(kept)), *changes], rank_cap)

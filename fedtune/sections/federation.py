@@ -33,6 +33,67 @@ class RunSection(Section):
     )
 
 
+class RoundsSection(Section):
+    """When a round closes, who is asked, and what becomes of those who are late."""
+
+    mode: Literal["sync", "async"] = Field(
+        "sync",
+        description="`sync`: a round waits for its own devices; `async`: it closes after "
+        "`close_count` updates of any round, and devices that reported get new work (FedBuff)",
+    )
+    close_count: int = Field(
+        0, ge=0, description="a round closes when so many have reported; 0: `close_fraction` says"
+    )
+    close_fraction: float = Field(
+        1.0, gt=0, le=1, description="share of a round's devices after whose reports it closes"
+    )
+    late: Literal["fold", "refuse"] = Field(
+        "fold",
+        description="`fold`: an update that comes after its round has closed counts in a later "
+        "one, by its staleness; `refuse`: it does not",
+    )
+    staleness_limit: int = Field(
+        2, ge=1, le=1000, description="rounds by which an update may be late and still count"
+    )
+    staleness_power: float = Field(
+        0.5,
+        ge=0,
+        le=10,
+        description="an update that is s rounds late counts (1 + s) to the power of minus this",
+    )
+    repeats: int = Field(
+        2,
+        ge=0,
+        le=100,
+        description="times that a round of too few good updates is played again with others",
+    )
+    sampling: Literal["fair", "uniform"] = Field(
+        "fair",
+        description="for `run.devices_per_round`: `fair`: who was left out longest goes first; "
+        "`uniform`: by draw",
+    )
+
+
+class DefenceSection(Section):
+    """What protects the joined adapter from devices that send bad updates."""
+
+    method: Literal["none", "clip", "multi-krum", "geometric-median", "root-cosine"] = Field(
+        "none",
+        description="`clip`: no update is longer than the others; `multi-krum`: those far from "
+        "most are left out; `geometric-median`: far ones count little; `root-cosine`: those that "
+        "point away from `root_site`'s are left out, the others get its length",
+    )
+    assumed_share: float = Field(
+        0.2, ge=0, lt=0.5, description="for `multi-krum`: share of devices that may be hostile"
+    )
+    clip_factor: float = Field(
+        1.0, gt=0, description="for `clip`: longest update, as a multiple of the median length"
+    )
+    root_site: str = Field(
+        "", description="for `root-cosine`: a site that the coordinator trusts, with clean data"
+    )
+
+
 class AggregateSection(Section):
     """How unequal adapters are joined."""
 
@@ -47,10 +108,33 @@ class AggregateSection(Section):
     )
     server_step: float = Field(1.0, gt=0, description="factor of each round's joined update")
     momentum: float = Field(0.0, ge=0, lt=1, description="share of the last update kept; 0: none")
+    optimizer: Literal["average", "adam"] = Field(
+        "average",
+        description="`average`: the joined update, with momentum if set; `adam`: FedAdam, on the "
+        "products of the factors",
+    )
+    beta2: float = Field(0.99, ge=0, lt=1, description="for `adam`: decay of the squares")
+    adaptivity: float = Field(
+        1e-3, gt=0, description="for `adam`: added to the root of the squares (tau)"
+    )
+    keep_dropped: bool = Field(
+        False,
+        description="add what `lora.rank_cap` cut off in a round to the next one (error feedback)",
+    )
 
 
 class WireSection(Section):
     """How tensors travel."""
+
+    down: Literal["fp32", "fp16", "bf16", "int8", "q4"] = Field(
+        "fp32", description="form of the adapters that are sent to the devices"
+    )
+    up: Literal["fp32", "fp16", "bf16", "int8", "q4"] = Field(
+        "fp32", description="form of the updates that the devices send back"
+    )
+    error_feedback: bool = Field(
+        True, description="a device adds what `up` rounded off to its next update"
+    )
 
     dtype: Literal["float32", "float16"] = Field(
         "float32", description="of the adapters in messages; float16 halves the bytes"
@@ -79,6 +163,17 @@ class SimulationSection(Section):
         "virtual",
         description="`virtual`: a device takes the seconds that its class predicts, and nothing "
         "is planned anew; `measured`: those that it takes on this machine",
+    )
+    delay: Literal["none", "lognormal", "pareto"] = Field(
+        "none",
+        description="for clock `virtual`: what a device's seconds in a round are multiplied by, "
+        "drawn by the seed with a median of 1",
+    )
+    delay_spread: float = Field(
+        1.0,
+        gt=0,
+        le=10,
+        description="for `delay`: sigma of `lognormal`, or one over the exponent of `pareto`",
     )
 
 

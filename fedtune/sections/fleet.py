@@ -51,6 +51,9 @@ class DeviceClassSection(Section):
         description="pin the rank of the frozen pair that repairs each matrix of 4 bits or fewer; "
         "without this key: planned",
     )
+    rounds_max: int = Field(
+        0, ge=0, description="rounds of a run that a device takes part in at most; 0: no limit"
+    )
     micro_batch: int = Field(0, ge=0, description="pin the samples per forward pass; 0: planned")
 
     @model_validator(mode="before")

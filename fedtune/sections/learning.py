@@ -205,4 +205,9 @@ class TrainSection(Section):
     max_gradient_norm: float = Field(
         1.0, ge=0, description="longer gradients are clipped to this norm; 0: no clipping"
     )
+    proximal: float = Field(
+        0.0,
+        ge=0,
+        description="pull of each step back to what the round started from (FedProx's mu); 0: none",
+    )
     evaluate_every: int = Field(1, ge=0, description="rounds between held-out losses; 0: never")

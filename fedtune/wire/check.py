@@ -18,13 +18,13 @@ from fedtune.records import (
 )
 from fedtune.wire.fields import shown
 from fedtune.wire.messages import TrainReport
-from fedtune.wire.packing import Shape, tensors_digest, unpack_tensors
+from fedtune.wire.packing import Packed, PackedTensors, Shape, tensors_digest
 from fedtune.wire.tensors import update_from_tensors, update_shapes
 
 
 def check_update(
     report: TrainReport,
-    tensors: bytes,
+    tensors: Packed,
     *,
     run: str,
     round: int,
@@ -38,9 +38,12 @@ def check_update(
 ) -> AdapterUpdate:
     """Turn a device's report and bytes into an update that can be joined.
 
+    The update reads its tensors from the bytes when they are asked for, so that those of a fleet
+    can lie in files that are mapped in.
+
     Args:
         report: decoded, so its numbers are in the ranges of the protocol.
-        tensors: packed factors and dense parameters.
+        tensors: packed factors and dense parameters; must stay as they are.
         run, round, device, base_digest: what the coordinator asked, and whom.
         plan: what the device was to do.
         shapes: name -> shape of the base's matrices.
@@ -60,11 +63,13 @@ def check_update(
             "they were changed or cut on the way"
         )
     try:
-        arrays = unpack_tensors(tensors, update_shapes(plan, shapes, dense_shapes))
+        arrays = PackedTensors(tensors, update_shapes(plan, shapes, dense_shapes))
+        factors, dense = update_from_tensors(arrays, plan, scale)
+        _check_norms(device, factors, dense, max_norm)  # reads every value
+    except RefusedUpdateError:
+        raise
     except ProtocolError as error:
         raise RefusedUpdateError(f"update of {device}: {error}") from error
-    factors, dense = update_from_tensors(arrays, plan, scale)
-    _check_norms(device, factors, dense, max_norm)
     return AdapterUpdate(
         run=run,
         round=round,

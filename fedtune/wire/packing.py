@@ -14,9 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from mmap import mmap
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,8 @@ from fedtune.wire.fields import shown, unique
 
 WireDtype = Literal["float32", "float16"]
 Shape = tuple[int, ...]
+Packed: TypeAlias = bytes | mmap
+"""A block of packed tensors, in memory or as a file that is mapped in."""
 
 MAX_HEADER_BYTES = 16 * 2**20
 """About 100,000 tensors, as many as a plan of the largest allowed size sends, at 150 bytes each."""
@@ -74,10 +77,10 @@ def pack_tensors(tensors: Mapping[str, FloatArray], dtype: WireDtype) -> bytes:
     return save({name: _as_wire(tensors[name], dtype, name) for name in sorted(tensors)})
 
 
-def unpack_tensors(
-    data: bytes, expected: Mapping[str, Shape], max_bytes: int | None = None
-) -> dict[str, NDArray[np.float32]]:
-    """Read a block whose names and shapes are known, as float32 arrays of their own memory.
+class PackedTensors(Mapping[str, NDArray[np.float32]]):
+    """A block whose names and shapes are checked, and whose values are read when asked for.
+
+    A tensor comes out as a float32 array of its own memory, anew at each request.
 
     Args:
         data: what `pack_tensors` wrote, or what a hostile device says it did.
@@ -86,28 +89,50 @@ def unpack_tensors(
 
     Raises:
         ProtocolError: anything is off; the message names the tensor, what was expected and found.
+            A value that is not finite is found when its tensor is read.
     """
-    most = _most_bytes(expected) if max_bytes is None else max_bytes
-    if len(data) > most:
-        raise ProtocolError(f"packed tensors: expected at most {most} bytes, got {len(data)}")
-    start, entries = _read_header(data)
-    _compare_names(entries, expected)
-    tensors = {}
-    for name, shape in expected.items():
-        entry = entries[name]
-        if entry.shape != tuple(shape):
-            raise ProtocolError(
-                f"tensor {name}: expected shape {tuple(shape)}, got {entry.shape[:8]}"
-            )
+
+    def __init__(
+        self, data: Packed, expected: Mapping[str, Shape], max_bytes: int | None = None
+    ) -> None:
+        most = _most_bytes(expected) if max_bytes is None else max_bytes
+        if len(data) > most:
+            raise ProtocolError(f"packed tensors: expected at most {most} bytes, got {len(data)}")
+        self._data, self._names = data, tuple(expected)
+        self._start, self._entries = _read_header(data)
+        _compare_names(self._entries, expected)
+        for name, shape in expected.items():
+            found = self._entries[name].shape
+            if found != tuple(shape):
+                raise ProtocolError(
+                    f"tensor {name}: expected shape {tuple(shape)}, got {found[:8]}"
+                )
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        entry = self._entries[name]
         dtype = _NUMPY_DTYPE[entry.dtype]
-        values = np.frombuffer(data, dtype, math.prod(shape), offset=start + entry.begin)
+        count = math.prod(entry.shape)
+        values = np.frombuffer(self._data, dtype, count, offset=self._start + entry.begin)
         if not np.isfinite(values).all():
             raise ProtocolError(f"tensor {name}: expected finite values, got nan or inf")
-        tensors[name] = values.astype(np.float32).reshape(shape)
-    return tensors
+        # A copy, so that no array holds on to a mapped file that is to be closed.
+        return values.astype(np.float32).reshape(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
-def packed_shapes(data: bytes) -> dict[str, Shape]:
+def unpack_tensors(
+    data: Packed, expected: Mapping[str, Shape], max_bytes: int | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """Read a whole block, as `PackedTensors` does, into memory."""
+    return dict(PackedTensors(data, expected, max_bytes))
+
+
+def packed_shapes(data: Packed) -> dict[str, Shape]:
     """Name -> shape of every tensor in a block, of which only the header is read.
 
     Raises:
@@ -116,7 +141,7 @@ def packed_shapes(data: bytes) -> dict[str, Shape]:
     return {name: entry.shape for name, entry in _read_header(data)[1].items()}
 
 
-def tensors_digest(data: bytes) -> str:
+def tensors_digest(data: Packed) -> str:
     """Hex sha256 of a block."""
     return hashlib.sha256(data).hexdigest()
 
@@ -144,7 +169,7 @@ def _compare_names(found: Mapping[str, _Entry], expected: Mapping[str, Shape]) -
 # ---------------------------------------------------------------- the header
 
 
-def _read_header(data: bytes) -> tuple[int, dict[str, _Entry]]:
+def _read_header(data: Packed) -> tuple[int, dict[str, _Entry]]:
     """Where the values start, and the entries; offsets count from there."""
     if len(data) < _LENGTH_BYTES:
         raise ProtocolError(f"packed tensors: expected at least 8 bytes, got {len(data)}")

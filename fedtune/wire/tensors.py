@@ -7,7 +7,8 @@ trained whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -48,6 +49,9 @@ __all__ = [
     "update_shapes",
     "update_tensors",
 ]
+
+
+_Value = TypeVar("_Value")
 
 
 def dispatch_tensors(dispatch: Dispatch) -> dict[str, FloatArray]:
@@ -185,7 +189,7 @@ def dispatch_from_tensors(
     tensors: Mapping[str, FloatArray], plan: DevicePlan, scale: Scale = 1.0
 ) -> Dispatch:
     """The dispatch that named arrays make; their shapes are already checked."""
-    trained, dense = update_from_tensors(tensors, plan, scale)
+    trained, dense = update_from_tensors(tensors, plan, scale)  # of a dict, so nothing is read
     tail = {
         matrix.name: LoraFactors(
             tensors[f"{matrix.name}.tail_a"],
@@ -200,15 +204,37 @@ def dispatch_from_tensors(
 
 def update_from_tensors(
     tensors: Mapping[str, FloatArray], plan: DevicePlan, scale: Scale = 1.0
-) -> tuple[dict[str, LoraFactors], dict[str, FloatArray]]:
-    """Trained factors by matrix, and dense parameters by name; shapes are already checked."""
-    factors = {
-        name: LoraFactors(tensors[f"{name}.a"], tensors[f"{name}.b"], scale_of(scale, rank))
-        for name, rank in plan.ranks().items()
-    }
-    dense = {
-        name.removeprefix("dense."): np.asarray(value)
-        for name, value in tensors.items()
-        if name.startswith("dense.")
-    }
-    return factors, dense
+) -> tuple[Mapping[str, LoraFactors], Mapping[str, FloatArray]]:
+    """Trained factors by matrix, and dense parameters by name; shapes are already checked.
+
+    Both are read from `tensors` when they are asked for.
+    """
+    ranks = plan.ranks()
+
+    def pair(name: str) -> LoraFactors:
+        a, b = tensors[f"{name}.a"], tensors[f"{name}.b"]
+        return LoraFactors(a, b, scale_of(scale, ranks[name]))
+
+    def parameter(name: str) -> FloatArray:
+        return np.asarray(tensors[f"dense.{name}"])
+
+    names = [name.removeprefix("dense.") for name in tensors if name.startswith("dense.")]
+    return ReadOnAsking(list(ranks), pair), ReadOnAsking(names, parameter)
+
+
+class ReadOnAsking(Mapping[str, _Value]):
+    """A mapping whose values are made anew each time that they are asked for."""
+
+    def __init__(self, names: Sequence[str], read: Callable[[str], _Value]) -> None:
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> _Value:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

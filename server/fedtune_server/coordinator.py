@@ -31,8 +31,8 @@ from fedtune.records import (
 from fedtune.settings import RunConfig
 from fedtune.wire.checkpoint import prune_checkpoints, write_checkpoint
 from fedtune.wire.messages import OptimizerSpec, TaskSpec
-from fedtune_server import round as rounds
 from fedtune_server.distortion import Measure
+from fedtune_server.evaluation import evaluate
 from fedtune_server.fleet import (
     Emit,
     Fleet,
@@ -41,10 +41,14 @@ from fedtune_server.fleet import (
     gather_fleet,
     wait_for_nodes,
 )
+from fedtune_server.open_round import OpenRounds
 from fedtune_server.planning import Planning
 from fedtune_server.replan import Replanner
+from fedtune_server.round import Outcome, train
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.schedule import learning_rate
+from fedtune_server.state import RunState, with_turns
+from fedtune_server.terms import RoundTerms
 
 _HEAD_STD = 0.02
 """Standard deviation of a fresh task head; the initialiser range of BERT and Llama."""
@@ -80,9 +84,10 @@ class Coordinator:
     ) -> None:
         self._config, self._shapes, self._folder, self._emit = config, shapes, folder, emit
         self._measure = measure
+        self._open_rounds = OpenRounds(folder.open_rounds)
         self._run_id = f"{config.run.name}-{os.urandom(4).hex()}"
         self._rule = make_rule(config.aggregate.rule, config.lora.rank_cap, seed=config.run.seed)
-        self._terms = rounds.RoundTerms(
+        self._terms = RoundTerms(
             run=self._run_id,
             base_digest=shapes.digest,
             shapes=shapes.by_name(),
@@ -109,18 +114,23 @@ class Coordinator:
         planning = self._planning(fleet)
         planning.measure(grid, self._run_id, heads, self._terms.deadline_s)
         replanner = self._replanner(fleet, planning)
-        adapter = self._rule.start(self._shapes.matrices, heads)
-        adapter, before, planned_seconds = self._rounds(grid, fleet, planning, replanner, adapter)
-        plans = [replanner.plans[name] for name in fleet.names]
-        after = rounds.evaluate(grid, fleet, self._rule, adapter, plans, self._terms, self._emit)
+        state = RunState(
+            run=self._run_id,
+            adapter=self._rule.start(self._shapes.matrices, heads),
+            plans=dict(replanner.plans),
+        )
+        while state.round < self._config.run.rounds:
+            state = self._round(grid, fleet, planning, replanner, state)
+        plans = [state.plans[name] for name in fleet.names]
+        after = evaluate(grid, fleet, self._rule, state.adapter, plans, self._terms, self._emit)
         fields = {
             "seconds": time.perf_counter() - started,
-            "planned_seconds": planned_seconds,
-            "held_out_loss_before": before,
+            "planned_seconds": state.planned_seconds,
+            "held_out_loss_before": state.held_out_loss_before,
             "held_out_loss_after": after,
         }
         self._emit(Event("run_finished", fields))
-        return adapter
+        return state.adapter
 
     def _announce(self, devices: int) -> None:
         config = self._config
@@ -175,52 +185,66 @@ class Coordinator:
             heads[name] = values.astype(np.float32)
         return heads
 
-    def _rounds(
+    def _round(
         self,
         grid: Grid,
         fleet: Fleet,
         planning: Planning,
         replanner: Replanner,
-        adapter: GlobalAdapter,
-    ) -> tuple[GlobalAdapter, float | None, float]:
-        """Play all rounds; also returns the held-out loss before the first, and planned seconds."""
+        state: RunState,
+    ) -> RunState:
+        """Play one round, and save what it leads to."""
         config = self._config
-        momentum: GlobalAdapter | None = None
-        before: float | None = None
-        planned_seconds = 0.0
-        for number in range(1, config.run.rounds + 1):
-            self._folder.write_status("running", number - 1)
-            chosen = choose_devices(
-                fleet.names, config.run.devices_per_round, config.run.seed, number
-            )
-            plans = [replanner.plans[name] for name in chosen]
-            outcome = rounds.train(
-                grid,
-                fleet,
-                self._rule,
-                adapter,
-                plans,
-                self._optimizer(number),
-                self._terms,
-                number,
-                evaluate=self._measures(number),
-                emit=self._emit,
-            )
-            before = outcome.held_out_loss if number == 1 else before
-            planned_seconds += max(plan.seconds for plan in plans)
-            adapter, momentum = apply_server_step(
-                adapter,
-                outcome.joined,
-                momentum,
-                step=config.aggregate.server_step,
-                beta=config.aggregate.momentum,
-                rank_cap=config.lora.rank_cap,
-            )
-            self._checkpoint(adapter, momentum)
-            if config.plan.replan and number < config.run.rounds:
-                self._replan(grid, fleet, replanner, outcome, number)
-                planning.say_what_leaves(replanner.plans.values())
-        return adapter, before, planned_seconds
+        number = state.round + 1
+        self._folder.write_status("running", state.round)
+        chosen = choose_devices(fleet.names, config.run.devices_per_round, config.run.seed, number)
+        plans = [state.plans[name] for name in chosen]
+        outcome = train(
+            grid,
+            fleet,
+            self._rule,
+            state.adapter,
+            plans,
+            self._optimizer(number),
+            self._terms,
+            number,
+            self._open_rounds,
+            evaluate=self._measures(number),
+            emit=self._emit,
+        )
+        adapter, server = self._server_step(state, outcome.joined)
+        if config.plan.replan and number < config.run.rounds:
+            self._replan(grid, fleet, replanner, outcome, number)
+            planning.say_what_leaves(replanner.plans.values())
+        state = RunState(
+            run=state.run,
+            adapter=adapter,
+            server=server,
+            plans=dict(replanner.plans),
+            turns=with_turns(state.turns, chosen, number),
+            held_out_loss_before=(
+                outcome.held_out_loss if number == 1 else state.held_out_loss_before
+            ),
+            planned_seconds=state.planned_seconds + max(plan.seconds for plan in plans),
+        )
+        self._checkpoint(state)
+        self._open_rounds.close(number)
+        return state
+
+    def _server_step(
+        self, state: RunState, joined: GlobalAdapter
+    ) -> tuple[GlobalAdapter, Mapping[str, GlobalAdapter]]:
+        """What the server's optimiser makes of a round, and its own states after it."""
+        config = self._config
+        adapter, momentum = apply_server_step(
+            state.adapter,
+            joined,
+            state.server.get("momentum"),
+            step=config.aggregate.server_step,
+            beta=config.aggregate.momentum,
+            rank_cap=config.lora.rank_cap,
+        )
+        return adapter, {} if momentum is None else {"momentum": momentum}
 
     def _replanner(self, fleet: Fleet, planning: Planning) -> Replanner:
         config = self._config.plan
@@ -237,7 +261,7 @@ class Coordinator:
         )
 
     def _replan(
-        self, grid: Grid, fleet: Fleet, replanner: Replanner, outcome: rounds.Outcome, number: int
+        self, grid: Grid, fleet: Fleet, replanner: Replanner, outcome: Outcome, number: int
     ) -> None:
         """Plan anew whom the round asks for."""
         refused: Mapping[str, DeviceProfile] = {}
@@ -278,10 +302,9 @@ class Coordinator:
             ),
         )
 
-    def _checkpoint(self, adapter: GlobalAdapter, momentum: GlobalAdapter | None) -> None:
-        extra = {} if momentum is None else {"momentum": momentum}
+    def _checkpoint(self, state: RunState) -> None:
         meta = {"base_digest": self._shapes.digest}
-        write_checkpoint(self._folder.checkpoints, adapter, extra, meta)
+        write_checkpoint(self._folder.checkpoints, state.adapter, state.server, meta)
         prune_checkpoints(self._folder.checkpoints, self._config.outputs.keep_checkpoints)
 
 

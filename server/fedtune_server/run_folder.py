@@ -41,8 +41,14 @@ _FILES = (
     "checkpoints/*.partial",
     "exports/model.onnx*",
 )
-_FOLDERS = ("exports", "checkpoints", "tensorboard")
-_WHOLE_FOLDERS = ("exports/merged", "exports/peft", "exports/.*.partial", "exports/.*.old")
+_FOLDERS = ("exports", "checkpoints", "tensorboard", "open")
+_WHOLE_FOLDERS = (
+    "open/round-*",
+    "exports/merged",
+    "exports/peft",
+    "exports/.*.partial",
+    "exports/.*.old",
+)
 """All that a run writes: patterns of its files and folders, and of folders that it owns whole."""
 
 
@@ -177,6 +183,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the coordinator's state after each of the last rounds."""
         return self.path / "checkpoints"
+
+    @property
+    def open_rounds(self) -> Path:
+        """Folder of the updates that came in rounds that have not closed."""
+        return self.path / "open"
 
     @property
     def exports(self) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from fedtune.wire.messages import EvaluateReport, TrainInstruction, TrainReport
 from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune.wire.tensors import unpack_dispatch, update_tensors
 from fedtune_server.fleet import Fleet, gather_fleet
+from fedtune_server.open_round import OpenRounds
 from fedtune_server.simulation.grid import FaultHook, InProcessGrid
 
 SHAPES = ModelShapes(
@@ -55,7 +58,8 @@ class FakeFleet:
         events: all that the coordinator emitted.
     """
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *names: str, folder: Path) -> None:
+        self.open_rounds = OpenRounds(folder / "open")
         self.shapes = SHAPES
         self.names = names
         self.reports = {name: report(name, 10 * (i + 1)) for i, name in enumerate(names)}
@@ -166,6 +170,6 @@ def report(name: str, samples: int) -> SiteReport:
 
 
 @pytest.fixture
-def fleet_of() -> Callable[..., FakeFleet]:
+def fleet_of(tmp_path: Path) -> Callable[..., FakeFleet]:
     """Make a fleet of named devices; the first has node 1000, 10 samples, and so on."""
-    return FakeFleet
+    return partial(FakeFleet, folder=tmp_path)

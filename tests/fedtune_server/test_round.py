@@ -15,8 +15,10 @@ from fedtune.records import DevicePlan, GlobalAdapter, LoraScale, MatrixPlan
 from fedtune.wire.flower import EVALUATE, TRAIN
 from fedtune.wire.messages import OptimizerSpec
 from fedtune.wire.packing import pack_tensors, tensors_digest
-from fedtune_server import round as rounds
-from fedtune_server.round import Outcome, RoundTerms, prepare
+from fedtune_server.evaluation import evaluate
+from fedtune_server.round import Outcome, train
+from fedtune_server.starts import prepare
+from fedtune_server.terms import RoundTerms
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
 UP, DOWN = "layers.0.up", "layers.0.down"
@@ -62,16 +64,16 @@ class Table:
         fault = self.fake.lose(lost, TRAIN) if lost else None
         with self.fake.grid(fault) as grid:
             fleet = self.fake.gather(grid)
-            return rounds.train(
+            return train(
                 grid, fleet, self.rule, self.start, self.plans(), OptimizerSpec(), self.terms,
-                round, evaluate=evaluate, emit=self.fake.events.append,
+                round, self.fake.open_rounds, evaluate=evaluate, emit=self.fake.events.append,
             )  # fmt: skip
 
     def evaluate(self, lost: str = "") -> float | None:
         fault = self.fake.lose(lost, EVALUATE) if lost else None
         with self.fake.grid(fault) as grid:
             fleet = self.fake.gather(grid)
-            return rounds.evaluate(
+            return evaluate(
                 grid, fleet, self.rule, self.start, self.plans(), self.terms,
                 self.fake.events.append,
             )  # fmt: skip

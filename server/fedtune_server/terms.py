@@ -1,0 +1,31 @@
+"""What stays the same in every round of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedtune.records import LoraScale, MatrixShape
+from fedtune.wire.packing import WireDtype
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTerms:
+    """What a round is told beside its number, its devices and the adapter.
+
+    Attributes:
+        weights: how much a device counts: by the `samples` that its site holds (FedAvg's n_k), by
+            the `tokens` that carried loss in its round, or `uniform`.
+        max_norm: largest Frobenius norm that one matrix of an update may have.
+    """
+
+    run: str
+    base_digest: str
+    shapes: Mapping[str, MatrixShape]
+    scale: LoraScale
+    wire_dtype: WireDtype
+    weights: str
+    minimum_devices: int
+    deadline_s: float
+    seed: int
+    max_norm: float = 1e4
