@@ -25,7 +25,9 @@ from fedtune.settings import DeviceClassSection, PartitionSection, RunConfig, Se
 KernelPath: TypeAlias = Literal["auto", "c", "torch"]
 
 
-def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run_config(
+    path: Path, overrides: Sequence[str] = (), options: Mapping[str, str] | None = None
+) -> RunConfig:
     """Read a run file (`.toml`, or the `config.json` of a run folder) and apply overrides.
 
     Paths inside the file are relative to the file's folder where something is there, else to the
@@ -34,6 +36,8 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
         path: the run file.
         overrides: `section.key=value`, the value in TOML's form or a plain text.
+        options: key -> what to name in an error instead of `--set`, where another option of the
+            command line gave its override.
 
     Raises:
         ConfigError: the file is missing, not TOML, or holds an unknown key or a bad value.
@@ -42,8 +46,8 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     _anchor_paths(tree, path.parent)
     for override in overrides:
         _apply_override(tree, override)
-    keys = tuple(override.partition("=")[0].strip() for override in overrides)
-    return _validate(tree, str(path), keys)
+    given = {override.partition("=")[0].strip(): "--set" for override in overrides}
+    return _validate(tree, str(path), given | dict(options or {}))
 
 
 def parse_run_config(tree: Mapping[str, object], source: str) -> RunConfig:
@@ -56,16 +60,17 @@ def parse_run_config(tree: Mapping[str, object], source: str) -> RunConfig:
     Raises:
         ConfigError: an unknown key or a bad value; the message names the first.
     """
-    return _validate(tree, source, ())
+    return _validate(tree, source, {})
 
 
-def _validate(tree: Mapping[str, object], source: str, overridden: Sequence[str]) -> RunConfig:
+def _validate(tree: Mapping[str, object], source: str, given: Mapping[str, str]) -> RunConfig:
+    """`given`: keys that did not come from the source -> what they came from."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        blamed = "--set" if key and key in overridden else source
+        blamed = given.get(key, source)
         raise ConfigError(_one_line(f"{blamed}: {_describe(first)}")) from None
 
 

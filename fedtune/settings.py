@@ -75,6 +75,11 @@ class RunConfig(Section):
         self._check_rule()
         self._check_optimizer()
         self._check_way()
+        if self.plan.shortest_sequence > self.data.max_tokens:
+            raise ValueError(
+                f"plan.shortest_sequence = {self.plan.shortest_sequence}: expected at most "
+                f"data.max_tokens = {self.data.max_tokens}"
+            )
         classifying = self.model.task == "sequence-classification"
         if classifying != (self.data.format == "text-label"):
             raise ValueError(

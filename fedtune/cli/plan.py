@@ -61,13 +61,14 @@ def plan(
 ) -> None:
     """Plan a run before it starts: show and write what each device would do and what it costs."""
     named = {
-        "plan.round_seconds": deadline,
-        "plan.max_bytes": max_bytes,
-        "importance.file": importance,
-        "plan.file": follow,
+        "plan.round_seconds": ("--deadline", deadline),
+        "plan.max_bytes": ("--max-bytes", max_bytes),
+        "importance.file": ("--importance", importance),
+        "plan.file": ("--plan", follow),
     }
-    given = [f"{key}={value}" for key, value in named.items() if value is not None]
-    config = load_run_config(run_file, [*(set_ or []), *given])
+    given = {key: pair for key, pair in named.items() if pair[1] is not None}
+    overrides = [*(set_ or []), *(f"{key}={value}" for key, (_, value) in given.items())]
+    config = load_run_config(run_file, overrides, {key: name for key, (name, _) in given.items()})
     config = with_budgets(config, budget or [])
     folder = output or Path("plans") / config.run.name
     if not overwrite:

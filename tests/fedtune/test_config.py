@@ -175,6 +175,10 @@ def test_an_effective_config_reads_back_the_same(write: Write, tmp_path: Path) -
             ["lora.start=pissa", "aggregate.rule=zero-pad"],
             "'zero-pad' averages A apart from B, and with lora.start = 'pissa' devices choose",
         ),
+        (
+            ["plan.shortest_sequence=512"],
+            "plan.shortest_sequence = 512: expected at most data.max_tokens = 256",
+        ),
         (["run.minimum_devices=3"], "run.minimum_devices = 3: expected at most 2, the devices"),
         (["run.devices_per_round=3"], "run.devices_per_round = 3: expected at most 2"),
         (
@@ -213,7 +217,9 @@ def test_missing_sections_say_what_to_add(write: Write) -> None:
 
 
 def test_a_key_outside_its_section_is_pointed_home(write: Write) -> None:
-    assert "unknown key rounds; did you mean run.rounds?" in refusal(write("rounds = 3\n" + SMALL))
+    assert "unknown key local_steps; did you mean train.local_steps?" in refusal(
+        write("local_steps = 3\n" + SMALL)
+    )
 
 
 def test_unreadable_run_files_are_refused(tmp_path: Path) -> None:

@@ -256,6 +256,7 @@ def test_a_deadline_bounds_the_round(told: Verb) -> None:
     bound = of_json(told, "--deadline", free / 2)
     assert bound["round_seconds"] <= free / 2
     assert "plan.round_seconds" in refused(told, "--deadline", "0.000001")
+    assert "--deadline: plan.round_seconds = -1" in refused(told, "--deadline", "-1")
 
 
 def test_the_rest_is_overridden_by_keys(told: Verb) -> None:
