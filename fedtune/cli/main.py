@@ -18,6 +18,7 @@ from fedtune.cli.measure import measure
 from fedtune.cli.plan import plan
 from fedtune.cli.probe import probe
 from fedtune.cli.simulate import simulate
+from fedtune.cli.status import status
 from fedtune.cli.verify import verify
 from fedtune.errors import FedtuneError
 
@@ -37,6 +38,7 @@ app.command("plan")(plan)
 app.command("measure")(measure)
 app.command("probe")(probe)
 app.command("simulate")(simulate)
+app.command("status")(status)
 app.command("verify")(verify)
 app.command("export")(export)
 app.command("demo")(demo)
