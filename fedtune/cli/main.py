@@ -20,6 +20,7 @@ from fedtune.cli.probe import probe
 from fedtune.cli.simulate import simulate
 from fedtune.cli.status import status
 from fedtune.cli.verify import verify
+from fedtune.cli.watch import watch
 from fedtune.errors import FedtuneError
 
 EXIT_ERROR = 2
@@ -39,6 +40,7 @@ app.command("measure")(measure)
 app.command("probe")(probe)
 app.command("simulate")(simulate)
 app.command("status")(status)
+app.command("watch")(watch)
 app.command("verify")(verify)
 app.command("export")(export)
 app.command("demo")(demo)

@@ -96,11 +96,9 @@ def _compared(lines: Sequence[Line]) -> dict[str, Line]:
     """Device -> what the last comparison of updates said of it."""
     found: dict[str, Line] = {}
     for line in lines:
-        devices = line.get("devices")
-        if line.get("kind") == "updates_compared" and isinstance(devices, Mapping):
-            found |= {
-                str(name): each for name, each in devices.items() if isinstance(each, Mapping)
-            }
+        if line.get("kind") == "updates_compared":
+            entries = (each for each in line.get("devices") or () if isinstance(each, Mapping))
+            found |= {str(each.get("device")): each for each in entries}
     return found
 
 

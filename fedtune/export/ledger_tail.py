@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.errors import RunError
@@ -84,3 +85,12 @@ class LedgerTail:
 def fields_of(line: Line) -> Mapping[str, object]:
     """The fields of the event in a line."""
     return {key: value for key, value in line.items() if key not in _OWN_KEYS}
+
+
+def line_time(line: Line) -> datetime | None:
+    """When a line was written; None if it does not say so."""
+    try:
+        found = datetime.fromisoformat(str(line.get("time")))
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)

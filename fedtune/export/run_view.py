@@ -6,18 +6,18 @@ change nothing, so a folder of a later version can be looked at.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fedtune.export.device_view import DeviceView, device_views
 from fedtune.export.ledger_facts import LedgerFacts, Line, gather, number
-from fedtune.export.ledger_tail import LedgerTail
+from fedtune.export.ledger_tail import LedgerTail, line_time
 from fedtune.export.run_place import coordinator_at_work
+from fedtune.export.run_settings import json_object, planned_rounds
 
 RunState = Literal["starting", "running", "finished", "interrupted", "failed", "stopped"]
 
@@ -101,13 +101,14 @@ def view_run(folder: Path, now: datetime | None = None) -> RunView:
     curve = tuple((r, loss) for r, loss in facts.held_out() if r >= 0)
     best = min(curve, key=lambda point: point[1], default=None)
     pace, last = _pace(facts), max(facts.rounds, default=0)
-    rounds = _rounds(folder, facts)
+    # A continued run may have been given more rounds than it began with.
+    rounds = planned_rounds(folder) or int(number(facts.started, "rounds") or 0)
     devices = device_views(facts, lines)
     cosines = [each.cosine for each in devices if each.cosine is not None]
     dropped = [number(facts.rounds[r], "dropped_energy") for r in sorted(facts.rounds)]
     known = [share for share in dropped if share is not None]
     evaluation = facts.evaluations[max(facts.evaluations)] if facts.evaluations else {}
-    last_time = _time(lines[-1]) if lines else None
+    last_time = line_time(lines[-1]) if lines else None
     return RunView(
         run=str(facts.started.get("run", folder.name)),
         folder=str(folder),
@@ -158,7 +159,7 @@ def _state(folder: Path, facts: LedgerFacts, lines: Sequence[Line]) -> tuple[Run
         reason = str(facts.ending.get("reason", "")) if state == "failed" else ""
         return state, f"{reason}; {_AGAIN}" if reason else _AGAIN
     if not lines:
-        told = _json(folder / "status.json").get("state")
+        told = json_object(folder / "status.json").get("state")
         if told in ("interrupted", "failed"):
             return ("failed" if told == "failed" else "interrupted"), _AGAIN
     at_work = coordinator_at_work(folder)
@@ -169,13 +170,6 @@ def _state(folder: Path, facts: LedgerFacts, lines: Sequence[Line]) -> tuple[Run
     return state, ""
 
 
-def _rounds(folder: Path, facts: LedgerFacts) -> int:
-    """Rounds that the run is to have; a continued run may have been given more."""
-    settings = _json(folder / "config.json").get("run")
-    found = settings.get("rounds") if isinstance(settings, dict) else None
-    return found if isinstance(found, int) else int(number(facts.started, "rounds") or 0)
-
-
 def _pace(facts: LedgerFacts) -> float | None:
     seconds = [number(facts.rounds[r], "seconds") for r in sorted(facts.rounds)]
     known = [each for each in seconds if each is not None][-_ROUNDS_FOR_PACE:]
@@ -184,20 +178,3 @@ def _pace(facts: LedgerFacts) -> float | None:
 
 def _total(facts: LedgerFacts, key: str) -> float:
     return math.fsum(number(line, key) or 0.0 for line in facts.rounds.values())
-
-
-def _time(line: Line) -> datetime | None:
-    try:
-        found = datetime.fromisoformat(str(line.get("time")))
-    except ValueError:
-        return None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
-
-
-def _json(path: Path) -> Mapping[str, Any]:  # JSON values of many types
-    """A JSON object of the folder; empty where there is none."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
