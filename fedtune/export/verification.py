@@ -46,8 +46,11 @@ def verify_run(folder: Path) -> Iterator[Check]:
     """
     try:
         lines, torn = verify_whole_lines(folder / "ledger.jsonl")
+        if not lines:
+            raise RunError(f"{folder / 'ledger.jsonl'}: expected a line per event, found none")
     except RunError as error:
         yield Check("ledger", "wrong", str(error))
+        # What the ledger would say of the rest is not known: only digests beside files are left.
         for path in checkpoints(folder / "checkpoints"):
             yield _own_digest(path)
         return
@@ -66,8 +69,6 @@ def verify_run(folder: Path) -> Iterator[Check]:
 
 
 def _chain(lines: Sequence[Line], torn: bool) -> Check:
-    if not lines:
-        return Check("ledger", "wrong", "it holds no line")
     words = f"{len(lines)} lines, each chained to the one before; the last has hash "
     words += f"{str(lines[-1]['hash'])[:16]}"
     if torn and lines[-1]["kind"] == "exported":
