@@ -206,11 +206,7 @@ def _notice_line(progress: RunProgress, event: Event) -> str:
     return f"warning: {progress.notices[-1]}"
 
 
-def _alarm_line(progress: RunProgress, event: Event) -> str:
-    return progress.notices[-1]
-
-
-def _replanned_line(progress: RunProgress, event: Event) -> str:
+def _last_notice_line(progress: RunProgress, event: Event) -> str:
     return progress.notices[-1]
 
 
@@ -229,9 +225,9 @@ _PLAIN: dict[str, Callable[[RunProgress, Event], str]] = {
     "calibration_refused": _notice_line,
     "device_refused": _notice_line,
     "warning": _notice_line,
-    "alarm": _alarm_line,
+    "alarm": _last_notice_line,
     "round_finished": _round_line,
-    "replanned": _replanned_line,
+    "replanned": _last_notice_line,
     "evaluated": _evaluated_line,
 }
 

@@ -70,8 +70,11 @@ class RunWatch:
                 return
             if silence:
                 yield _alarm(silence)
-            self._sleep(_POLL_S)
-            self._quiet_s += _POLL_S
+            self._wait(_POLL_S)
+
+    def _wait(self, seconds: float) -> None:
+        self._sleep(seconds)
+        self._quiet_s += seconds
 
     def _is_over(self) -> bool:
         """Whether the run has ended; notices one that stopped without a word."""

@@ -149,7 +149,8 @@ TAMPERING: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a number in the ledger": (_change_loss, "ledger", "hash is not that of the line"),
     "a line of the ledger": (_drop_line, "ledger", "lines are missing"),
     "an empty ledger": (
-        lambda run: (run / "ledger.jsonl").write_bytes(b""), "ledger", "expected a line per event, found none",
+        lambda run: (run / "ledger.jsonl").write_bytes(b""),
+        "ledger", "expected a line per event, found none",
     ),
     "no ledger": (lambda run: (run / "ledger.jsonl").unlink(), "ledger", "cannot be read"),
     "half a line behind the end": (
