@@ -7,7 +7,6 @@ all of it, with a new chain, is not found out: keep the last line's `hash` elsew
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from fedtune.errors import PlanError, RunError
 from fedtune.export.ledger_facts import Line, gather
 from fedtune.export.plan_check import plan_difference
+from fedtune.export.run_settings import json_object
 from fedtune.wire.checkpoint import checkpoints, read_checkpoint
 from fedtune.wire.file_digests import export_files, file_digest
 from fedtune.wire.ledger_chain import verify_whole_lines
@@ -42,8 +42,15 @@ class Check:
 def verify_run(folder: Path) -> Iterator[Check]:
     """Check a run folder against its ledger, one thing after the other. It is only read.
 
+    A run that goes on may be checked, too: what grows is read before the ledger, which then has
+    all that it needs to say of it.
+
     Source: design.md, section 7.
     """
+    status = json_object(folder / "status.json")
+    saved = [_saved(path) for path in checkpoints(folder / "checkpoints")]
+    # A run that goes on removes its oldest checkpoint when it has a new one.
+    saved = [each for each in saved if each.path.exists()]
     try:
         lines, torn = verify_whole_lines(folder / "ledger.jsonl")
         if not lines:
@@ -51,17 +58,16 @@ def verify_run(folder: Path) -> Iterator[Check]:
     except RunError as error:
         yield Check("ledger", "wrong", str(error))
         # What the ledger would say of the rest is not known: only digests beside files are left.
-        for path in checkpoints(folder / "checkpoints"):
-            yield _own_digest(path)
+        yield from (_own_digest(each) for each in saved)
         return
     yield _chain(lines, torn)
     facts = gather(lines)
     over = facts.status == "finished" and any(line["kind"] == "exported" for line in lines)
     last = max(facts.rounds, default=0)
-    yield _status(folder / "status.json", last, over)
-    yield _config(folder / "config.json", lines)
+    yield _status(status, last, over)
+    yield _config(json_object(folder / "config.json"), lines)
     yield _plan(folder / "plan.json", facts.plans)
-    yield from _checkpoints(folder / "checkpoints", lines, last, over)
+    yield from _checkpoints(saved, lines, last, over)
     yield from _exports(folder, lines)
 
 
@@ -77,11 +83,9 @@ def _chain(lines: Sequence[Line], torn: bool) -> Check:
     return Check("ledger", "ok", words + rest)
 
 
-def _status(path: Path, last: int, over: bool) -> Check:
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-        state, round = str(status["state"]), int(status["round"])
-    except (OSError, ValueError, KeyError, TypeError):
+def _status(status: Mapping[str, Any], last: int, over: bool) -> Check:
+    state, round = status.get("state"), status.get("round")
+    if not isinstance(state, str) or not isinstance(round, int):
         return Check("status.json", "wrong", "expected a state and a round, found no such file")
     if over and state not in ("finished", "running"):
         return Check("status.json", "wrong", f"expected the state finished, found {state}")
@@ -92,24 +96,21 @@ def _status(path: Path, last: int, over: bool) -> Check:
     return Check("status.json", "ok", f"{state} at round {round}, as the ledger has it")
 
 
-def _config(path: Path, lines: Sequence[Line]) -> Check:
-    """The settings that the ledger repeats; of a continued run, as it was continued last."""
+def _config(config: Mapping[str, Any], lines: Sequence[Line]) -> Check:
+    """The settings that the ledger repeats."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
         found = {
             "rounds": config["run"]["rounds"],
             "seed": config["run"]["seed"],
             "rule": config["aggregate"]["rule"],
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return Check("config.json", "wrong", "expected the run's settings, found no such file")
-    told: dict[str, Any] = {}  # JSON values
-    for line in lines:
-        if line["kind"] in ("run_started", "run_resumed"):
-            told |= {key: line[key] for key in found if key in line}
+    started: Line = next((line for line in lines if line["kind"] == "run_started"), {})
+    told = {key: started[key] for key in found if key in started}
+    if any(line["kind"] == "run_resumed" for line in lines):
+        told.pop("rounds", None)  # a run may be continued for more rounds than it began with
     for key, expected in told.items():
-        if key == "rounds" and any(line["kind"] == "run_resumed" for line in lines):
-            continue  # a run may be continued for more rounds than it began with
         if found[key] != expected:
             return Check("config.json", "wrong", f"{key}: expected {expected}, found {found[key]}")
     return Check("config.json", "ok", f"{', '.join(told)} as in the ledger")
@@ -132,54 +133,79 @@ def _plan(path: Path, rows: Sequence[Line]) -> Check:
 # ---------------------------------------------------------------- checkpoints
 
 
-def _own_digest(path: Path) -> Check:
-    """A checkpoint against the digest that lies beside it."""
-    subject = f"checkpoints/{path.name}"
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """A checkpoint as it lies in the folder.
+
+    Attributes:
+        sha256: of the file; empty if it cannot be read.
+        trouble: what is wrong with it, whatever the ledger says; empty if nothing.
+    """
+
+    path: Path
+    sha256: str
+    trouble: str
+
+    @property
+    def subject(self) -> str:
+        """What it is called in a check."""
+        return f"checkpoints/{self.path.name}"
+
+    @property
+    def round(self) -> int:
+        """The round that its name says."""
+        return int(self.path.stem.removeprefix("round-"))
+
+
+def _saved(path: Path) -> _Saved:
     try:
-        found = read_checkpoint(path)
-    except RunError as error:
-        return Check(subject, "wrong", str(error))
-    if path.name != f"round-{found.adapter.round:04d}.safetensors":
-        return Check(subject, "wrong", f"it holds the state after round {found.adapter.round}")
-    return Check(subject, "ok", "it has the digest that lies beside it")
+        round = read_checkpoint(path).adapter.round
+        sha256 = file_digest(path)
+    except (RunError, OSError) as error:
+        return _Saved(path, "", str(error))
+    found = _Saved(path, sha256, "")
+    return found if found.round == round else _Saved(path, sha256, f"it holds round {round}")
 
 
-def _checkpoints(folder: Path, lines: Sequence[Line], last: int, over: bool) -> Iterator[Check]:
-    saved = {line["file"]: line for line in lines if line["kind"] == "checkpoint_saved"}
+def _own_digest(saved: _Saved) -> Check:
+    """A checkpoint against the digest that lies beside it."""
+    if saved.trouble:
+        return Check(saved.subject, "wrong", saved.trouble)
+    return Check(saved.subject, "ok", "it has the digest that lies beside it")
+
+
+def _checkpoints(
+    saved: Sequence[_Saved], lines: Sequence[Line], last: int, over: bool
+) -> Iterator[Check]:
+    told = {line["file"]: line for line in lines if line["kind"] == "checkpoint_saved"}
     resumed = {line.get("round") for line in lines if line["kind"] == "run_resumed"}
-    paths = checkpoints(folder)
-    for path in paths:
-        own = _own_digest(path)
-        if own.outcome == "wrong":
-            yield own
-        else:
-            # Killed between saving a checkpoint and saying so, a run goes on from that one.
-            newest = path == paths[-1] and not over
-            yield _in_ledger(path, saved.get(path.name), newest or _round(path) in resumed)
-    newest_round = _round(paths[-1]) if paths else 0
-    allowed = (last,) if over else (last, last - 1)
-    if not paths and last == 0:
-        yield Check("checkpoints", "ok", "no round was joined yet")
-    elif newest_round not in allowed:
-        found = f"round {newest_round}" if paths else "none"
-        yield Check("checkpoints", "wrong", f"expected one of round {last}, found {found}")
-    else:
+    for each in saved:
+        # Killed between saving a checkpoint and saying so, a run goes on from that one.
+        newest = each is saved[-1] and not over
+        yield _in_ledger(each, told.get(each.path.name), newest or each.round in resumed)
+    newest_round = saved[-1].round if saved else 0
+    if not saved and last > 0:
+        yield Check("checkpoints", "wrong", f"expected one of round {last}, found none")
+    elif newest_round not in ((last,) if over else (last, last - 1)):
+        text = f"expected one of round {last}, found round {newest_round}"
+        yield Check("checkpoints", "wrong", text)
+    elif saved:
         yield Check("checkpoints", "ok", f"the last is of round {newest_round}, as in the ledger")
+    else:
+        yield Check("checkpoints", "ok", "no round was joined yet")
 
 
-def _in_ledger(path: Path, line: Line | None, may_be_unsaid: bool) -> Check:
-    subject, found = f"checkpoints/{path.name}", file_digest(path)
+def _in_ledger(saved: _Saved, line: Line | None, may_be_unsaid: bool) -> Check:
+    if saved.trouble:
+        return Check(saved.subject, "wrong", saved.trouble)
     if line is None:
         text = "it is whole, and the ledger does not name it"
-        return Check(subject, "unproven" if may_be_unsaid else "wrong", text)
+        return Check(saved.subject, "unproven" if may_be_unsaid else "wrong", text)
     expected = str(line["sha256"])
-    if found != expected:
-        return Check(subject, "wrong", f"expected sha256 {expected} of the ledger, found {found}")
-    return Check(subject, "ok", f"sha256 {found[:16]}, as in the ledger")
-
-
-def _round(path: Path) -> int:
-    return int(path.stem.removeprefix("round-"))
+    if saved.sha256 != expected:
+        text = f"expected sha256 {expected} of the ledger, found {saved.sha256}"
+        return Check(saved.subject, "wrong", text)
+    return Check(saved.subject, "ok", f"sha256 {expected[:16]}, as in the ledger")
 
 
 # ---------------------------------------------------------------- exports

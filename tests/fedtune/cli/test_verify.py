@@ -177,7 +177,7 @@ TAMPERING: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no plan": (lambda run: (run / "plan.json").unlink(), "plan.json", "cannot be read"),
     "a bit of a checkpoint": (lambda run: _flip_byte(run / LAST), LAST, "is damaged"),
     "a checkpoint with its digest": (_replace_checkpoint, LAST, "of the ledger, found"),
-    "another round's checkpoint": (_rename_checkpoint, LAST, "it holds the state after round 1"),
+    "another round's checkpoint": (_rename_checkpoint, LAST, "it holds round 1"),
     "no last checkpoint": (
         lambda run: (run / LAST).unlink(), "checkpoints", "expected one of round 2, found round 1",
     ),
@@ -216,6 +216,37 @@ def test_what_is_changed_is_found(run: Path, verify: Verify, what: str) -> None:
     assert words in text
     others = {name for name, (outcome, _) in checks.items() if outcome == "wrong"} - {subject}
     assert not others, "only what was changed is called wrong"
+
+
+def _cut(run: Path, kind: str, keep: bool = False) -> None:
+    """End the ledger before, or behind, the last line of a kind, as a kill would."""
+    lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    last = max(i for i, line in enumerate(lines) if f'"kind":"{kind}"'.encode() in line)
+    (run / "ledger.jsonl").write_bytes(b"".join(lines[: last + keep]) + b'{"seq":')
+    _edit_json(run / "status.json", lambda t: t.update(state="running", round=1))
+
+
+def test_a_killed_run_is_right_as_far_as_it_came(run: Path, verify: Verify) -> None:
+    _cut(run, "exported")
+    code, checks = verify()
+    assert code == 0
+    assert "half a line follows" in checks["ledger"][1]
+    assert checks["exports/merged"][0] == checks["exports/peft"][0] == "unproven"
+    shutil.rmtree(run / "exports")
+    assert {outcome for outcome, _ in verify()[1].values()} == {"ok"}
+    assert verify("--deep")[1]["exports"][0] == "unproven"
+
+
+def test_a_kill_between_a_checkpoint_and_its_line_is_no_fault(run: Path, verify: Verify) -> None:
+    shutil.rmtree(run / "exports")
+    _cut(run, "checkpoint_saved")
+    code, checks = verify()
+    assert code == 0
+    assert checks[LAST] == ("unproven", "it is whole, and the ledger does not name it")
+    _cut(run, "round_finished")  # but one of a round that the ledger does not have at all is
+    code, checks = verify()
+    assert code == 2
+    assert checks["checkpoints"] == ("wrong", "expected one of round 1, found round 2")
 
 
 def test_making_it_again_finds_other_weights(run: Path, verify: Verify) -> None:
