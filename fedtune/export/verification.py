@@ -97,7 +97,7 @@ def _status(status: Mapping[str, Any], last: int, over: bool) -> Check:
 
 
 def _config(config: Mapping[str, Any], lines: Sequence[Line]) -> Check:
-    """The settings that the ledger repeats."""
+    """The settings that the ledger repeats; of a continued run, as they were then."""
     try:
         found = {
             "rounds": config["run"]["rounds"],
@@ -106,10 +106,10 @@ def _config(config: Mapping[str, Any], lines: Sequence[Line]) -> Check:
         }
     except (KeyError, TypeError):
         return Check("config.json", "wrong", "expected the run's settings, found no such file")
-    started: Line = next((line for line in lines if line["kind"] == "run_started"), {})
-    told = {key: started[key] for key in found if key in started}
-    if any(line["kind"] == "run_resumed" for line in lines):
-        told.pop("rounds", None)  # a run may be continued for more rounds than it began with
+    told: dict[str, Any] = {}  # a run may be continued for more rounds than it began with
+    for line in lines:
+        if line["kind"] in ("run_started", "run_resumed"):
+            told |= {key: line[key] for key in found if key in line}
     for key, expected in told.items():
         if found[key] != expected:
             return Check("config.json", "wrong", f"{key}: expected {expected}, found {found[key]}")

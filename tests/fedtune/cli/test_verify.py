@@ -15,7 +15,9 @@ from safetensors.numpy import load_file, save_file
 from fedtune.cli.main import main
 from fedtune.cli.simulate import simulate_config
 from fedtune.config import parse_run_config
+from fedtune.records import Event
 from fedtune.wire.checkpoint import read_checkpoint, write_checkpoint
+from fedtune_server.ledger import Ledger
 
 Verify = Callable[..., tuple[int, dict[str, tuple[str, str]]]]
 
@@ -235,6 +237,16 @@ def test_a_killed_run_is_right_as_far_as_it_came(run: Path, verify: Verify) -> N
     shutil.rmtree(run / "exports")
     assert {outcome for outcome, _ in verify()[1].values()} == {"ok"}
     assert verify("--deep")[1]["exports"][0] == "unproven"
+
+
+def test_a_continued_run_has_the_rounds_that_it_was_continued_for(
+    run: Path, verify: Verify
+) -> None:
+    with Ledger(run / "ledger.jsonl") as ledger:
+        ledger(Event("run_resumed", {"round": 2, "rounds": 3}))
+    assert verify()[1]["config.json"] == ("wrong", "rounds: expected 3, found 2")
+    _edit_json(run / "config.json", lambda t: t["run"].update(rounds=3))
+    assert verify()[1]["config.json"][0] == "ok"
 
 
 def test_a_kill_between_a_checkpoint_and_its_line_is_no_fault(run: Path, verify: Verify) -> None:
