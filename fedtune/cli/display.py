@@ -69,10 +69,17 @@ class LiveDisplay:
     Args:
         console: where to show it; default: standard output.
         at_once: devices that train at the same time, in the order of their names; 0: all.
+        without_end: what to say in the summary of a run whose end was not seen.
     """
 
-    def __init__(self, console: Console | None = None, at_once: int = 0) -> None:
+    def __init__(
+        self,
+        console: Console | None = None,
+        at_once: int = 0,
+        without_end: str = "stopped",
+    ) -> None:
         self._console = console if console is not None else Console()
+        self._without_end = without_end
         self._progress = RunProgress(at_once=at_once)
         self._lock = threading.Lock()
         self._live: Live | None = None
@@ -87,6 +94,8 @@ class LiveDisplay:
     def __call__(self, event: Event) -> None:
         """Take one event into account and show it."""
         with self._lock:
+            if self._is_another_run(event):
+                self._progress = RunProgress(at_once=self._progress.at_once)
             self._progress.add(event)
         shown = _ALWAYS.get(event.kind)
         if shown is not None:
@@ -108,11 +117,16 @@ class LiveDisplay:
         if self._live is not None:
             self._live.stop()
         if self._progress.run:
-            self._console.print(summary(self._progress, self._ascii_only))
+            self._console.print(summary(self._progress, self._ascii_only, self._without_end))
 
     @property
     def _ascii_only(self) -> bool:
         return not self._console.encoding.lower().startswith("utf")
+
+    def _is_another_run(self, event: Event) -> bool:
+        """Whether a new run begins in the folder of the one that was shown."""
+        run = self._progress.run
+        return event.kind == "run_started" and run not in ("", one_line(event.fields.get("run")))
 
     def _picture(self) -> RenderableType:
         """The live picture; the terminal's own thread asks for it."""
@@ -192,7 +206,7 @@ def _notice_line(progress: RunProgress, event: Event) -> str:
     return f"warning: {progress.notices[-1]}"
 
 
-def _replanned_line(progress: RunProgress, event: Event) -> str:
+def _last_notice_line(progress: RunProgress, event: Event) -> str:
     return progress.notices[-1]
 
 
@@ -211,8 +225,9 @@ _PLAIN: dict[str, Callable[[RunProgress, Event], str]] = {
     "calibration_refused": _notice_line,
     "device_refused": _notice_line,
     "warning": _notice_line,
+    "alarm": _last_notice_line,
     "round_finished": _round_line,
-    "replanned": _replanned_line,
+    "replanned": _last_notice_line,
     "evaluated": _evaluated_line,
 }
 

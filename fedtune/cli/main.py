@@ -18,6 +18,9 @@ from fedtune.cli.measure import measure
 from fedtune.cli.plan import plan
 from fedtune.cli.probe import probe
 from fedtune.cli.simulate import simulate
+from fedtune.cli.status import status
+from fedtune.cli.verify import verify
+from fedtune.cli.watch import watch
 from fedtune.errors import FedtuneError
 
 EXIT_ERROR = 2
@@ -36,6 +39,9 @@ app.command("plan")(plan)
 app.command("measure")(measure)
 app.command("probe")(probe)
 app.command("simulate")(simulate)
+app.command("status")(status)
+app.command("watch")(watch)
+app.command("verify")(verify)
 app.command("export")(export)
 app.command("demo")(demo)
 

@@ -212,8 +212,14 @@ def leaving_line(tensors: Sequence[object], stage: object) -> str:
 # ---------------------------------------------------------------- the end
 
 
-def summary(progress: RunProgress, ascii_only: bool) -> RenderableType:
-    """What is left to read when the run is over."""
+def summary(
+    progress: RunProgress, ascii_only: bool, without_end: str = "stopped"
+) -> RenderableType:
+    """What is left to read when the run is over.
+
+    Args:
+        without_end: what to say of a run whose end was not seen.
+    """
     lines = Table.grid(padding=(0, 2))
     lines.add_column(style="dim")
     lines.add_column(overflow="fold")
@@ -232,15 +238,15 @@ def summary(progress: RunProgress, ascii_only: bool) -> RenderableType:
     for kind, reason in progress.skipped.items():
         lines.add_row(Text(kind), Text(f"not written: {reason}", style="yellow"))
     lines.add_row("folder", Text(progress.folder))
-    return Group(_outcome(progress), lines)
+    return Group(_outcome(progress, without_end), lines)
 
 
-def _outcome(progress: RunProgress) -> Text:
+def _outcome(progress: RunProgress, without_end: str) -> Text:
     words = {
         "finished": ("finished", "bold green"),
         "interrupted": (f"interrupted in round {progress.round}", "bold yellow"),
         "failed": (f"failed: {progress.failure}", "bold red"),
-        "": ("stopped", "bold yellow"),
+        "": (without_end, "bold yellow"),
     }
     text, style = words[progress.outcome]
     if progress.outcome == "finished" and progress.seconds is not None:

@@ -168,6 +168,10 @@ def _warning(progress: RunProgress, fields: Mapping[str, object]) -> None:
     progress.note(str(fields.get("text", "")))
 
 
+def _alarm(progress: RunProgress, fields: Mapping[str, object]) -> None:
+    progress.note(f"alarm: {fields.get('text', '')}")
+
+
 def _exported(progress: RunProgress, fields: Mapping[str, object]) -> None:
     for name, target in (("paths", progress.exports), ("skipped", progress.skipped)):
         found = fields.get(name)
@@ -206,6 +210,7 @@ _HANDLERS = {
     "replanned": _replanned,
     "evaluated": _evaluated,
     "warning": _warning,
+    "alarm": _alarm,
     "exported": _exported,
     "run_finished": _run_finished,
     "run_interrupted": _run_interrupted,

@@ -20,6 +20,7 @@ from fedtune.model.shapes import read_shapes
 from fedtune.model.source import resolve_model
 from fedtune.records import DistortionTable, Event, MatrixForm, ModelShapes
 from fedtune.settings import RunConfig
+from fedtune.wire.file_digests import export_digests
 
 
 def simulate(
@@ -113,8 +114,11 @@ def _finish(config: RunConfig, folder: Path, emit: Callable[[Event], None]) -> N
         from fedtune.evaluate.compare import compare_on_rows
 
         emit(compare_on_rows(config, Path(report.paths["merged"]), test_rows, folder))
+    # The report has no digest here: it is written after this event, which it tells of.
+    digests = export_digests(folder, report.paths.values())
     paths = {**report.paths, "report": str(folder / "report.html")}
-    emit(Event("exported", {"paths": paths, "skipped": dict(report.skipped)}))
+    skipped = dict(report.skipped)
+    emit(Event("exported", {"paths": paths, "skipped": skipped, "digests": digests}))
     export_run(folder, ["report"])
 
 

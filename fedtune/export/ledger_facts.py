@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -40,6 +40,7 @@ class LedgerFacts:
         refusals: (round, device) -> reason.
         evaluations: round -> its `evaluated`.
         replans: (round, device) -> its `replanned`.
+        cosines: (round, device) -> cosine of its update with the joined one.
         tested: base and merged model on the run's test file.
     """
 
@@ -56,6 +57,7 @@ class LedgerFacts:
     refusals: dict[tuple[int, str], str] = field(default_factory=dict)
     evaluations: dict[int, Line] = field(default_factory=dict)
     replans: dict[tuple[int, str], Line] = field(default_factory=dict)
+    cosines: dict[tuple[int, str], float] = field(default_factory=dict)
     tested: Line = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     paths: dict[str, str] = field(default_factory=dict)
@@ -206,3 +208,12 @@ def _gather_round(facts: LedgerFacts, kind: str, event: Line) -> None:
         facts.replans[round_number, device] = event
     elif kind == "evaluated":
         facts.evaluations[round_number] = event
+    elif kind == "updates_compared":
+        facts.cosines |= dict(_cosines(round_number, event))
+
+
+def _cosines(round: int, event: Line) -> Iterator[tuple[tuple[int, str], float]]:
+    for entry in event.get("devices") or ():
+        cosine = number(entry, "cosine") if isinstance(entry, Mapping) else None
+        if cosine is not None:
+            yield (round, str(entry.get("device", ""))), cosine

@@ -182,7 +182,25 @@ def _learning(facts: LedgerFacts) -> str:
             + line_chart(train, "round", "training loss")
             + _curves_table(train, "round")
         )
+    parts.append(_drift(facts))
     return "".join(parts) if held_out or train else ""
+
+
+def _drift(facts: LedgerFacts) -> str:
+    """How each device's update lies to the joined one, round by round."""
+    curves: dict[str, list[tuple[int, float]]] = {device: [] for device in facts.devices}
+    for (r, device), cosine in sorted(facts.cosines.items()):
+        curves.setdefault(device, []).append((r, cosine))
+    drift = _series(facts, {d: curves[d] for d in facts.devices})
+    if not drift:
+        return ""
+    return (
+        "<h3>Drift between devices</h3>"
+        '<p class="soft">Cosine of each update with the joined one: 1 is the same direction, '
+        "0 nothing in common, below 0 against it.</p>"
+        + line_chart(drift, "round", "cosine")
+        + _curves_table(drift, "round")
+    )
 
 
 def _series(facts: LedgerFacts, curves: Mapping[str, list[tuple[int, float]]]) -> list[Series]:

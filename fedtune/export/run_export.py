@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fedtune.config import load_run_config
@@ -25,7 +26,7 @@ EXPORT_FORMATS = ("merged", "peft", "onnx", "report")
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class ExportSource:
     """What every export starts from.
 
     Attributes:
@@ -65,7 +66,7 @@ def export_run(folder: Path, formats: Sequence[str], base: str = "") -> ExportRe
     paths: dict[str, str] = {}
     skipped: dict[str, str] = {}
     if set(formats) - {"report"}:
-        source = _open(folder, base)
+        source = export_source(folder, base)
         exports = folder / "exports"
         _clear_leftovers(exports)
         if "merged" in formats or "onnx" in formats:
@@ -73,7 +74,7 @@ def export_run(folder: Path, formats: Sequence[str], base: str = "") -> ExportRe
         if "merged" in formats:
             paths["merged"] = str(merged)
         if "peft" in formats:
-            paths["peft"] = str(_write_peft(source, exports))
+            paths["peft"] = str(_publish(exports / "peft", partial(write_peft_folder, source)))
         if "onnx" in formats:
             try:
                 paths["onnx"] = str(_write_onnx(source, merged, exports))
@@ -85,8 +86,14 @@ def export_run(folder: Path, formats: Sequence[str], base: str = "") -> ExportRe
     return ExportReport(paths, skipped)
 
 
-def _open(folder: Path, base: str) -> _Source:
-    """Read the run's facts and its latest checkpoint, and prove that the base is the right one."""
+def export_source(folder: Path, base: str = "") -> ExportSource:
+    """Read the run's facts and its latest checkpoint, and prove that the base is the right one.
+
+    Raises:
+        ConfigError: the folder's config.json is wrong.
+        RunError: there is no usable checkpoint, or the base is not the one that was trained on.
+        ModelError: the base cannot be found.
+    """
     config = load_run_config(folder / "config.json")
     path = latest_checkpoint(folder / "checkpoints")
     if path is None:
@@ -103,7 +110,7 @@ def _open(folder: Path, base: str) -> _Source:
             f"{expected[:12] or 'an unknown base'}; name the same model with --base"
         )
     labels = _labels(folder, config.model.task)
-    return _Source(
+    return ExportSource(
         base_folder,
         base_name,
         "" if Path(base_name).exists() else config.model.revision,
@@ -130,40 +137,48 @@ def _labels(folder: Path, task: TaskName) -> tuple[str, ...]:
 # ---------------------------------------------------------------- the formats
 
 
-def _write_merged(source: _Source, exports: Path, keep: bool) -> Path:
-    """Write the merged folder; one that only ONNX needs keeps its temporary name."""
+def write_merged_folder(source: ExportSource, folder: Path) -> None:
+    """Fill a folder with the merged model.
+
+    Raises:
+        ModelError, RunError: as `write_merged`.
+        MissingExtraError: torch or transformers is not installed.
+    """
     with _needing_train_extra():
         from fedtune.export.merge import write_merged
-
-    def write(folder: Path) -> None:
-        write_merged(source.base, source.adapter, source.task, source.labels, folder)
-
-    if keep:
-        return _publish(exports / "merged", write)
-    folder = _temporary(exports / "merged")
-    write(folder)
-    return folder
+    write_merged(source.base, source.adapter, source.task, source.labels, folder)
 
 
-def _write_peft(source: _Source, exports: Path) -> Path:
+def write_peft_folder(source: ExportSource, folder: Path) -> None:
+    """Fill a folder with the adapter in PEFT's form.
+
+    Raises:
+        ModelError: the adapter does not fit the base.
+        MissingExtraError: torch or transformers is not installed.
+    """
     with _needing_train_extra():
         from fedtune.export.peft_adapter import write_peft
-
-    return _publish(
-        exports / "peft",
-        lambda folder: write_peft(
-            source.base,
-            source.adapter,
-            source.task,
-            source.labels,
-            folder,
-            source.base_name,
-            source.revision,
-        ),
+    write_peft(
+        source.base,
+        source.adapter,
+        source.task,
+        source.labels,
+        folder,
+        source.base_name,
+        source.revision,
     )
 
 
-def _write_onnx(source: _Source, merged: Path, exports: Path) -> Path:
+def _write_merged(source: ExportSource, exports: Path, keep: bool) -> Path:
+    """Write the merged folder; one that only ONNX needs keeps its temporary name."""
+    if keep:
+        return _publish(exports / "merged", partial(write_merged_folder, source))
+    folder = _temporary(exports / "merged")
+    write_merged_folder(source, folder)
+    return folder
+
+
+def _write_onnx(source: ExportSource, merged: Path, exports: Path) -> Path:
     """Write `model.onnx` and, for a large model, `model.onnx.data`, which it names."""
     with _needing_train_extra():
         from fedtune.export.onnx_model import write_onnx

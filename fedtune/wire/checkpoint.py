@@ -99,6 +99,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(_checkpoints(folder), default=(0, None), key=lambda item: item[0])[1]
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a folder, the newest last."""
+    return [path for _, path in sorted(_checkpoints(folder))]
+
+
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the `keep` newest checkpoints, and what a crash left half-written.
 

@@ -30,6 +30,7 @@ from fedtune.records import (
 )
 from fedtune.settings import RunConfig
 from fedtune.wire.checkpoint import prune_checkpoints, write_checkpoint
+from fedtune.wire.file_digests import checkpoint_saved
 from fedtune.wire.messages import OptimizerSpec, TaskSpec
 from fedtune_server.distortion import Measure
 from fedtune_server.evaluation import evaluate
@@ -304,7 +305,8 @@ class Coordinator:
 
     def _checkpoint(self, state: RunState) -> None:
         meta = {"base_digest": self._shapes.digest}
-        write_checkpoint(self._folder.checkpoints, state.adapter, state.server, meta)
+        path = write_checkpoint(self._folder.checkpoints, state.adapter, state.server, meta)
+        self._emit(checkpoint_saved(path, state.round))
         prune_checkpoints(self._folder.checkpoints, self._config.outputs.keep_checkpoints)
 
 

@@ -1,16 +1,10 @@
 """The ledger: every event of a run, one JSON line each, chained by hashes.
 
-A line holds `seq` (from 0), `time` (UTC, ISO 8601), `kind`, the event's fields, `prev` (sha256 of
-the line before, without its line break; of the first: 64 zeros) and `hash` (sha256 of the same
-line without `hash`). Whoever changes, removes or reorders a line breaks the chain at that line. It
-is a check against accidents and careless editing: someone who rewrites the whole file can make a
-new chain.
+What a line holds, and how the chain is checked: `fedtune.wire.ledger_chain`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import threading
 from datetime import UTC, datetime
@@ -19,9 +13,9 @@ from types import TracebackType
 
 from fedtune.errors import RunError
 from fedtune.records import Event
-from fedtune.wire.events import event_object, json_line
+from fedtune.wire.events import event_object
+from fedtune.wire.ledger_chain import FIRST, line_hash, parsed, sealed, split_lines
 
-_FIRST = "0" * 64
 _OWN_KEYS = frozenset({"seq", "time", "prev", "hash"})
 _FSYNC_KINDS = frozenset(
     {
@@ -68,12 +62,12 @@ class Ledger:
         with self._lock:
             time = datetime.now(UTC).isoformat(timespec="milliseconds")
             entry = {"seq": self._seq, "time": time} | fields | {"prev": self._prev}
-            line = _sealed(entry)
+            line = sealed(entry)
             self._file.write(line + b"\n")
             self._file.flush()
             if event.kind in _FSYNC_KINDS:
                 os.fsync(self._file.fileno())
-            self._seq, self._prev = self._seq + 1, _sha256(line)
+            self._seq, self._prev = self._seq + 1, line_hash(line)
 
     __call__ = append
 
@@ -93,77 +87,18 @@ class Ledger:
         self.close()
 
 
-def verify_ledger(path: Path) -> list[dict[str, object]]:
-    """Read a ledger and check its chain; its lines as JSON objects, in order.
-
-    Raises:
-        RunError: the file cannot be read, or a line is broken; the message has its number.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"ledger {path} cannot be read ({error.strerror})") from None
-    entries: list[dict[str, object]] = []
-    prev = _FIRST
-    for seq, line in enumerate(_lines(data)):
-        entry = _checked(line, seq, prev, path)
-        entries.append(entry)
-        prev = _sha256(line)
-    if data and not data.endswith(b"\n"):
-        raise RunError(f"{path} line {len(entries)}: expected a line break at its end")
-    return entries
-
-
 def _continue(path: Path) -> tuple[int, str]:
     """Number of the next line and hash of the last one; a torn last line is cut off."""
     if not path.exists():
-        return 0, _FIRST
+        return 0, FIRST
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) != len(data):
         os.truncate(path, len(whole))
-    lines = _lines(whole)
+    lines = split_lines(whole)
     if not lines:
-        return 0, _FIRST
-    last = _parsed(lines[-1])
+        return 0, FIRST
+    last = parsed(lines[-1])
     if last is None or last.get("seq") != len(lines) - 1:
         raise RunError(f"{path} line {len(lines)}: expected seq {len(lines) - 1} in a JSON object")
-    return len(lines), _sha256(lines[-1])
-
-
-def _lines(data: bytes) -> list[bytes]:
-    # Only \n ends a line: splitlines would also split at other characters inside a text.
-    lines = data.split(b"\n")
-    return lines[:-1] if lines[-1] == b"" else lines
-
-
-def _sealed(entry: dict[str, object]) -> bytes:
-    text = json_line(entry).encode("utf-8")
-    return text[:-1] + f',"hash":"{_sha256(text)}"}}'.encode()
-
-
-def _checked(line: bytes, seq: int, prev: str, path: Path) -> dict[str, object]:
-    where = f"{path} line {seq + 1}"
-    entry = _parsed(line)
-    if entry is None:
-        raise RunError(f"{where}: expected a JSON object; the ledger was changed or cut")
-    if entry.get("seq") != seq:
-        raise RunError(f"{where}: expected seq {seq}, got {entry.get('seq')!r}; lines are missing")
-    if entry.get("prev") != prev:
-        raise RunError(f"{where}: prev is not the hash of the line before; a line was changed")
-    without_hash = {key: value for key, value in entry.items() if key != "hash"}
-    if _sealed(without_hash) != line:
-        raise RunError(f"{where}: hash is not that of the line; the line was changed")
-    return entry
-
-
-def _parsed(line: bytes) -> dict[str, object] | None:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return entry if isinstance(entry, dict) else None
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return len(lines), line_hash(lines[-1])

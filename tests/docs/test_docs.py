@@ -31,6 +31,7 @@ SIDE_PAGES = (ROOT / "server" / "README.md", ROOT / "client" / "README.md")
 SOURCES = ("fedtune", "server/fedtune_server", "client/fedtune_client")
 PAGES = (
     "quickstart",
+    "watch",
     "data",
     "devices-and-plans",
     "aggregation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -60,6 +61,7 @@ def test_a_run_says_what_happens_in_order(fleet_of: FleetOf, play: Play, tree: T
     fake = fleet_of("a", "b", "c")
     play(fake, tree)
     every_round = ["round_started", *["device_reported"] * 3, "round_finished"]
+    every_round += ["checkpoint_saved"]
     assert [event.kind for event in fake.events] == [
         "run_started",
         *["site_reported"] * 3,
@@ -284,3 +286,16 @@ def test_versions_are_those_of_installed_packages() -> None:
     found = installed_versions()
     assert {"fedtune", "flwr", "numpy"} <= set(found)
     assert found["numpy"] == np.__version__
+
+
+def test_each_checkpoint_is_told_with_its_digest(
+    fleet_of: FleetOf, play: Play, tree: Tree, tmp_path: Path
+) -> None:
+    fake = fleet_of("a", "b", "c")
+    play(fake, tree)
+    told = {str(fields["file"]): fields for fields in fake.all("checkpoint_saved")}
+    kept = sorted((tmp_path / "checkpoints").glob("*.safetensors"))
+    assert kept
+    for path in kept:
+        assert told[path.name]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert path.name == f"round-{told[path.name]['round']:04d}.safetensors"

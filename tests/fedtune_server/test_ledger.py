@@ -12,7 +12,8 @@ import pytest
 
 from fedtune.errors import RunError
 from fedtune.records import Event
-from fedtune_server.ledger import Ledger, verify_ledger
+from fedtune.wire.ledger_chain import verify_ledger
+from fedtune_server.ledger import Ledger
 
 
 def write(path: Path, count: int = 4) -> None:

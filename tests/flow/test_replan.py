@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from fedtune.wire.ledger_chain import verify_ledger
 from fedtune_client.clock import StepClock
-from fedtune_server.ledger import verify_ledger
 
 Tree = dict[str, dict[str, Any]]
 Play = Callable[[Tree], Any]

@@ -23,7 +23,7 @@ from fedtune.config import parse_run_config
 from fedtune.errors import DataError, FedtuneError, ModelError, PlanError, RoundError, RunError
 from fedtune.records import Event
 from fedtune.wire.checkpoint import latest_checkpoint, read_checkpoint
-from fedtune_server.ledger import verify_ledger
+from fedtune.wire.ledger_chain import verify_ledger
 
 Tree = dict[str, dict[str, Any]]
 Play = Callable[[Tree], Any]

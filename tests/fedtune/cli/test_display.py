@@ -379,3 +379,13 @@ def test_events_with_missing_fields_do_not_stop_the_display() -> None:
     for kind in kinds:
         display(Event(kind))
     picture(display)
+
+
+def test_a_run_that_replaces_another_is_shown_from_nothing() -> None:
+    again = Event("run_started", {"run": "demo-2", "folder": "runs/demo", "rounds": 9})
+    alarm = Event("alarm", {"alarm": "replaced", "text": "the run was replaced"})
+    shown = plain(iter([*whole_run(), alarm, again]))
+    assert "alarm: the run was replaced" in shown
+    end = shown[shown.index("run demo-2 stopped") :]
+    assert "rounds   0 of 9" in end
+    assert "refused" not in end

@@ -363,3 +363,17 @@ def test_the_report_needs_no_torch() -> None:
     code = "import sys, fedtune.export.report, fedtune.wire.checkpoint; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "flwr"} & set(done.stdout.split())
+
+
+def test_drift_between_devices_is_a_curve_and_a_table(tmp_path: Path) -> None:
+    entries = [
+        {"device": "site-00", "length": 1.0, "cosine": 0.8125, "share": 0.5},
+        {"device": "site-01", "length": 1.0, "cosine": None, "share": 0.5},
+    ]
+    compared: Event = {"kind": "updates_compared", "round": 2, "devices": entries}
+    page = report_of(tmp_path, [*synthetic_run(), compared])
+    assert_well_formed(page)
+    drift = page[page.index("Drift between devices") :]
+    assert "<title>site-00, 2: 0.8125</title>" in drift
+    assert '<td>2</td><td class="n">0.8125</td>' in drift
+    assert "Drift between devices" not in report_of(tmp_path, synthetic_run())
