@@ -291,6 +291,7 @@ class Coordinator:
             beta2=train.beta2,
             max_gradient_norm=train.max_gradient_norm,
             keep=train.keep_optimizer,
+            proximal=train.proximal,
             way=TrainingWay(
                 name=train.way,
                 start=self._config.lora.start,

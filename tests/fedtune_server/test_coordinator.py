@@ -182,6 +182,7 @@ def test_the_learning_rate_is_one_line_over_all_rounds(
 
 def test_optimiser_settings_reach_the_devices(fleet_of: FleetOf, play: Play, tree: Tree) -> None:
     wanted = {"weight_decay": 0.01, "beta1": 0.5, "beta2": 0.6, "max_gradient_norm": 3.0}
+    wanted["proximal"] = 0.25
     tree["train"] |= {"optimizer": "sgd", **wanted}
     fake = fleet_of("a", "b", "c")
     play(fake, tree)
