@@ -28,7 +28,6 @@ step sizes are left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,15 +72,15 @@ def decayed(before: Squares | None, change: Squares, beta: float) -> Squares:
     )
 
 
-def over_root(pairs: Sequence[Pair], squares: Squares, adaptivity: float) -> list[Pair]:
-    """The pairs of M as pairs of M / sqrt(V): rows and columns rescaled.
+def over_root(mean: Pair, squares: Squares, adaptivity: float) -> Pair:
+    """M / sqrt(V) as columns: those of M with their rows and columns rescaled.
 
     Args:
         squares: already divided by 1 - beta2^t.
         adaptivity: tau, positive, in the unit of a change.
     """
     by_row, by_column = _scales(squares, adaptivity)
-    return [Pair(pair.left * by_row[:, None], pair.right * by_column[:, None]) for pair in pairs]
+    return Pair(mean.left * by_row[:, None], mean.right * by_column[:, None])
 
 
 def _scales(

@@ -192,21 +192,27 @@ def _average(settings: ServerStep) -> dict[str, float]:
 def _adam(
     moments: _Moments, rounds: int, settings: ServerStep
 ) -> tuple[LowRank, float, LowRank | None, Squares]:
-    """The new state up to the join's cap, the share lost, the mean (None without) and squares."""
+    """The new state up to the join's cap, the share lost, the mean (None without) and squares.
+
+    The step is along the mean's first 2 `rank_cap` directions, of which the state keeps half: all
+    of them would make the new state's stack, and so its cost, half as large again.
+    """
     terms, beta = moments.terms, settings.momentum
-    change = _change(terms)
+    mean = change = _change(terms)
+    momentum: LowRank | None = None
+    if beta:
+        whole = SharedBasis({name: terms[name] for name in terms if name != DROPPED})
+        sums = {MOMENTUM: beta, "joined": 1.0 - beta, "before": beta - 1.0}
+        leading, _ = whole.combine(sums, 2 * settings.rank_cap)
+        mean, momentum = pair_of_low_rank(leading), split(leading, settings.rank_cap)[0]
     squares = decayed(moments.squares, squares_of(change), settings.beta2)
-    mean = [Pair((1.0 - beta) * change.left, change.right)]
-    if MOMENTUM in terms:
-        mean.append(pair_of_low_rank(terms[MOMENTUM], beta))
     seen = 1.0 - settings.beta2**rounds
     unbiased = Squares(squares.rows / seen, squares.columns / seen)
     direction = over_root(mean, unbiased, settings.adaptivity)
     step = settings.step / (1.0 - beta**rounds)
     kept = [pair_of_low_rank(terms[name]) for name in ("before", DROPPED) if name in terms]
-    scaled = [Pair(step * pair.left, pair.right) for pair in direction]
-    new, lost = recompress([*kept, *scaled], settings.join_cap)
-    momentum = recompress(mean, settings.rank_cap)[0] if beta else None
+    scaled = Pair(step * direction.left, direction.right)
+    new, lost = recompress([*kept, scaled], settings.join_cap)
     return new, lost, momentum, squares
 
 
