@@ -95,9 +95,10 @@ VARIANTS = (
     _momentum(0.5, 0.5),
     _momentum(0.5, 1.0),
     _adam(0.0, 0.003),
-    _adam(0.0, 0.01, quick=True),
-    _adam(0.0, 0.03),
-    _adam(0.5, 0.01),
+    _adam(0.0, 0.01),
+    _adam(0.0, 0.01, 1e-2, quick=True),
+    _adam(0.0, 0.02, 1e-2),
+    _adam(0.5, 0.01, 1e-2),
     Variant("prox", "average", quick=True),
     Variant("prox", "proximal 0.01", proximal=0.01),
     Variant("prox", "proximal 0.1", proximal=0.1, quick=True),
@@ -225,7 +226,7 @@ def main() -> int:
         publish(
             "Server optimisers, FedProx and the rank cap",
             "python benchmarks/optimizers.py",
-            f"{preface}\n\n{text}\n\n{_READING}",
+            f"{preface}\n\n{text}",
         )
     if arguments.json:
         print_json({key: round(mean(values), 5) for key, values in losses.items()})
@@ -233,7 +234,6 @@ def main() -> int:
 
 
 _TITLES = {"server": "The server's step", "prox": "FedProx", "cap": "The rank cap"}
-_READING = ""
 
 
 if __name__ == "__main__":

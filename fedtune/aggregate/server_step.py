@@ -109,10 +109,11 @@ def apply_server_step(
         return joined, {}
     _refuse_plain_factors(joined)
     rounds = _rounds_seen(states) + 1
-    stepped = {
-        name: _step_matrix(_moments(name, states, before, joined), rounds, settings)
-        for name in joined.matrices
-    }
+
+    def step(name: str) -> _SteppedMatrix:
+        return _step_matrix(_moments(name, states, before, joined), rounds, settings)
+
+    stepped = {name: step(name) for name in joined.matrices}
     dense = {
         name: _step_dense(name, states, before, joined, rounds, settings) for name in joined.dense
     }
