@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from fedtune.aggregate.adaptive import Squares, decayed, over_root, squares_of
-from fedtune.aggregate.combination import SharedBasis, split
+from fedtune.aggregate.combination import combine, split
 from fedtune.aggregate.low_rank import Pair, pair_of_low_rank, recompress
 from fedtune.errors import ConfigError
 from fedtune.records import FloatArray, GlobalAdapter, LowRank
@@ -163,11 +163,10 @@ def _step_matrix(moments: _Moments, rounds: int, settings: ServerStep) -> _Stepp
     elif settings.plain and DROPPED not in moments.terms:
         new, lost = moments.terms["joined"], 0.0
     else:
-        basis = SharedBasis(moments.terms)
-        new, lost = basis.combine(_average(settings), cap)
+        new, lost = combine(moments.terms, _average(settings), cap)
         if settings.momentum:
             velocity = {MOMENTUM: settings.momentum, "joined": 1.0, "before": -1.0}
-            momentum, _ = basis.combine(velocity, settings.rank_cap)
+            momentum, _ = combine(moments.terms, velocity, settings.rank_cap)
     lost = max(lost, moments.lost)
     if not settings.keep_dropped:
         return _SteppedMatrix(new, lost, momentum, squares)
@@ -202,9 +201,8 @@ def _adam(
     mean = change = _change(terms)
     momentum: LowRank | None = None
     if beta:
-        whole = SharedBasis({name: terms[name] for name in terms if name != DROPPED})
         sums = {MOMENTUM: beta, "joined": 1.0 - beta, "before": beta - 1.0}
-        leading, _ = whole.combine(sums, 2 * settings.rank_cap)
+        leading, _ = combine(terms, sums, 2 * settings.rank_cap)
         mean, momentum = pair_of_low_rank(leading), split(leading, settings.rank_cap)[0]
     squares = decayed(moments.squares, squares_of(change), settings.beta2)
     seen = 1.0 - settings.beta2**rounds

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -195,6 +196,17 @@ def test_a_steady_change_is_not_overstepped_in_the_first_rounds() -> None:
     assert lengths == pytest.approx([lengths[0]] * 8, rel=1e-3)
 
 
+def test_the_step_is_along_twice_the_directions_that_the_mean_keeps() -> None:
+    change, tau = pair(12, 6), 0.1
+    settings = ServerStep(3, 0.01, 0.5, "adam", adaptivity=tau, keep_dropped=True)
+    state, states = rounds_of([change], settings)
+    product = change.left @ change.right.T
+    expected = 0.01 * product / row_column_root(np.square(product), tau)
+    found = state.matrices["w"].product() + states[DROPPED].matrices["w"].product()
+    assert error(found, expected) < 1e-5
+    assert states[MOMENTUM].matrices["w"].rank == 3
+
+
 def test_a_matrix_that_nobody_trained_does_not_move() -> None:
     state = adapter(1)
     joined = replace(adapter(2), matrices=state.matrices, dense=state.dense)
@@ -263,12 +275,16 @@ def test_a_round_without_a_change_leaves_state_and_rest_as_they_were(settings: S
         assert error(found.matrices["w"].product(), expected.matrices["w"].product()) < 1e-5
 
 
-def test_the_rest_is_no_part_of_the_momentum() -> None:
+@pytest.mark.parametrize("optimizer", ["average", "adam"])
+def test_the_rest_is_no_part_of_the_momentum(optimizer: Literal["average", "adam"]) -> None:
     """It has been stepped along already; the velocity would repeat it."""
     changes = [pair(10, 6), pair(11, 2)]
-    _, states = rounds_of(changes, ServerStep(4, momentum=0.5, keep_dropped=True))
-    leading, _ = recompress([changes[0]], 4)
-    velocity, _ = recompress([pair_of_low_rank(leading, 0.5), changes[1]], 4)
+    settings = ServerStep(4, momentum=0.5, optimizer=optimizer, keep_dropped=True)
+    _, states = rounds_of(changes, settings)
+    share = 1.0 if optimizer == "average" else 0.5
+    first, second = (Pair(share * change.left, change.right) for change in changes)
+    leading, _ = recompress([first], 4)
+    velocity, _ = recompress([pair_of_low_rank(leading, 0.5), second], 4)
     assert error(states[MOMENTUM].matrices["w"].product(), velocity.product()) < 1e-5
 
 
