@@ -52,6 +52,10 @@ __all__ = [
 ]
 
 
+LONGEST_ADAM_STEP = 0.1
+"""Weights of a base have a root mean square of about 0.02 to 0.1; chosen."""
+
+
 class RunConfig(Section):
     """Everything that defines a run."""
 
@@ -73,6 +77,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         self._check_rule()
+        self._check_server_step()
         self._check_optimizer()
         self._check_way()
         if self.plan.shortest_sequence > self.data.max_tokens:
@@ -104,16 +109,37 @@ class RunConfig(Section):
 
     def _check_rule(self) -> None:
         """Refuse what an aggregation rule cannot do, before anything runs."""
-        plain = self.aggregate.server_step == 1.0 and self.aggregate.momentum == 0.0
-        if self.aggregate.rule in ("zero-pad", "flora") and not plain:
-            raise ValueError(
-                f"aggregate.rule {self.aggregate.rule!r} goes with aggregate.server_step = 1 and "
-                "aggregate.momentum = 0; use 'delta' for others"
-            )
         if self.aggregate.rule == "zero-pad" and self.lora.rank_max > self.lora.rank_cap:
             raise ValueError(
                 f"aggregate.rule 'zero-pad' needs lora.rank_max = {self.lora.rank_max} to be at "
                 f"most lora.rank_cap = {self.lora.rank_cap}"
+            )
+
+    def _check_server_step(self) -> None:
+        """Refuse a server's optimiser where sums of products are no state, or its step is a unit.
+
+        Adam's step is by how much every weight moves in a round: 1, the default, undoes the base.
+        """
+        section = self.aggregate
+        taken = {
+            "server_step": section.server_step != 1.0,
+            "momentum": section.momentum != 0.0,
+            "optimizer": section.optimizer != "average",
+            "keep_dropped": section.keep_dropped,
+        }
+        if section.rule in ("zero-pad", "flora") and any(taken.values()):
+            key = next(key for key, set_ in taken.items() if set_)
+            raise ValueError(
+                f"aggregate.rule {section.rule!r} goes with aggregate.server_step = 1, "
+                "aggregate.momentum = 0, aggregate.optimizer = 'average' and "
+                f"aggregate.keep_dropped = false; found aggregate.{key} = "
+                f"{getattr(section, key)!r}; use 'delta' for others"
+            )
+        if section.optimizer == "adam" and section.server_step > LONGEST_ADAM_STEP:
+            raise ValueError(
+                "aggregate.optimizer 'adam' needs aggregate.server_step of at most "
+                f"{LONGEST_ADAM_STEP:g}, by which weights move in a round; found "
+                f"{section.server_step:g}; try 0.001"
             )
 
     def _check_optimizer(self) -> None:

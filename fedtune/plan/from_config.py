@@ -49,6 +49,7 @@ def plan_settings(config: RunConfig, dense_parameters: int, tail: Tail) -> PlanS
         shortest_sequence=config.plan.shortest_sequence,
         solver=config.plan.solver,
         solver_seconds=config.plan.solver_seconds,
+        keeps_start=config.train.proximal > 0,
     )
 
 

@@ -37,6 +37,7 @@ def bare_load(task: Task, option: Option) -> Load:
         eager_attention=task.settings.eager_attention,
         whole_matrices=task.whole_matrices,
         itemsize=task.itemsize,
+        keeps_start=task.settings.keeps_start,
     )
 
 

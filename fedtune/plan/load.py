@@ -22,6 +22,7 @@ class Load:
         dense_parameters: parameters that are trained whole.
         whole_matrices: a product unpacks a whole matrix, as on an accelerator, not a panel of it.
         itemsize: bytes of one activation: 4 in float32, 2 in bfloat16 and float16.
+        keeps_start: what is trained is kept as it was at the start of the round too (FedProx).
     """
 
     micro_batch: int
@@ -38,6 +39,7 @@ class Load:
     eager_attention: bool = False
     whole_matrices: bool = False
     itemsize: int = FLOAT_BYTES
+    keeps_start: bool = False
 
     @property
     def tokens(self) -> int:
@@ -54,6 +56,7 @@ def load_of_plan(
     eager_attention: bool = False,
     whole_matrices: bool = False,
     itemsize: int = FLOAT_BYTES,
+    keeps_start: bool = False,
 ) -> Load:
     """What a device computes in a step under a finished plan; see `Load` for the rest.
 
@@ -79,4 +82,5 @@ def load_of_plan(
         eager_attention=eager_attention,
         whole_matrices=whole_matrices,
         itemsize=itemsize,
+        keeps_start=keeps_start,
     )

@@ -51,7 +51,7 @@ class PeakBytes:
         correction: frozen pairs that repair what the packed matrices lost.
         other: embeddings, norms and biases.
         adapter: trained factors and frozen tail.
-        optimiser: gradients and AdamW's moments.
+        optimiser: gradients, AdamW's moments, and for FedProx what the round started from.
         activations: what the forward pass keeps for the backward pass.
         transient: the larger of the head's pass and of one block's backward pass, which take
             turns.
@@ -84,8 +84,9 @@ def adapter_bytes(load: Load) -> int:
 
 
 def optimiser_bytes(load: Load) -> int:
-    """Bytes of gradients and AdamW's moments, which are float32 whatever the products are in."""
-    return FLOAT_BYTES * (1 + MOMENTS) * (load.trained_elements + load.dense_parameters)
+    """Bytes of gradients, AdamW's moments and kept starts: float32 whatever the products are in."""
+    numbers = 1 + MOMENTS + load.keeps_start
+    return FLOAT_BYTES * numbers * (load.trained_elements + load.dense_parameters)
 
 
 def workspace_bytes(

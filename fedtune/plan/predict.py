@@ -97,6 +97,7 @@ def predict(
         eager_attention=settings.eager_attention,
         whole_matrices=profile.accelerator != "cpu",
         itemsize=settings.itemsize(profile),
+        keeps_start=settings.keeps_start,
     )
     forms = {matrix.name: matrix.form for matrix in plan.matrices}
     step = measured.seconds_factor * step_seconds(

@@ -41,6 +41,7 @@ class PlanSettings:
             this many tokens; 0: it may not.
         solver: `milp` refines the greedy plan by a mixed-integer program per kind of device.
         solver_seconds: longest time of all programs of a fleet.
+        keeps_start: devices keep a copy of what a round starts from (FedProx).
     """
 
     rank_max: int
@@ -66,6 +67,7 @@ class PlanSettings:
     shortest_sequence: int = 0
     solver: Literal["greedy", "milp"] = "greedy"
     solver_seconds: float = 20.0
+    keeps_start: bool = False
 
     def itemsize(self, profile: DeviceProfile) -> int:
         """Bytes of one activation on a device: the run's, or of the dtype that it chose itself."""

@@ -106,20 +106,26 @@ class AggregateSection(Section):
         description="what a device counts by: samples its site holds, tokens trained on, or all "
         "the same",
     )
-    server_step: float = Field(1.0, gt=0, description="factor of each round's joined update")
+    server_step: float = Field(
+        1.0,
+        gt=0,
+        description="factor of each round's joined update; for `adam`: by how much a weight moves "
+        "in a round, at most 0.1",
+    )
     momentum: float = Field(0.0, ge=0, lt=1, description="share of the last update kept; 0: none")
     optimizer: Literal["average", "adam"] = Field(
         "average",
         description="`average`: the joined update, with momentum if set; `adam`: FedAdam, on the "
-        "products of the factors",
+        "products of the factors, with squares by row and column",
     )
     beta2: float = Field(0.99, ge=0, lt=1, description="for `adam`: decay of the squares")
     adaptivity: float = Field(
-        1e-3, gt=0, description="for `adam`: added to the root of the squares (tau)"
+        1e-3, gt=0, description="for `adam`: tau, below which a weight's changes count as small"
     )
     keep_dropped: bool = Field(
         False,
-        description="add what `lora.rank_cap` cut off in a round to the next one (error feedback)",
+        description="add what `lora.rank_cap` cut off in a round to the next one (error feedback): "
+        "as many further directions",
     )
 
 

@@ -208,6 +208,7 @@ class TrainSection(Section):
     proximal: float = Field(
         0.0,
         ge=0,
+        le=1e6,
         description="pull of each step back to what the round started from (FedProx's mu); 0: none",
     )
     evaluate_every: int = Field(1, ge=0, description="rounds between held-out losses; 0: never")

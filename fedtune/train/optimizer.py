@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from fedtune.quant.bnb import import_bitsandbytes
 from fedtune.train.compute import LossScale
 from fedtune.train.memory import OptimizerMemory
+from fedtune.train.proximal import Proximal
 from fedtune.train.rates import RowRates
 from fedtune.wire.messages import OptimizerSpec
 
@@ -27,6 +28,7 @@ class RoundOptimizer:
         rate_shares: name -> factor of its learning rate; 1 for names that are absent.
         keeps_gradients: set gradients to zero after a step instead of dropping them, because a
             recorded step writes to where they are.
+        proximal: added to the gradients before they are clipped; None: nothing is.
 
     Raises:
         MissingExtraError: the optimiser needs bitsandbytes and it is not installed.
@@ -42,11 +44,13 @@ class RoundOptimizer:
         loss_scale: LossScale | None = None,
         rate_shares: Mapping[str, float] | None = None,
         keeps_gradients: bool = False,
+        proximal: Proximal | None = None,
     ) -> None:
         self._named, self._parameters = dict(parameters), list(parameters.values())
         self._settings, self._steps, self._loss_scale = settings, steps, loss_scale
         self._taken = self._moved = 0  # a step that is skipped is taken and moves nothing
         self._memory, self._keeps_gradients = memory, keeps_gradients
+        self._proximal = proximal
         # AdamW alone: the mean of SGD is dropped between rounds, and it has no squares.
         kept = set(memory.squares) if memory is not None and settings.name == "adamw" else set()
         self.inner = _build(_groups(self._named, rate_shares or {}, kept), settings)
@@ -80,6 +84,8 @@ class RoundOptimizer:
                 bias = 1.0 - settings.beta1 ** (self._moved + 1)
                 group["lr"] /= bias
                 group["weight_decay"] = settings.weight_decay * bias
+        if self._proximal is not None:
+            self._proximal.add()
         if settings.max_gradient_norm > 0:
             torch.nn.utils.clip_grad_norm_(self._parameters, settings.max_gradient_norm)
         if isinstance(self.inner, SGD):  # AdamW decays by itself

@@ -23,6 +23,7 @@ from fedtune.train.compute import LossScale
 from fedtune.train.graph import step_graphs
 from fedtune.train.memory import OptimizerMemory
 from fedtune.train.optimizer import RoundOptimizer
+from fedtune.train.proximal import make_proximal
 from fedtune.train.rates import layer_shares
 from fedtune.train.step import accumulate
 from fedtune.train.ways import Course
@@ -179,6 +180,7 @@ def train_round(
                 loss_scale=loss_scale,
                 rate_shares=layer_shares(backbone.layers, optimizer.way.layer_rate_decay),
                 keeps_gradients=graphs is not None,
+                proximal=make_proximal(mounted.factors, mounted.dense, optimizer.proximal),
             )
             losses, units = [], 0
             for index, batch in enumerate(batches):

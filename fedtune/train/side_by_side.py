@@ -34,6 +34,7 @@ from fedtune.records import DevicePlan, Dispatch, TaskName
 from fedtune.train.batches import micro_batches
 from fedtune.train.memory import OptimizerMemory
 from fedtune.train.optimizer import RoundOptimizer
+from fedtune.train.proximal import make_proximal
 from fedtune.train.rates import layer_shares
 from fedtune.train.round import (
     RoundResult,
@@ -99,6 +100,7 @@ def train_side_by_side(
                         steps,
                         memory=share.memory,
                         rate_shares=layer_shares(backbone.layers, optimizer.way.layer_rate_decay),
+                        proximal=make_proximal(factors, {}, optimizer.proximal),
                     )
                     for factors, share in zip(devices, shares, strict=True)
                 ]

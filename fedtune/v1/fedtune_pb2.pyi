@@ -137,7 +137,7 @@ class DevicePlan(_message.Message):
     def __init__(self, device: _Optional[str] = ..., matrices: _Optional[_Iterable[_Union[MatrixPlan, _Mapping]]] = ..., micro_batch: _Optional[int] = ..., batch_size: _Optional[int] = ..., sequence_length: _Optional[int] = ..., local_steps: _Optional[int] = ..., checkpointing: _Optional[bool] = ..., first_trained_layer: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., download_bytes: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., binding: _Optional[str] = ...) -> None: ...
 
 class OptimizerSpec(_message.Message):
-    __slots__ = ("name", "learning_rate", "final_learning_rate", "weight_decay", "beta1", "beta2", "max_gradient_norm", "keep", "way")
+    __slots__ = ("name", "learning_rate", "final_learning_rate", "weight_decay", "beta1", "beta2", "max_gradient_norm", "keep", "way", "proximal")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     FINAL_LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +147,7 @@ class OptimizerSpec(_message.Message):
     MAX_GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     WAY_FIELD_NUMBER: _ClassVar[int]
+    PROXIMAL_FIELD_NUMBER: _ClassVar[int]
     name: str
     learning_rate: float
     final_learning_rate: float
@@ -156,7 +157,8 @@ class OptimizerSpec(_message.Message):
     max_gradient_norm: float
     keep: bool
     way: TrainingWay
-    def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., final_learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ..., keep: _Optional[bool] = ..., way: _Optional[_Union[TrainingWay, _Mapping]] = ...) -> None: ...
+    proximal: float
+    def __init__(self, name: _Optional[str] = ..., learning_rate: _Optional[float] = ..., final_learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., max_gradient_norm: _Optional[float] = ..., keep: _Optional[bool] = ..., way: _Optional[_Union[TrainingWay, _Mapping]] = ..., proximal: _Optional[float] = ...) -> None: ...
 
 class TrainingWay(_message.Message):
     __slots__ = ("name", "start", "layer_rate_decay", "flops_share", "allora_eta", "channels", "seed")

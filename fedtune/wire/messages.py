@@ -85,6 +85,7 @@ class OptimizerSpec:
         max_gradient_norm: 0 means no clipping.
         keep: start AdamW from what the device's earlier rounds left of it.
         way: what is trained, from where, and at which share of the learning rate.
+        proximal: strength of the pull back to what the round started from; 0: none.
     """
 
     name: OptimizerName = "adamw"
@@ -96,6 +97,7 @@ class OptimizerSpec:
     max_gradient_norm: float = 1.0
     keep: bool = False
     way: TrainingWay = _PLAIN
+    proximal: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +226,7 @@ def encode_train_instruction(instruction: TrainInstruction) -> bytes:
             max_gradient_norm=optimizer.max_gradient_norm,
             keep=optimizer.keep,
             way=_way_message(optimizer.way),
+            proximal=optimizer.proximal,
         ),
         seed=instruction.seed,
         tensors_digest=instruction.tensors_digest,
@@ -277,6 +280,7 @@ def _optimizer_record(message: pb.OptimizerSpec) -> OptimizerSpec:
         ),
         keep=message.keep,
         way=_way_record(message.way) if message.HasField("way") else TrainingWay(),
+        proximal=fields.real(message.proximal, "optimizer.proximal", 0.0, 1e6),
     )
 
 

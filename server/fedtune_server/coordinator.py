@@ -18,7 +18,7 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from fedtune.aggregate.rules import make_rule
-from fedtune.aggregate.server_step import apply_server_step
+from fedtune.aggregate.server_step import ServerStep, apply_server_step
 from fedtune.records import (
     DeviceProfile,
     Event,
@@ -87,7 +87,8 @@ class Coordinator:
         self._measure = measure
         self._open_rounds = OpenRounds(folder.open_rounds)
         self._run_id = f"{config.run.name}-{os.urandom(4).hex()}"
-        self._rule = make_rule(config.aggregate.rule, config.lora.rank_cap, seed=config.run.seed)
+        self._step = server_step(config)
+        self._rule = make_rule(config.aggregate.rule, self._step.join_cap, seed=config.run.seed)
         self._terms = RoundTerms(
             run=self._run_id,
             base_digest=shapes.digest,
@@ -236,16 +237,7 @@ class Coordinator:
         self, state: RunState, joined: GlobalAdapter
     ) -> tuple[GlobalAdapter, Mapping[str, GlobalAdapter]]:
         """What the server's optimiser makes of a round, and its own states after it."""
-        config = self._config
-        adapter, momentum = apply_server_step(
-            state.adapter,
-            joined,
-            state.server.get("momentum"),
-            step=config.aggregate.server_step,
-            beta=config.aggregate.momentum,
-            rank_cap=config.lora.rank_cap,
-        )
-        return adapter, {} if momentum is None else {"momentum": momentum}
+        return apply_server_step(state.server, state.adapter, joined, self._step)
 
     def _replanner(self, fleet: Fleet, planning: Planning) -> Replanner:
         config = self._config.plan
@@ -292,6 +284,7 @@ class Coordinator:
             beta2=train.beta2,
             max_gradient_norm=train.max_gradient_norm,
             keep=train.keep_optimizer,
+            proximal=train.proximal,
             way=TrainingWay(
                 name=train.way,
                 start=self._config.lora.start,
@@ -308,6 +301,20 @@ class Coordinator:
         path = write_checkpoint(self._folder.checkpoints, state.adapter, state.server, meta)
         self._emit(checkpoint_saved(path, state.round))
         prune_checkpoints(self._folder.checkpoints, self._config.outputs.keep_checkpoints)
+
+
+def server_step(config: RunConfig) -> ServerStep:
+    """The server's optimiser as the run file has it."""
+    settings = config.aggregate
+    return ServerStep(
+        rank_cap=config.lora.rank_cap,
+        step=settings.server_step,
+        momentum=settings.momentum,
+        optimizer=settings.optimizer,
+        beta2=settings.beta2,
+        adaptivity=settings.adaptivity,
+        keep_dropped=settings.keep_dropped,
+    )
 
 
 def installed_versions() -> Mapping[str, str]:

@@ -28,7 +28,7 @@ class RunState:
     Attributes:
         run: its id.
         adapter: its `round` is the last that was joined.
-        server: states of the server's optimiser by name, such as a momentum.
+        server: states of the server's optimiser by name (`fedtune.aggregate.server_step`).
         plans: device -> what it does in the next round.
         turns: device -> how often it took part.
         held_out_loss_before: before the first round; None: not measured.

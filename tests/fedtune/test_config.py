@@ -168,6 +168,27 @@ def test_an_effective_config_reads_back_the_same(write: Write, tmp_path: Path) -
             "train.way 's2ft' takes the place of lora.start = 'eva'",
         ),
         (
+            ["aggregate.rule=flora", "aggregate.momentum=0.5"],
+            "'flora' goes with aggregate.server_step = 1, aggregate.momentum = 0, "
+            "aggregate.optimizer = 'average' and aggregate.keep_dropped = false; found "
+            "aggregate.momentum = 0.5; use 'delta' for others",
+        ),
+        (
+            ["aggregate.rule=zero-pad", "aggregate.optimizer=adam", "lora.rank_max=4"],
+            "'zero-pad' goes with aggregate.server_step = 1, aggregate.momentum = 0, "
+            "aggregate.optimizer = 'average' and aggregate.keep_dropped = false; found "
+            "aggregate.optimizer = 'adam'",
+        ),
+        (
+            ["aggregate.rule=flora", "aggregate.keep_dropped=true"],
+            "found aggregate.keep_dropped = True; use 'delta' for others",
+        ),
+        (
+            ["aggregate.optimizer=adam"],
+            "aggregate.optimizer 'adam' needs aggregate.server_step of at most 0.1, by which "
+            "weights move in a round; found 1; try 0.001",
+        ),
+        (
             ["train.way=s2ft", "aggregate.rule=zero-pad"],
             "'zero-pad' averages A apart from B, and with train.way = 's2ft' devices choose",
         ),

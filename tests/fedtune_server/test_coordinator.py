@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedtune.aggregate.server_step import ServerStep
 from fedtune.config import parse_run_config
 from fedtune.errors import PlanError, RoundError
 from fedtune.wire.checkpoint import latest_checkpoint, read_checkpoint
 from fedtune.wire.flower import TRAIN
-from fedtune_server.coordinator import Coordinator, installed_versions
+from fedtune_server.coordinator import Coordinator, installed_versions, server_step
 from fedtune_server.run_folder import RunFolder
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
@@ -184,6 +185,7 @@ def test_the_learning_rate_is_one_line_over_all_rounds(
 
 def test_optimiser_settings_reach_the_devices(fleet_of: FleetOf, play: Play, tree: Tree) -> None:
     wanted = {"weight_decay": 0.01, "beta1": 0.5, "beta2": 0.6, "max_gradient_norm": 3.0}
+    wanted["proximal"] = 0.25
     tree["train"] |= {"optimizer": "sgd", **wanted}
     fake = fleet_of("a", "b", "c")
     play(fake, tree)
@@ -299,3 +301,52 @@ def test_each_checkpoint_is_told_with_its_digest(
     for path in kept:
         assert told[path.name]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         assert path.name == f"round-{told[path.name]['round']:04d}.safetensors"
+
+
+def test_the_servers_states_are_in_every_checkpoint(
+    fleet_of: FleetOf, play: Play, tree: Tree, tmp_path: Path
+) -> None:
+    tree["aggregate"] = {
+        "optimizer": "adam",
+        "server_step": 0.01,
+        "momentum": 0.5,
+        "beta2": 0.9,
+        "adaptivity": 0.01,
+        "keep_dropped": True,
+    }
+    fake = fleet_of("a", "b", "c")
+    adapter = play(fake, tree)
+    path = latest_checkpoint(tmp_path / "checkpoints")
+    assert path is not None
+    saved = read_checkpoint(path)
+    assert sorted(saved.extra) == ["dropped", "momentum", "squares"]
+    for name, matrix in adapter.matrices.items():
+        assert saved.extra["momentum"].matrices[name].rank > 0
+        assert saved.extra["squares"].dense[f"rows.{name}"].shape == matrix.u.shape[:1]
+    assert saved.extra["squares"].dense["rounds"] == 4
+    assert saved.extra["dropped"].round == 4
+
+
+@pytest.mark.parametrize(("keep", "cap"), [(False, 6), (True, 12)])
+def test_a_rule_keeps_what_the_server_step_will_cut_off(
+    fleet_of: FleetOf, tree: Tree, tmp_path: Path, keep: bool, cap: int
+) -> None:
+    tree["aggregate"] = {"keep_dropped": keep}
+    fake = fleet_of("a")
+    with RunFolder.create(tmp_path) as folder:
+        config = parse_run_config(tree, "test")
+        coordinator = Coordinator(config, fake.shapes, folder, fake.events.append)
+    assert coordinator._rule.rank_cap == cap  # type: ignore[attr-defined]
+
+
+def test_the_run_files_server_step_is_the_one_that_is_taken(tree: Tree) -> None:
+    tree["aggregate"] = {
+        "optimizer": "adam",
+        "server_step": 0.02,
+        "momentum": 0.5,
+        "beta2": 0.8,
+        "adaptivity": 0.03,
+        "keep_dropped": True,
+    }
+    found = server_step(parse_run_config(tree, "test"))
+    assert found == ServerStep(6, 0.02, 0.5, "adam", 0.8, 0.03, keep_dropped=True)

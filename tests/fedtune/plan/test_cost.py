@@ -107,6 +107,8 @@ def test_a_trained_number_takes_16_bytes_and_a_frozen_one_4() -> None:
     assert optimiser_bytes(LOAD) == 12 * 1000
     whole = replace(LOAD, dense_parameters=10)
     assert adapter_bytes(whole) + optimiser_bytes(whole) == 16 * 1010 + 4 * 300
+    kept = replace(whole, keeps_start=True)
+    assert adapter_bytes(kept) + optimiser_bytes(kept) == 20 * 1010 + 4 * 300
 
 
 def test_a_message_lies_in_memory_as_it_came_and_as_float32() -> None:

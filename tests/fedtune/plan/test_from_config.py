@@ -31,6 +31,13 @@ def test_every_aim_of_the_plan_section_reaches_the_planner() -> None:
     assert (found.solver, found.solver_seconds, found.round_seconds) == ("greedy", 3.0, 9.0)
 
 
+def test_a_pull_to_the_start_keeps_a_copy_of_it() -> None:
+    plain = parse_run_config(tree(), "test")
+    pulled = parse_run_config({**tree(), "train": {"proximal": 0.1}}, "test")
+    found = [plan_settings(config, 0, "planned").keeps_start for config in (plain, pulled)]
+    assert found == [False, True]
+
+
 def test_a_run_counts_gain_twice_as_much_as_makespan_unless_told_otherwise() -> None:
     config = parse_run_config(tree(), "test")
     found = plan_settings(config, 0, "planned")

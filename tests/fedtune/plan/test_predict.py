@@ -63,6 +63,16 @@ def test_corrections_and_a_whole_tail_are_read_back_too() -> None:
     assert found.peak_bytes == plan.peak_bytes
 
 
+def test_a_kept_start_takes_four_bytes_for_each_number_that_trains() -> None:
+    profile, kept = device(50_000_000), replace(SETTINGS, keeps_start=True)
+    (plan,) = plan_fleet([profile], SHAPES, kept).devices
+    found, plain = (predict(plan, profile, SHAPES, settings) for settings in (kept, SETTINGS))
+    assert found.peak_bytes == plan.peak_bytes
+    sides = {m.name: m.out_features + m.in_features for m in SHAPES.matrices}
+    elements = sum(rank * sides[name] for name, rank in plan.ranks().items())
+    assert found.peak_bytes - plain.peak_bytes == 4 * elements > 0
+
+
 def test_every_byte_of_the_peak_is_in_one_part() -> None:
     names = [field.name for field in fields(PeakBytes)]
     peak = PeakBytes(**{name: 10**place for place, name in enumerate(names)})

@@ -6,7 +6,7 @@ What needs no GPU is the static form that is recorded: here it is computed witho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -342,8 +342,11 @@ def test_auto_records_a_form_when_it_comes_again(tiny_llama: Path) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("proximal", [0.0, 1.0])
 @pytest.mark.parametrize("use", ["auto", "on"])
-def test_rounds_with_graphs_are_near_rounds_without(tiny_llama: Path, use: GraphUse) -> None:
+def test_rounds_with_graphs_are_near_rounds_without(
+    tiny_llama: Path, use: GraphUse, proximal: float
+) -> None:
     backbone = load(tiny_llama, "cuda", torch.bfloat16, MatrixForm("nf4"))
     for seed in (0, 1):  # the second round uses the graphs of the first
         sent = {
@@ -358,7 +361,7 @@ def test_rounds_with_graphs_are_near_rounds_without(tiny_llama: Path, use: Graph
                 STEPS,
                 Dispatch(sent),
                 plan,
-                ADAMW,
+                replace(ADAMW, proximal=proximal),
                 task="causal-lm",
                 pad_id=PAD,
                 cuda_graph=cuda_graph,

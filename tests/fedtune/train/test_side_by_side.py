@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,21 +80,27 @@ class World:
         return [Share(batches(seed), dispatch) for seed, dispatch in enumerate(sent)]
 
     def alone(
-        self, share: Share, plan: DevicePlan, memory: OptimizerMemory | None = None
+        self,
+        share: Share,
+        plan: DevicePlan,
+        memory: OptimizerMemory | None = None,
+        spec: OptimizerSpec = SPEC,
     ) -> RoundResult:
         return train_round(
             self.backbone,
             share.batches,
             share.dispatch,
             plan,
-            SPEC,
+            spec,
             task="causal-lm",
             pad_id=PAD,
             memory=memory,
         )
 
-    def beside(self, shares: Sequence[Share], plan: DevicePlan) -> list[RoundResult]:
-        return train_side_by_side(self.backbone, shares, plan, SPEC, pad_id=PAD)
+    def beside(
+        self, shares: Sequence[Share], plan: DevicePlan, spec: OptimizerSpec = SPEC
+    ) -> list[RoundResult]:
+        return train_side_by_side(self.backbone, shares, plan, spec, pad_id=PAD)
 
 
 def plan(micro_batch: int = 4, checkpointing: bool = False) -> DevicePlan:
@@ -129,6 +135,16 @@ def test_the_bits_are_the_same_on_a_trained_model_too(stories260k: Path) -> None
     shares = [Share(batches(k, size=4), world.dispatch(2 + k, k)) for k in range(5)]
     for share, result in zip(shares, world.beside(shares, plan()), strict=True):
         assert_same(result, world.alone(share, plan()))
+
+
+def test_a_pull_to_the_start_leaves_the_bits_the_same(tiny_llama: Path) -> None:
+    world, pulled = World(tiny_llama), replace(SPEC, proximal=10.0)
+    shares = world.shares()
+    for share, result in zip(shares, world.beside(shares, plan(), pulled), strict=True):
+        assert_same(result, world.alone(share, plan(), spec=pulled))
+        free = world.alone(share, plan())
+        name = next(iter(free.factors))
+        assert not np.array_equal(result.factors[name].b, free.factors[name].b)
 
 
 def test_a_device_is_trained_on_its_own_samples_only(tiny_llama: Path) -> None:

@@ -79,6 +79,7 @@ TRAIN = m.TrainInstruction(
         0.0,
         keep=True,
         way=TrainingWay("s2ft", "eva", 0.9, 0.25, 2.0, "weight", seed=2**64 - 1),
+        proximal=0.125,
     ),
     seed=2**64 - 1,
     tensors_digest="cd" * 32,
@@ -235,6 +236,7 @@ def test_an_instruction_without_a_way_or_a_scaling_means_plain_lora() -> None:
         ({"run": "a\x1b[31mb"}, "run: expected printable characters"),
         ({"labels": ("a", "a")}, "labels: 'a' comes twice"),
         ({"optimizer": m.OptimizerSpec(beta1=1.0)}, "optimizer.beta1: expected 0..1, got 1"),
+        ({"optimizer": m.OptimizerSpec(proximal=-1.0)}, "optimizer.proximal: expected 0..1e"),
         (
             {"optimizer": m.OptimizerSpec(learning_rate=float("nan"))},
             "optimizer.learning_rate: expected a finite number, got nan",
