@@ -155,7 +155,7 @@ def test_nearly_collinear_stacks_stay_accurate_over_many_rounds() -> None:
     assert adapter.matrices["w"].rank <= 17
 
 
-def test_factored_and_dense_routes_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factored_and_multiplied_routes_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = Delta(rank_cap=20)
     adapter = warm_state(rule)
     contributions = [
@@ -163,14 +163,12 @@ def test_factored_and_dense_routes_agree(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     shares = ordered_shares(adapter, contributions)
     found = {}
-    for route in ("factored", "dense"):
-        monkeypatch.setattr(
-            "fedtune.aggregate.low_rank.cheaper_route", lambda *_, route=route: route
-        )
+    for route in ("factored", "multiplied"):
+        monkeypatch.setattr("fedtune.aggregate.low_rank.cheapest", lambda *_, route=route: route)
         found[route] = join_differences("w", adapter.matrices["w"], shares, 20)
     products = [low_rank.product() for low_rank, _ in found.values()]
     assert error(products[0], products[1]) < 1e-6
-    assert found["factored"][1] == pytest.approx(found["dense"][1], rel=1e-6)
+    assert found["factored"][1] == pytest.approx(found["multiplied"][1], rel=1e-6)
 
 
 def test_fresh_rank_keeps_room_for_new_directions() -> None:

@@ -1,0 +1,183 @@
+"""Which way to compute the leading singular triplets of a sum costs least, by a model of seconds.
+
+Leading flops alone mislead: on one core, a product of float64 matrices runs three times as fast as
+a QR. So every kernel has its own rate, `flops / (RATE * n / (n + HALF))` with n the smaller side:
+small matrices run slower. Rates are those of one thread of an EPYC 9004 with OpenBLAS 0.3.31, each
+fitted to the kernel alone at sides of 64 to 2048 (`python benchmarks/aggregate.py --rates` measures
+them). Other machines are faster or slower as a whole; what picks the route is the ratios.
+
+With M x N the shape (M >= N), q stacked columns and R directions kept:
+
+    factored   QR of both sides without Q, product of the triangles, SVD of the core, triplets
+    multiplied the product, SVD of M x N
+    gram       the product and its Gram matrix, eigenvectors of N x N, one product with R vectors
+    krylov     a few products with R/2 vectors, energy of the factors, three products with R
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedtune.aggregate.krylov import OVERSAMPLE, block_size
+
+Route = Literal["factored", "multiplied", "gram", "krylov"]
+
+EXACT: tuple[Route, ...] = ("factored", "multiplied")
+"""Routes that always answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """flops per second at large sides, the side at half of it, and seconds of a call."""
+
+    flops_per_s: float
+    half_side: float
+    call_s: float
+
+    def seconds(self, flops: int | float, side: int | float) -> float:
+        return flops / self.flops_per_s * (1 + self.half_side / side) + self.call_s
+
+
+PRODUCT = Rate(45e9, 24.0, 5e-6)
+PRODUCT_FLOAT32 = Rate(95e9, 24.0, 5e-6)
+QR = Rate(18e9, 120.0, 20e-6)
+SVD = Rate(33e9, 120.0, 30e-6)
+EIGH = Rate(33e9, 120.0, 30e-6)
+
+KRYLOV_STEPS = 5
+"""Steps that joined adapters take, whose devices share directions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A sum to be cut.
+
+    Attributes:
+        columns: that are stacked; None where the sum is multiplied out already.
+        single: whether the columns are float32.
+    """
+
+    out_features: int
+    in_features: int
+    columns: int | None
+    rank_cap: int
+    single: bool = True
+
+    @property
+    def small(self) -> int:
+        return min(self.out_features, self.in_features)
+
+    @property
+    def large(self) -> int:
+        return max(self.out_features, self.in_features)
+
+    @property
+    def kept(self) -> int:
+        """Directions that may stay."""
+        bound = self.small if self.columns is None else min(self.small, self.columns)
+        return min(self.rank_cap, bound)
+
+
+def cheapest(problem: Problem, among: tuple[Route, ...] | None = None) -> Route:
+    """The route of least modelled seconds."""
+    seconds = {route: route_seconds(problem, route) for route in among or possible(problem)}
+    return min(seconds, key=lambda route: seconds[route])
+
+
+def possible(problem: Problem) -> tuple[Route, ...]:
+    """Routes that can answer; a Krylov space needs a cap well below the rank there may be."""
+    bound = problem.small if problem.columns is None else min(problem.small, problem.columns)
+    routes: list[Route] = ["multiplied", "gram"]
+    if problem.columns is not None:
+        routes.insert(0, "factored")
+    if 4 * (problem.rank_cap + OVERSAMPLE) < bound:
+        routes.append("krylov")
+    return tuple(routes)
+
+
+def route_seconds(problem: Problem, route: Route) -> float:
+    """Modelled seconds of a route on one thread."""
+    match route:
+        case "factored":
+            return _factored(problem)
+        case "multiplied":
+            return _multiply(problem) + _svd(problem.large, problem.small)
+        case "gram":
+            return _gram(problem)
+        case "krylov":
+            return _krylov(problem)
+
+
+def _factored(problem: Problem) -> float:
+    q = problem.columns or 0
+    sides = (problem.out_features, problem.in_features)
+    core = [min(side, q) for side in sides]
+    return (
+        sum(_qr(side, q) for side in sides)
+        + _product(core[0], q, core[1])
+        + _svd(max(core), min(core))
+        + 2 * _product(q, q, problem.kept)
+        + sum(_product(side, q, problem.kept) for side in sides)
+    )
+
+
+def _gram(problem: Problem) -> float:
+    n, kept = problem.small, problem.kept
+    return (
+        _multiply(problem)
+        + _product(n, problem.large, n)
+        + EIGH.seconds(9 * n**3, n)
+        + _apply(problem, kept)
+        + 2 * _qr(problem.large, kept)
+    )
+
+
+def _krylov(problem: Problem) -> float:
+    size, kept = block_size(problem.rank_cap), problem.rank_cap + OVERSAMPLE
+    space = KRYLOV_STEPS * size
+    single = problem.single and problem.columns is not None
+    rate = PRODUCT_FLOAT32 if single else PRODUCT
+    both = problem.out_features + problem.in_features
+    passes = (2 * KRYLOV_STEPS + 1) * _apply(problem, size, rate)
+    orthogonal = rate.seconds(4 * space**2 * both, size) + 2 * KRYLOV_STEPS * _qr(
+        problem.large, size
+    )
+    last = 4 * _apply(problem, kept) + 6 * _qr(both // 2, kept)
+    return passes + orthogonal + last + _energy(problem)
+
+
+def _energy(problem: Problem) -> float:
+    if problem.columns is None:
+        return PRODUCT.seconds(2 * problem.small * problem.large, 16)
+    q = problem.columns
+    return PRODUCT.seconds((problem.out_features + problem.in_features) * q**2, min(q, 256))
+
+
+def _apply(problem: Problem, vectors: int, rate: Rate = PRODUCT) -> float:
+    """The sum times some vectors."""
+    if problem.columns is None:
+        return rate.seconds(2 * problem.small * problem.large * vectors, vectors)
+    both = problem.out_features + problem.in_features
+    return rate.seconds(2 * both * problem.columns * vectors, min(vectors, problem.columns))
+
+
+def _multiply(problem: Problem) -> float:
+    if problem.columns is None:
+        return 0.0
+    return _product(problem.out_features, problem.columns, problem.in_features)
+
+
+def _product(rows: int, inner: int, columns: int) -> float:
+    return PRODUCT.seconds(2 * rows * inner * columns, min(rows, inner, columns))
+
+
+def _qr(rows: int, columns: int) -> float:
+    """Householder QR without Q; Golub and Van Loan, Matrix Computations, 4th ed., section 5.2."""
+    small, large = sorted((rows, columns))
+    return QR.seconds(2 * small**2 * (large - small / 3), small)
+
+
+def _svd(large: int, small: int) -> float:
+    """All singular vectors; Golub and Van Loan, section 8.6."""
+    return SVD.seconds(4 * large * small**2 + 18 * small**3, small)

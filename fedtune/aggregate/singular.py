@@ -1,0 +1,153 @@
+"""Leading singular triplets of a sum of products: the routes that are exact in float64.
+
+Each route takes the sum and the cap, and returns at most `rank_cap` triplets with the share of the
+energy that is left out. Directions below the precision in which the state is stored are rounding,
+and count as nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from fedtune.aggregate.stack import Stack, Sum, product, triangle
+from fedtune.records import FloatArray
+
+STORED_PRECISION = float(np.finfo(np.float32).eps)
+"""Directions smaller than this share of the largest are rounding, not content: the state is kept
+in float32, so each triplet already carries an error of that size. They are dropped, because a
+device would otherwise start from such a direction instead of from a fresh one."""
+
+ORTHONORMAL = 1e-7
+"""Largest entry of `u.T @ u - 1` that passes: the rounding of float32."""
+
+EXACT_ENERGY = 1e-14
+"""Share of the energy that may be missing from a sum of which nothing is cut: 1e-7 of the norm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Triplets:
+    """`u @ diag(sigma) @ v.T` in float64: u (out, R), sigma (R,) falling, v (in, R).
+
+    Attributes:
+        dropped: share of the squared norm that the cap cut off, 0..1.
+    """
+
+    u: FloatArray
+    sigma: FloatArray
+    v: FloatArray
+    dropped: float
+
+    def transposed(self) -> Triplets:
+        return Triplets(self.v, self.sigma, self.u, self.dropped)
+
+
+def factored(stack: Stack, rank_cap: int) -> Triplets:
+    """QR of each side without its orthonormal factor, SVD of the small core.
+
+    With `L = Q S` and `R = Z T`, the core is `S T^T = A diag(sigma) B^T`. The singular vectors
+    follow from the stack itself: `u = L T^T B / sigma` and `v = R S^T A / sigma`, so neither Q
+    nor Z is formed or kept. A division by a small sigma magnifies rounding; where columns cancel
+    each other so far that u or v is not orthonormal any more, Q and Z are formed after all.
+    Householder QR, because stacks that start from the same factors are nearly collinear, and a
+    Cholesky factor of their Gram matrix would lose half of the digits.
+    """
+    left, right = triangle(stack.left, stack.weights), triangle(stack.right)
+    a, sigma, bt = np.linalg.svd(left @ right.T, full_matrices=False)
+    rank, dropped = kept_rank(sigma, rank_cap)
+    sigma = sigma[:rank]
+    u = product(stack.left, stack.weights[:, None] * (right.T @ (bt[:rank].T / sigma)))
+    v = product(stack.right, left.T @ (a[:, :rank] / sigma))
+    if max(skewness(u), skewness(v)) > ORTHONORMAL:
+        return _by_orthonormal_factors(stack, rank_cap)
+    return Triplets(u, sigma, v, dropped)
+
+
+def _by_orthonormal_factors(stack: Stack, rank_cap: int) -> Triplets:
+    left_basis, left = np.linalg.qr(stack.left * stack.weights)
+    right_basis, right = np.linalg.qr(stack.right.astype(np.float64))
+    u, sigma, vt = np.linalg.svd(left @ right.T, full_matrices=False)
+    rank, dropped = kept_rank(sigma, rank_cap)
+    return Triplets(left_basis @ u[:, :rank], sigma[:rank], right_basis @ vt[:rank].T, dropped)
+
+
+def multiplied(total: Sum, rank_cap: int) -> Triplets:
+    """SVD of the whole matrix."""
+    u, sigma, vt = np.linalg.svd(total.dense(), full_matrices=False)
+    rank, dropped = kept_rank(sigma, rank_cap)
+    return Triplets(u[:, :rank], sigma[:rank], vt[:rank].T, dropped)
+
+
+def by_gram(total: Sum, rank_cap: int) -> Triplets | None:
+    """Eigenvectors of the Gram matrix of the smaller side, then SVD of the sum on their span.
+
+    An eigenvalue has the rounding of the largest one, which is half of the digits of a small
+    sigma; so eigenvectors only choose the span, and the sum itself is multiplied with it. What
+    the span misses is known from the trace. None if the cap cuts nothing and yet something is
+    missing.
+    """
+    if total.shape[0] < total.shape[1]:
+        found = by_gram(total.transposed(), rank_cap)
+        return None if found is None else found.transposed()
+    gram = total.gram()
+    energy = float(np.trace(gram))
+    if energy == 0.0:
+        return nothing(*total.shape)
+    values, vectors = np.linalg.eigh(gram)
+    held = int(np.count_nonzero(values > values[-1] * float(np.finfo(np.float64).eps)))
+    span = np.ascontiguousarray(vectors[:, ::-1][:, : min(rank_cap, held)])
+    return on_right_span(total, span, rank_cap, energy, 8 * float(np.finfo(float).eps) * energy)
+
+
+def on_right_span(
+    total: Sum,
+    span: Float[np.ndarray, "in k"],
+    rank_cap: int,
+    energy: float,
+    rounding: float,
+) -> Triplets | None:
+    """Triplets of the sum times the projector on a span with orthonormal columns.
+
+    Args:
+        energy: squared norm of the whole sum.
+        rounding: how far that may be wrong.
+
+    Returns:
+        None if the cap cuts nothing and the span does not hold everything.
+    """
+    basis, small = np.linalg.qr(total.times(span))
+    inner, sigma, outer = np.linalg.svd(small)
+    rank, _ = kept_rank(sigma, rank_cap)
+    held = float(np.sum(sigma[:rank] ** 2))
+    missing = max(energy - held, 0.0)
+    if rank < rank_cap and missing > max(EXACT_ENERGY * energy, rounding):
+        return None
+    if rank < rank_cap and rounding > 100 * EXACT_ENERGY * energy:
+        return None  # too much cancels to know
+    exact = missing <= max(EXACT_ENERGY * energy, rounding)
+    dropped = 0.0 if exact else missing / energy
+    return Triplets(basis @ inner[:, :rank], sigma[:rank], span @ outer[:rank].T, dropped)
+
+
+def kept_rank(sigma: Float[np.ndarray, "q"], rank_cap: int) -> tuple[int, float]:
+    """How many directions stay, and the share of the energy that the cap cuts off."""
+    total = float(np.sum(sigma**2))
+    if total == 0.0:
+        return 0, 0.0
+    significant = int(np.count_nonzero(sigma > sigma[0] * STORED_PRECISION))
+    rank = min(rank_cap, significant)
+    return rank, float(np.sum(sigma[rank:significant] ** 2)) / total
+
+
+def nothing(out_features: int, in_features: int) -> Triplets:
+    """No direction at all."""
+    return Triplets(np.zeros((out_features, 0)), np.zeros(0), np.zeros((in_features, 0)), 0.0)
+
+
+def skewness(basis: Float[np.ndarray, "rows k"]) -> float:
+    """Largest entry of `basis.T @ basis - 1`."""
+    if basis.shape[1] == 0:
+        return 0.0
+    return float(np.abs(basis.T @ basis - np.eye(basis.shape[1])).max())
