@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from fedtune.aggregate.singular import Triplets, nothing, on_right_span
+from fedtune.aggregate.singular import Triplets, checked, missing_energy, nothing, on_right_span
 from fedtune.aggregate.stack import Sum
 from fedtune.records import FloatArray
 
@@ -21,9 +21,12 @@ STEPS_MAX = 10
 """Blocks of the space; where they are not enough, spectra are so flat that an exact route costs
 about as much."""
 
+COARSE = 1e-4
+"""Share of the energy left out below which the energy is summed in float64 instead of float32."""
+
 INVARIANT = 1e-5
-"""Residuals of all Ritz vectors together, over the largest Ritz value, where the space holds all
-of the sum that float32 can tell; the energy then says whether it does."""
+"""Residuals of all Ritz vectors together, over the sum of the Ritz values, below which the space
+holds all of the sum that float32 can tell; the energy then says whether it does."""
 
 OVERSAMPLE = 8
 """Directions beyond the cap that the last products carry."""
@@ -55,8 +58,11 @@ def by_krylov(total: Sum, rank_cap: int) -> Triplets | None:
     back = total.transposed()
     span, _ = np.linalg.qr(back.times(space))
     span, _ = np.linalg.qr(back.times(np.linalg.qr(total.times(span))[0]))
-    energy, rounding = total.energy()
-    return on_right_span(total, span, rank_cap, energy, rounding)
+    found = on_right_span(total, span, rank_cap)
+    energy, rounding = total.energy(np.float32)
+    if missing_energy(found, energy) < COARSE * energy + 100 * rounding:
+        energy, rounding = total.energy()
+    return checked(found, rank_cap, energy, rounding)
 
 
 def _space(total: Sum, rank_cap: int) -> Float[np.ndarray, "out k"] | None:
@@ -66,24 +72,42 @@ def _space(total: Sum, rank_cap: int) -> Float[np.ndarray, "out k"] | None:
     block, _ = np.linalg.qr(total.times(start))
     basis = np.empty((total.shape[0], 0), total.dtype)
     images = np.empty((total.shape[1], 0), total.dtype)  # P^T basis
+    projected = np.empty((0, 0))  # basis^T P P^T basis
     for _ in range(STEPS_MAX):
         basis = np.concatenate([basis, block], axis=1)
         image = back.times(block)
         images = np.concatenate([images, image], axis=1)
+        projected = _bordered(projected, (images.T @ image).astype(np.float64))
         following = total.times(image)
         for _ in range(2):
             following -= basis @ (basis.T @ following)
         block, coupling = np.linalg.qr(following)
-        values, vectors = np.linalg.eigh((images.T @ images).astype(np.float64))
-        values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
-        if values[0] == 0.0:
+        left_over = coupling.astype(np.float64)
+        scale = float(np.trace(projected))
+        if basis.shape[1] < 2 * rank_cap and np.linalg.norm(left_over) > INVARIANT * scale:
+            continue  # it cannot pass yet, and eigenvectors cost as much as products here
+        if scale == 0.0:
             return basis[:, :0].astype(np.float64)
-        residuals = np.linalg.norm(coupling.astype(np.float64) @ vectors[-size:], axis=0)
-        whole = float(np.linalg.norm(residuals)) <= INVARIANT * values[0]
-        if whole or _excess(values, residuals, rank_cap) <= TOLERANCE * float(values.sum()):
+        values, vectors = np.linalg.eigh(projected)
+        values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+        residuals = np.linalg.norm(left_over @ vectors[-size:], axis=0)
+        whole = float(np.linalg.norm(residuals)) <= INVARIANT * scale
+        if whole or _excess(values, residuals, rank_cap) <= TOLERANCE * scale:
             kept = vectors[:, : rank_cap + OVERSAMPLE].astype(total.dtype)
             return (basis @ kept).astype(np.float64)
     return None
+
+
+def _bordered(
+    square: Float[np.ndarray, "k k"], columns: Float[np.ndarray, "n l"]
+) -> Float[np.ndarray, "n n"]:
+    """A symmetric matrix with its last columns and rows added."""
+    known = len(square)
+    grown = np.empty((len(columns),) * 2)
+    grown[:known, :known] = square
+    grown[:, known:] = columns
+    grown[known:] = columns.T
+    return grown
 
 
 def _excess(values: FloatArray, residuals: FloatArray, rank_cap: int) -> float:

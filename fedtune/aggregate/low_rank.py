@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fedtune.aggregate.krylov import by_krylov
-from fedtune.aggregate.route_costs import EXACT, Problem, Route, cheapest, possible
+from fedtune.aggregate.route_costs import EXACT, Problem, Route, by_cost
 from fedtune.aggregate.singular import Triplets, by_gram, factored, multiplied
 from fedtune.aggregate.stack import Stack, Sum
 from fedtune.records import FloatArray, LoraFactors, LowRank
@@ -67,7 +67,7 @@ def recompress(
 def reduce_sum(total: Sum, rank_cap: int, route: Route | None = None) -> tuple[LowRank, float]:
     """Keep the `rank_cap` directions of most energy of a sum.
 
-    A route that finds that it was not exact gives way to the cheapest of those that always are.
+    A route that finds that it was not exact gives way to the next cheapest.
     The sign of each triplet is fixed by the largest entry of u.
 
     Args:
@@ -80,12 +80,9 @@ def reduce_sum(total: Sum, rank_cap: int, route: Route | None = None) -> tuple[L
     total = _alive(total)
     if total.columns == 0:
         return empty(*total.shape), 0.0
-    problem = problem_of(total, rank_cap)
-    triplets = ROUTES[route or cheapest(problem)](total, rank_cap)
-    if triplets is None:
-        among = tuple(each for each in possible(problem) if each in EXACT)
-        triplets = ROUTES[cheapest(problem, among)](total, rank_cap)
-        assert triplets is not None  # the exact routes always answer
+    order = by_cost(problem_of(total, rank_cap)) if route is None else (route, *EXACT)
+    answers = (ROUTES[each](total, rank_cap) for each in order)
+    triplets = next(answer for answer in answers if answer is not None)
     return _stored(triplets), triplets.dropped
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedtune.aggregate.krylov import OVERSAMPLE, block_size
+from fedtune.aggregate.stack import triangle_rows
 
 Route = Literal["factored", "multiplied", "gram", "krylov"]
 
@@ -41,11 +42,11 @@ class Rate:
 
 PRODUCT = Rate(45e9, 24.0, 5e-6)
 PRODUCT_FLOAT32 = Rate(95e9, 24.0, 5e-6)
-QR = Rate(18e9, 120.0, 20e-6)
-SVD = Rate(33e9, 120.0, 30e-6)
-EIGH = Rate(33e9, 120.0, 30e-6)
+QR = Rate(25e9, 200.0, 20e-6)
+SVD = Rate(50e9, 200.0, 30e-6)
+EIGH = Rate(50e9, 200.0, 30e-6)
 
-KRYLOV_STEPS = 5
+KRYLOV_STEPS = 7
 """Steps that joined adapters take, whose devices share directions."""
 
 
@@ -79,10 +80,9 @@ class Problem:
         return min(self.rank_cap, bound)
 
 
-def cheapest(problem: Problem, among: tuple[Route, ...] | None = None) -> Route:
-    """The route of least modelled seconds."""
-    seconds = {route: route_seconds(problem, route) for route in among or possible(problem)}
-    return min(seconds, key=lambda route: seconds[route])
+def by_cost(problem: Problem) -> tuple[Route, ...]:
+    """The routes that can answer, by modelled seconds."""
+    return tuple(sorted(possible(problem), key=lambda route: route_seconds(problem, route)))
 
 
 def possible(problem: Problem) -> tuple[Route, ...]:
@@ -136,22 +136,25 @@ def _gram(problem: Problem) -> float:
 def _krylov(problem: Problem) -> float:
     size, kept = block_size(problem.rank_cap), problem.rank_cap + OVERSAMPLE
     space = KRYLOV_STEPS * size
-    single = problem.single and problem.columns is not None
-    rate = PRODUCT_FLOAT32 if single else PRODUCT
-    both = problem.out_features + problem.in_features
+    rate = PRODUCT_FLOAT32 if problem.single and problem.columns is not None else PRODUCT
     passes = (2 * KRYLOV_STEPS + 1) * _apply(problem, size, rate)
-    orthogonal = rate.seconds(4 * space**2 * both, size) + 2 * KRYLOV_STEPS * _qr(
-        problem.large, size
+    orthogonal = rate.seconds(
+        space**2 * (4 * problem.out_features + problem.in_features), size
+    ) + KRYLOV_STEPS * 2 * _qr(problem.out_features, size)
+    checks = sum(
+        EIGH.seconds(9 * (step * size) ** 3, step * size) for step in range(4, KRYLOV_STEPS + 1)
     )
-    last = 4 * _apply(problem, kept) + 6 * _qr(both // 2, kept)
-    return passes + orthogonal + last + _energy(problem)
+    last = 4 * _apply(problem, kept) + 4 * _qr(problem.out_features, kept)
+    last += 4 * _qr(problem.in_features, kept) + _svd(kept, kept)
+    return passes + orthogonal + checks + last + _energy(problem, rate)
 
 
-def _energy(problem: Problem) -> float:
+def _energy(problem: Problem, rate: Rate) -> float:
     if problem.columns is None:
         return PRODUCT.seconds(2 * problem.small * problem.large, 16)
-    q = problem.columns
-    return PRODUCT.seconds((problem.out_features + problem.in_features) * q**2, min(q, 256))
+    q, both = problem.columns, problem.out_features + problem.in_features
+    by_columns, by_rows = both * q**2, 2 * problem.out_features * problem.in_features * q
+    return rate.seconds(min(by_columns, by_rows), min(q, 256))
 
 
 def _apply(problem: Problem, vectors: int, rate: Rate = PRODUCT) -> float:
@@ -173,9 +176,15 @@ def _product(rows: int, inner: int, columns: int) -> float:
 
 
 def _qr(rows: int, columns: int) -> float:
-    """Householder QR without Q; Golub and Van Loan, Matrix Computations, 4th ed., section 5.2."""
-    small, large = sorted((rows, columns))
-    return QR.seconds(2 * small**2 * (large - small / 3), small)
+    """Householder QR without Q, as `triangle` does it.
+
+    Golub and Van Loan, Matrix Computations, 4th ed., section 5.2.
+    """
+    block = min(rows, triangle_rows(columns))
+    small, large = sorted((block, columns))
+    first = 2 * small**2 * (large - small / 3)
+    again = (rows - block) / block * 2 * columns**2 * (block + 2 * columns / 3)
+    return QR.seconds(first + again, small)
 
 
 def _svd(large: int, small: int) -> float:

@@ -7,7 +7,7 @@ and count as nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -98,37 +98,44 @@ def by_gram(total: Sum, rank_cap: int) -> Triplets | None:
     values, vectors = np.linalg.eigh(gram)
     held = int(np.count_nonzero(values > values[-1] * float(np.finfo(np.float64).eps)))
     span = np.ascontiguousarray(vectors[:, ::-1][:, : min(rank_cap, held)])
-    return on_right_span(total, span, rank_cap, energy, 8 * float(np.finfo(float).eps) * energy)
+    found = on_right_span(total, span, rank_cap)
+    return checked(found, rank_cap, energy, 8 * float(np.finfo(np.float64).eps) * energy)
 
 
-def on_right_span(
-    total: Sum,
-    span: Float[np.ndarray, "in k"],
-    rank_cap: int,
-    energy: float,
-    rounding: float,
-) -> Triplets | None:
+def on_right_span(total: Sum, span: Float[np.ndarray, "in k"], rank_cap: int) -> Triplets:
     """Triplets of the sum times the projector on a span with orthonormal columns.
+
+    What they drop is that of the projected sum; `checked` puts the whole sum in.
+    """
+    basis, small = np.linalg.qr(total.times(span))
+    inner, sigma, outer = np.linalg.svd(small)
+    rank, dropped = kept_rank(sigma, rank_cap)
+    return Triplets(basis @ inner[:, :rank], sigma[:rank], span @ outer[:rank].T, dropped)
+
+
+def missing_energy(found: Triplets, energy: float) -> float:
+    """What the triplets do not hold of a sum of this squared norm."""
+    return max(energy - float(np.sum(found.sigma**2)), 0.0)
+
+
+def checked(found: Triplets, rank_cap: int, energy: float, rounding: float) -> Triplets | None:
+    """The triplets with the share of the whole sum that they drop.
 
     Args:
         energy: squared norm of the whole sum.
         rounding: how far that may be wrong.
 
     Returns:
-        None if the cap cuts nothing and the span does not hold everything.
+        None if the cap cuts nothing and something is missing all the same, or if so much cancels
+        in the sum that this cannot be told.
     """
-    basis, small = np.linalg.qr(total.times(span))
-    inner, sigma, outer = np.linalg.svd(small)
-    rank, _ = kept_rank(sigma, rank_cap)
-    held = float(np.sum(sigma[:rank] ** 2))
-    missing = max(energy - held, 0.0)
-    if rank < rank_cap and missing > max(EXACT_ENERGY * energy, rounding):
-        return None
-    if rank < rank_cap and rounding > 100 * EXACT_ENERGY * energy:
-        return None  # too much cancels to know
+    if energy == 0.0:
+        return nothing(found.u.shape[0], found.v.shape[0])
+    missing = missing_energy(found, energy)
     exact = missing <= max(EXACT_ENERGY * energy, rounding)
-    dropped = 0.0 if exact else missing / energy
-    return Triplets(basis @ inner[:, :rank], sigma[:rank], span @ outer[:rank].T, dropped)
+    if len(found.sigma) < rank_cap and not (exact and rounding <= 100 * EXACT_ENERGY * energy):
+        return None
+    return replace(found, dropped=0.0 if exact else missing / energy)
 
 
 def kept_rank(sigma: Float[np.ndarray, "q"], rank_cap: int) -> tuple[int, float]:

@@ -68,24 +68,44 @@ class Stack:
             total += block.T @ block
         return total
 
-    def energy(self) -> tuple[float, float]:
+    def energy(self, dtype: type[np.floating] = np.float64) -> tuple[float, float]:
         """The squared Frobenius norm, and a bound of the rounding in it.
 
-        `||L R^T||^2 = sum of (L^T L) * (R^T R)`, by blocks of columns. Where columns cancel each
-        other, the terms are larger than their sum, and so is the rounding.
+        `||L R^T||^2 = sum of (L^T L) * (R^T R)`, by blocks of columns, or of the product by blocks
+        of rows, whichever takes fewer products. Where columns cancel each other, the terms are
+        larger than their sum, and so is the rounding.
+
+        Args:
+            dtype: of the products; the sums are in float64.
         """
+        rows, columns = self.shape
+        by_rows = 2 * rows * columns < (rows + columns) * self.columns
+        total, size = self._energy_by_rows(dtype) if by_rows else self._energy_by_columns(dtype)
+        return max(total, 0.0), 8 * float(np.finfo(dtype).eps) * size
+
+    def _energy_by_columns(self, dtype: type[np.floating]) -> tuple[float, float]:
         total = size = 0.0
         blocks = list(_blocks(self.columns, BLOCK_COLUMNS))
         for i, first in enumerate(blocks):
-            left = self.left[:, first] * self.weights[first]
-            right = self.right[:, first].astype(np.float64)
+            left = self.left[:, first].astype(dtype, copy=False).T
+            right = self.right[:, first].astype(dtype, copy=False).T
             for second in blocks[i:]:
                 once = 1.0 if second is first else 2.0
-                terms = left.T @ (self.left[:, second] * self.weights[second])
-                terms *= right.T @ self.right[:, second].astype(np.float64, copy=False)
+                terms = (left @ self.left[:, second].astype(dtype, copy=False)).astype(np.float64)
+                terms *= right @ self.right[:, second].astype(dtype, copy=False)
+                terms *= np.outer(self.weights[first], self.weights[second])
                 total += once * float(terms.sum())
-                size += once * float(np.abs(terms).sum())
-        return max(total, 0.0), 8 * float(np.finfo(np.float64).eps) * size
+                size += once * float(np.abs(terms, out=terms).sum())
+        return total, size
+
+    def _energy_by_rows(self, dtype: type[np.floating]) -> tuple[float, float]:
+        total = 0.0
+        right = self.right.astype(dtype, copy=False).T
+        for rows in _blocks(self.left.shape[0], BLOCK_ROWS):
+            block = ((self.left[rows] * self.weights).astype(dtype) @ right).astype(np.float64)
+            total += float(np.einsum("ij,ij->", block, block))
+        sides = [np.einsum("ij,ij->j", side, side) for side in (self.left, self.right)]
+        return total, max(total, float(np.sum(self.weights**2 * sides[0] * sides[1])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +138,8 @@ class Dense:
     def gram(self) -> Float[np.ndarray, "in in"]:
         return np.asarray(self.value.T @ self.value)
 
-    def energy(self) -> tuple[float, float]:
+    def energy(self, dtype: type[np.floating] = np.float64) -> tuple[float, float]:
+        """As for `Stack`; always of float64."""
         total = float(np.einsum("ij,ij->", self.value, self.value))
         return total, 8 * float(np.finfo(np.float64).eps) * total
 
@@ -162,6 +183,11 @@ def add_product(
         total[rows] += (left[rows] * weights) @ right_t
 
 
+def triangle_rows(columns: int) -> int:
+    """Rows that `triangle` factors at a time: a longer block spends less on the triangle above."""
+    return max(BLOCK_ROWS, 2 * columns)
+
+
 def triangle(
     tall: Float[np.ndarray, "rows q"], weights: Float[np.ndarray, "q"] | None = None
 ) -> Float[np.ndarray, "k q"]:
@@ -169,7 +195,7 @@ def triangle(
 
     Blocks of rows are put below the triangle of those before them, and factored again.
     """
-    size = max(BLOCK_ROWS, tall.shape[1])
+    size = triangle_rows(tall.shape[1])
     found: FloatArray | None = None
     for rows in _blocks(tall.shape[0], size):
         block = tall[rows].astype(np.float64)
