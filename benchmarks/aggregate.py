@@ -95,7 +95,7 @@ def relative_errors(divisor: int, folder: Path) -> tuple[float, float]:
 
     from fedtune.aggregate.delta import Delta
     from fedtune.aggregate.singular import factored
-    from fedtune.aggregate.stack import Stack
+    from fedtune.aggregate.stack import stack_of
 
     shapes = [layers_of_7b(1, divisor)[4]]
     adapter = state_of(shapes)
@@ -114,7 +114,7 @@ def relative_errors(divisor: int, folder: Path) -> tuple[float, float]:
                 right.append(factors.a.T)
                 weights.append(np.full(factors.rank, sign * share))
     state = adapter.matrices[name]
-    stack = Stack(
+    stack = stack_of(
         np.concatenate([state.u, *left], axis=1),
         np.concatenate([state.v, *right], axis=1),
         np.concatenate([state.sigma.astype(np.float64), *weights]),

@@ -11,7 +11,8 @@ from threadpoolctl import threadpool_limits
 
 from fedtune.aggregate.low_rank import ROUTES, problem_of
 from fedtune.aggregate.route_costs import Route, by_cost, possible, route_seconds
-from fedtune.aggregate.stack import Dense, Stack, Sum, triangle
+from fedtune.aggregate.side import Side
+from fedtune.aggregate.stack import Dense, Sum, stack_of
 
 SIZES = (
     # out, in, stacked columns, cap; 0 columns: multiplied out already
@@ -55,7 +56,7 @@ class Timed:
         return self.seconds[self.picked] / min(self.seconds.values())
 
 
-def stack_of(out_features: int, in_features: int, columns: int, seed: int = 0) -> Sum:
+def sum_of(out_features: int, in_features: int, columns: int, seed: int = 0) -> Sum:
     """Columns as those of a round: directions that are shared, of falling weight, and noise."""
     rng = np.random.default_rng(seed)
     shared = min(96, out_features // 2, in_features // 2)
@@ -67,14 +68,14 @@ def stack_of(out_features: int, in_features: int, columns: int, seed: int = 0) -
         mixed = along @ rng.standard_normal((shared, count), np.float32) / shared**0.5
         return mixed + 0.1 * rng.standard_normal((length, count), np.float32)
 
-    stack = Stack(side(out_features), side(in_features), np.full(count, 1.0 / count))
+    stack = stack_of(side(out_features), side(in_features), np.full(count, 1.0 / count))
     return stack if columns else Dense(stack.dense())
 
 
 def timed(size: tuple[int, int, int, int]) -> Timed:
     """Processor seconds of one thread for each route, the least of some times."""
     out_features, in_features, columns, cap = size
-    total = stack_of(out_features, in_features, columns)
+    total = sum_of(out_features, in_features, columns)
     problem = problem_of(total, cap)
     modelled = {route: route_seconds(problem, route) for route in possible(problem)}
     least = min(modelled.values())
@@ -111,7 +112,7 @@ def rates(sides: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)) -> list[dict
                 "product": (2 * n**3, lambda: square @ square),  # noqa: B023
                 "product, float32": (2 * n**3, lambda: single @ single),  # noqa: B023
                 "Gram matrix": (n**3, lambda: square.T @ square),  # noqa: B023
-                "QR": (2 * n**2 * (4 * n - n / 3), lambda: triangle(tall)),  # noqa: B023
+                "QR": (2 * n**2 * (4 * n - n / 3), lambda: Side((tall,)).triangle()),  # noqa: B023
                 "SVD": (22 * n**3, lambda: np.linalg.svd(square)),  # noqa: B023
                 "eigenvectors": (9 * n**3, lambda: np.linalg.eigh(symmetric)),  # noqa: B023
             }

@@ -107,21 +107,20 @@ def join_differences(
         return before, 0.0
     warm = _truncation_ranks(name, before, held)
     kept = np.ones(before.rank)
-    columns = before.rank
+    columns = 0
     for share, rank in zip(held, warm, strict=True):
         columns += share.sent.trained[name].rank * (2 if rank is None else 1)
         if rank is not None:
             kept[:rank] -= share.step
 
     def parts() -> Iterator[Columns]:
-        yield columns_of_low_rank(before, remaining(kept))
         for share, rank in zip(held, warm, strict=True):
             yield columns_of_factors(returned(name, share), share.step)
             if rank is None:
                 yield columns_of_factors(share.sent.trained[name], -share.step)
 
-    shape = (before.u.shape[0], before.v.shape[0])
-    return reduce_sum(add_up(parts(), shape, columns), rank_cap)
+    state = columns_of_low_rank(before, remaining(kept))
+    return reduce_sum(add_up(state, parts(), columns), rank_cap)
 
 
 def _truncation_ranks(name: str, before: LowRank, held: Sequence[Share]) -> list[int | None]:

@@ -13,7 +13,7 @@ import numpy as np
 from fedtune.aggregate.contributions import Share, join_matrices, refuse_factors, returned
 from fedtune.aggregate.delta import empty_adapter
 from fedtune.aggregate.directions import TailUse, choose_directions, dispatch_directions
-from fedtune.aggregate.folding import Columns, add_up, columns_of_factors
+from fedtune.aggregate.folding import Columns, add_up, columns_of_factors, columns_of_low_rank
 from fedtune.aggregate.low_rank import reduce_sum
 from fedtune.records import (
     Contribution,
@@ -86,5 +86,5 @@ class FlexLora:
                 if name in share.sent.tail:
                     yield columns_of_factors(share.sent.tail[name], share.weight / total)
 
-        shape = (before.u.shape[0], before.v.shape[0])
-        return reduce_sum(add_up(parts(), shape, columns), self.rank_cap)
+        nothing = columns_of_low_rank(before, np.zeros(before.rank))
+        return reduce_sum(add_up(nothing, parts(), columns), self.rank_cap)

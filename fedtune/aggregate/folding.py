@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from fedtune.aggregate.stack import BLOCK_COLUMNS, Dense, Stack, Sum, add_product
+from fedtune.aggregate.side import BLOCK_COLUMNS, Side
+from fedtune.aggregate.stack import Dense, Stack, Sum, add_product
 from fedtune.records import FloatArray, LoraFactors, LowRank
 
 
@@ -26,16 +28,14 @@ def columns_of_factors(factors: LoraFactors, weight: float) -> Columns:
 
 
 def columns_of_low_rank(low_rank: LowRank, share: FloatArray) -> Columns:
-    """`u @ diag(share * sigma) @ v.T`, without the directions whose share is zero."""
-    kept = share != 0
+    """`u @ diag(share * sigma) @ v.T`, without the leading directions whose share is zero."""
     weights = low_rank.sigma.astype(np.float64) * share
-    if kept.all():
-        return Columns(low_rank.u, low_rank.v, weights)
-    return Columns(low_rank.u[:, kept], low_rank.v[:, kept], weights[kept])
+    first = int(np.argmax(share != 0)) if share.any() else len(share)  # later zeros are rare
+    return Columns(low_rank.u[:, first:], low_rank.v[:, first:], weights[first:])
 
 
-def add_up(parts: Iterable[Columns], shape: tuple[int, int], columns: int) -> Sum:
-    """Add parts up in the order in which they come.
+def add_up(state: Columns, parts: Iterable[Columns], columns: int) -> Sum:
+    """Add parts to a state in the order in which they come.
 
     As long as the stacked columns take less memory in float32 than the matrix in float64, they are
     stacked; otherwise they are multiplied out, a block of columns at a time. So a matrix never
@@ -44,23 +44,30 @@ def add_up(parts: Iterable[Columns], shape: tuple[int, int], columns: int) -> Su
     give equal bits.
 
     Args:
-        shape: (out, in) of the sum.
+        state: is not copied; it gives the shape, and may have no column.
         columns: at least as many as all parts have together.
     """
-    out_features, in_features = shape
+    shape = out_features, in_features = state.left.shape[0], state.right.shape[0]
     if 4 * columns * (out_features + in_features) > 8 * out_features * in_features:
-        return _multiplied(parts, shape)
+        return _multiplied(state, parts, shape)
     buffer = _Buffer(shape, columns)
     for part in parts:
         rest = buffer.take(part)
         assert rest is None  # `columns` is enough for all
-    return buffer.stack()
+    added = buffer.columns()
+    if not len(state.weights):
+        return Stack(Side((added.left,)), Side((added.right,)), added.weights)
+    return Stack(
+        Side((state.left, added.left)),
+        Side((state.right, added.right)),
+        np.concatenate([state.weights, added.weights]),
+    )
 
 
-def _multiplied(parts: Iterable[Columns], shape: tuple[int, int]) -> Dense:
+def _multiplied(state: Columns, parts: Iterable[Columns], shape: tuple[int, int]) -> Dense:
     total = np.zeros(shape)
     buffer = _Buffer(shape, BLOCK_COLUMNS)
-    for part in parts:
+    for part in chain([state], parts):
         rest: Columns | None = part
         while rest is not None:
             rest = buffer.take(rest)
@@ -71,8 +78,8 @@ def _multiplied(parts: Iterable[Columns], shape: tuple[int, int]) -> Dense:
 
 
 def _flush(total: FloatArray, buffer: _Buffer) -> None:
-    stack = buffer.stack()
-    add_product(total, stack.left, stack.right, stack.weights)
+    added = buffer.columns()
+    add_product(total, added.left * added.weights, added.right.astype(np.float64))
     buffer.used = 0
 
 
@@ -101,6 +108,6 @@ class _Buffer:
             return None
         return Columns(part.left[:, taken:], part.right[:, taken:], part.weights[taken:])
 
-    def stack(self) -> Stack:
+    def columns(self) -> Columns:
         used = slice(0, self.used)
-        return Stack(self.left[:, used], self.right[:, used], self.weights[used])
+        return Columns(self.left[:, used], self.right[:, used], self.weights[used])

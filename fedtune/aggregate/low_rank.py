@@ -16,7 +16,7 @@ from jaxtyping import Float
 from fedtune.aggregate.krylov import by_krylov
 from fedtune.aggregate.route_costs import EXACT, Problem, Route, by_cost
 from fedtune.aggregate.singular import Triplets, by_gram, factored, multiplied
-from fedtune.aggregate.stack import Stack, Sum
+from fedtune.aggregate.stack import Stack, Sum, stack_of
 from fedtune.records import FloatArray, LoraFactors, LowRank
 
 
@@ -61,7 +61,7 @@ def recompress(
     """
     left = np.concatenate([pair.left for pair in pairs], axis=1)  # (out, q)
     right = np.concatenate([pair.right for pair in pairs], axis=1)  # (in, q)
-    return reduce_sum(Stack(left, right, np.ones(left.shape[1])), rank_cap, route)
+    return reduce_sum(stack_of(left, right), rank_cap, route)
 
 
 def reduce_sum(total: Sum, rank_cap: int, route: Route | None = None) -> tuple[LowRank, float]:
@@ -77,7 +77,7 @@ def reduce_sum(total: Sum, rank_cap: int, route: Route | None = None) -> tuple[L
     Returns:
         The update in float32 and the share of the squared norm that the cap cut off, 0..1.
     """
-    total = _alive(total)
+    total = total.alive()
     if total.columns == 0:
         return empty(*total.shape), 0.0
     order = by_cost(problem_of(total, rank_cap)) if route is None else (route, *EXACT)
@@ -92,8 +92,10 @@ def problem_of(total: Sum, rank_cap: int) -> Problem:
     return Problem(*total.shape, columns, rank_cap, total.dtype == np.float32)
 
 
-def _factored(total: Sum, rank_cap: int) -> Triplets | None:
-    return factored(total, rank_cap) if isinstance(total, Stack) else multiplied(total, rank_cap)
+def _factored(total: Sum, rank_cap: int) -> Triplets:
+    if isinstance(total, Stack):
+        return factored(total, rank_cap, np.float32)  # as it is stored
+    return multiplied(total, rank_cap)
 
 
 ROUTES: Mapping[Route, Callable[[Sum, int], Triplets | None]] = {
@@ -104,22 +106,20 @@ ROUTES: Mapping[Route, Callable[[Sum, int], Triplets | None]] = {
 }
 
 
-def _alive(total: Sum) -> Sum:
-    """Without columns that add nothing."""
-    if not isinstance(total, Stack):
-        return total
-    alive = total.left.any(axis=0) & total.right.any(axis=0) & (total.weights != 0)
-    if alive.all():
-        return total
-    return Stack(total.left[:, alive], total.right[:, alive], total.weights[alive])
-
-
 def _stored(triplets: Triplets) -> LowRank:
-    u, v = triplets.u, triplets.v
-    largest = np.abs(u).argmax(axis=0)
-    sign = np.where(u[largest, np.arange(u.shape[1])] < 0, -1.0, 1.0)
-    return LowRank(
-        u=np.ascontiguousarray(u * sign, dtype=np.float32),
-        sigma=triplets.sigma.astype(np.float32),
-        v=np.ascontiguousarray(v * sign, dtype=np.float32),
-    )
+    """In float32, each triplet with the sign that makes the largest entry of u positive."""
+    u = np.ascontiguousarray(triplets.u, dtype=np.float32)
+    v = np.ascontiguousarray(triplets.v, dtype=np.float32)
+    sign = signs(u)
+    u *= sign
+    v *= sign
+    return LowRank(u=u, sigma=triplets.sigma.astype(np.float32), v=v)
+
+
+def signs(u: Float[np.ndarray, "out rank"]) -> Float[np.ndarray, "rank"]:
+    """1 or -1 a column: the sign of its entry of largest size, the first of equal ones."""
+    column = np.arange(u.shape[1])
+    top, bottom = u.argmax(axis=0), u.argmin(axis=0)
+    high, low = u[top, column], -u[bottom, column]
+    negative = (low > high) | ((low == high) & (bottom < top))
+    return np.where(negative, -1, 1).astype(u.dtype)

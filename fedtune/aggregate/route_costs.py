@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedtune.aggregate.krylov import OVERSAMPLE, block_size
-from fedtune.aggregate.stack import triangle_rows
+from fedtune.aggregate.side import triangle_rows
 
 Route = Literal["factored", "multiplied", "gram", "krylov"]
 
@@ -42,7 +42,7 @@ class Rate:
 
 PRODUCT = Rate(45e9, 24.0, 5e-6)
 PRODUCT_FLOAT32 = Rate(95e9, 24.0, 5e-6)
-QR = Rate(25e9, 200.0, 20e-6)
+QR = Rate(28e9, 200.0, 20e-6)
 SVD = Rate(50e9, 200.0, 30e-6)
 EIGH = Rate(50e9, 200.0, 30e-6)
 

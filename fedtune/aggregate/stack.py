@@ -1,40 +1,32 @@
 """A sum of low-rank products, either as stacked columns or already multiplied out.
 
 Both forms answer the same questions, so that every route of `singular.py` and `krylov.py` takes
-either: products with a few vectors, the Gram matrix of the smaller side, the energy. Columns stay
-in the dtype in which devices sent them; they become float64 in blocks of a fixed number of rows,
-so that a stack is never held twice.
+either: products with a few vectors, the Gram matrix of the smaller side, the energy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float
 
+from fedtune.aggregate.side import BLOCK_COLUMNS, BLOCK_ROWS, Side, blocks
 from fedtune.records import FloatArray
-
-BLOCK_ROWS = 1024
-"""Rows that become float64 at a time. Larger blocks do not run faster, and take more memory."""
-
-BLOCK_COLUMNS = 256
-"""Columns that become float64 at a time: enough for products to run at full speed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
     """`left @ diag(weights) @ right.T`: left (out, q), right (in, q), weights (q,) in float64."""
 
-    left: FloatArray
-    right: FloatArray
+    left: Side
+    right: Side
     weights: FloatArray
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.left.shape[0], self.right.shape[0]
+        return self.left.length, self.right.length
 
     @property
     def columns(self) -> int:
@@ -47,24 +39,32 @@ class Stack:
     def transposed(self) -> Stack:
         return Stack(self.right, self.left, self.weights)
 
+    def alive(self) -> Stack:
+        """Without columns that add nothing."""
+        alive = self.left.alive() & self.right.alive() & (self.weights != 0)
+        if alive.all():
+            return self
+        return Stack(self.left.only(alive), self.right.only(alive), self.weights[alive])
+
     def times(self, x: Float[np.ndarray, "in l"]) -> Float[np.ndarray, "out l"]:
         """The product with x, in the dtype of x."""
-        inner = transposed_product(self.right, x)
-        return product(self.left, self.weights.astype(x.dtype)[:, None] * inner)
+        inner = self.right.transposed_times(x)
+        return self.left.times(self.weights.astype(x.dtype)[:, None] * inner)
 
     def dense(self) -> Float[np.ndarray, "out in"]:
         """The sum multiplied out, in float64."""
         total = np.zeros(self.shape)
-        for columns in _blocks(self.columns, BLOCK_COLUMNS):
-            add_product(total, self.left[:, columns], self.right[:, columns], self.weights[columns])
+        for columns in blocks(self.columns, BLOCK_COLUMNS):
+            left = self.left.some(columns, np.float64) * self.weights[columns]
+            add_product(total, left, self.right.some(columns, np.float64))
         return total
 
     def gram(self) -> Float[np.ndarray, "in in"]:
         """`P.T @ P` in float64; P is multiplied out a block of rows at a time."""
-        total = np.zeros((self.right.shape[0],) * 2)
-        right = self.right.astype(np.float64, copy=False)
-        for rows in _blocks(self.left.shape[0], BLOCK_ROWS):
-            block = (self.left[rows] * self.weights) @ right.T
+        total = np.zeros((self.right.length,) * 2)
+        right = self.right.rows(slice(None)).T
+        for rows in blocks(self.left.length, BLOCK_ROWS):
+            block = (self.left.rows(rows) * self.weights) @ right
             total += block.T @ block
         return total
 
@@ -85,14 +85,13 @@ class Stack:
 
     def _energy_by_columns(self, dtype: type[np.floating]) -> tuple[float, float]:
         total = size = 0.0
-        blocks = list(_blocks(self.columns, BLOCK_COLUMNS))
-        for i, first in enumerate(blocks):
-            left = self.left[:, first].astype(dtype, copy=False).T
-            right = self.right[:, first].astype(dtype, copy=False).T
-            for second in blocks[i:]:
+        parts = list(blocks(self.columns, BLOCK_COLUMNS))
+        for i, first in enumerate(parts):
+            left, right = self.left.some(first, dtype).T, self.right.some(first, dtype).T
+            for second in parts[i:]:
                 once = 1.0 if second is first else 2.0
-                terms = (left @ self.left[:, second].astype(dtype, copy=False)).astype(np.float64)
-                terms *= right @ self.right[:, second].astype(dtype, copy=False)
+                terms = (left @ self.left.some(second, dtype)).astype(np.float64)
+                terms *= right @ self.right.some(second, dtype)
                 terms *= np.outer(self.weights[first], self.weights[second])
                 total += once * float(terms.sum())
                 size += once * float(np.abs(terms, out=terms).sum())
@@ -100,12 +99,12 @@ class Stack:
 
     def _energy_by_rows(self, dtype: type[np.floating]) -> tuple[float, float]:
         total = 0.0
-        right = self.right.astype(dtype, copy=False).T
-        for rows in _blocks(self.left.shape[0], BLOCK_ROWS):
-            block = ((self.left[rows] * self.weights).astype(dtype) @ right).astype(np.float64)
-            total += float(np.einsum("ij,ij->", block, block))
-        sides = [np.einsum("ij,ij->j", side, side) for side in (self.left, self.right)]
-        return total, max(total, float(np.sum(self.weights**2 * sides[0] * sides[1])))
+        right = self.right.some(slice(0, self.columns), dtype).T
+        for rows in blocks(self.left.length, BLOCK_ROWS):
+            block = (self.left.rows(rows) * self.weights).astype(dtype) @ right
+            total += float(np.sum(np.square(block, dtype=np.float64)))
+        size = float(np.sum(self.weights**2 * self.left.squares() * self.right.squares()))
+        return total, max(total, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +128,9 @@ class Dense:
     def transposed(self) -> Dense:
         return Dense(self.value.T)
 
+    def alive(self) -> Dense:
+        return self
+
     def times(self, x: Float[np.ndarray, "in l"]) -> Float[np.ndarray, "out l"]:
         return np.asarray(self.value @ x)
 
@@ -147,66 +149,17 @@ class Dense:
 Sum: TypeAlias = Stack | Dense
 
 
-def product(
-    tall: Float[np.ndarray, "rows q"], x: Float[np.ndarray, "q l"]
-) -> Float[np.ndarray, "rows l"]:
-    """`tall @ x` in the dtype of x."""
-    if tall.dtype == x.dtype:
-        return np.asarray(tall @ x)
-    out = np.empty((tall.shape[0], x.shape[1]), x.dtype)
-    for rows in _blocks(tall.shape[0], BLOCK_ROWS):
-        out[rows] = tall[rows].astype(x.dtype) @ x
-    return out
-
-
-def transposed_product(
-    tall: Float[np.ndarray, "rows q"], x: Float[np.ndarray, "rows l"]
-) -> Float[np.ndarray, "q l"]:
-    """`tall.T @ x` in the dtype of x."""
-    if tall.dtype == x.dtype:
-        return np.asarray(tall.T @ x)
-    out = np.zeros((tall.shape[1], x.shape[1]), x.dtype)
-    for rows in _blocks(tall.shape[0], BLOCK_ROWS):
-        out += tall[rows].astype(x.dtype).T @ x[rows]
-    return out
+def stack_of(left: FloatArray, right: FloatArray, weights: FloatArray | None = None) -> Stack:
+    """`left @ diag(weights) @ right.T` of whole sides; without weights, all are 1."""
+    ones = np.ones(left.shape[1])
+    return Stack(Side((left,)), Side((right,)), ones if weights is None else weights)
 
 
 def add_product(
     total: Float[np.ndarray, "out in"],
     left: Float[np.ndarray, "out q"],
     right: Float[np.ndarray, "in q"],
-    weights: Float[np.ndarray, "q"],
 ) -> None:
-    """Add `left @ diag(weights) @ right.T` to a float64 matrix, in place."""
-    right_t = right.astype(np.float64).T
-    for rows in _blocks(total.shape[0], BLOCK_ROWS):
-        total[rows] += (left[rows] * weights) @ right_t
-
-
-def triangle_rows(columns: int) -> int:
-    """Rows that `triangle` factors at a time: a longer block spends less on the triangle above."""
-    return max(BLOCK_ROWS, 2 * columns)
-
-
-def triangle(
-    tall: Float[np.ndarray, "rows q"], weights: Float[np.ndarray, "q"] | None = None
-) -> Float[np.ndarray, "k q"]:
-    """R of the Householder QR of `tall @ diag(weights)`, in float64; k is min(rows, q).
-
-    Blocks of rows are put below the triangle of those before them, and factored again.
-    """
-    size = triangle_rows(tall.shape[1])
-    found: FloatArray | None = None
-    for rows in _blocks(tall.shape[0], size):
-        block = tall[rows].astype(np.float64)
-        if weights is not None:
-            block *= weights
-        if found is not None:
-            block = np.concatenate([found, block])
-        found = np.asarray(np.linalg.qr(block, mode="r"))
-    assert found is not None  # a matrix has rows
-    return found
-
-
-def _blocks(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+    """Add `left @ right.T` to a matrix in place, by blocks of rows; all in float64."""
+    for rows in blocks(total.shape[0], BLOCK_ROWS):
+        total[rows] += left[rows] @ right.T
