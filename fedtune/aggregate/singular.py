@@ -27,6 +27,9 @@ ORTHONORMAL = 5e-7
 EXACT_ENERGY = 1e-14
 """Share of the energy that may be missing from a sum of which nothing is cut: 1e-7 of the norm."""
 
+TOO_ROUNDED = 1e-3
+"""Share of the energy that may be rounding before nothing can be said of what is missing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Triplets:
@@ -134,10 +137,12 @@ def checked(found: Triplets, rank_cap: int, energy: float, rounding: float) -> T
 
     Returns:
         None if the cap cuts nothing and something is missing all the same, or if so much cancels
-        in the sum that this cannot be told.
+        in the sum that what is missing cannot be told.
     """
-    if energy == 0.0:
+    if energy == rounding == 0.0:
         return nothing(found.u.shape[0], found.v.shape[0])
+    if rounding > TOO_ROUNDED * energy:
+        return None
     missing = missing_energy(found, energy)
     exact = missing <= max(EXACT_ENERGY * energy, rounding)
     if len(found.sigma) < rank_cap and not (exact and rounding <= 100 * EXACT_ENERGY * energy):
