@@ -1,10 +1,12 @@
 """Which way to compute the leading singular triplets of a sum costs least, by a model of seconds.
 
 Leading flops alone mislead: on one core, a product of float64 matrices runs three times as fast as
-a QR. So every kernel has its own rate, `flops / (RATE * n / (n + HALF))` with n the smaller side:
-small matrices run slower. Rates are those of one thread of an EPYC 9004 with OpenBLAS 0.3.31, each
-fitted to the kernel alone at sides of 64 to 2048 (`python benchmarks/aggregate.py --rates` measures
-them). Other machines are faster or slower as a whole; what picks the route is the ratios.
+a QR of a hundred columns. So every kernel has its own rate, `flops / (RATE * n / (n + HALF))` with
+n the smaller side: small matrices run slower. Rates are those of one thread of an AMD EPYC with
+AVX-512 and OpenBLAS 0.3.31, fitted to processor seconds of each kernel alone at sides of 32 to 2440
+(`python benchmarks/aggregate.py --rates`). Other machines are faster or slower as a whole; what
+picks the route is the ratios. At each of twenty sizes, the route that the model picks takes at most
+1.3 times the seconds of the best one (docs/benchmarks.md).
 
 With M x N the shape (M >= N), q stacked columns and R directions kept:
 
@@ -42,7 +44,8 @@ class Rate:
 
 PRODUCT = Rate(45e9, 24.0, 5e-6)
 PRODUCT_FLOAT32 = Rate(95e9, 24.0, 5e-6)
-QR = Rate(28e9, 200.0, 20e-6)
+GRAM = Rate(38e9, 40.0, 5e-6)
+QR = Rate(37e9, 245.0, 20e-6)
 SVD = Rate(50e9, 200.0, 30e-6)
 EIGH = Rate(50e9, 200.0, 30e-6)
 
@@ -126,7 +129,7 @@ def _gram(problem: Problem) -> float:
     n, kept = problem.small, problem.kept
     return (
         _multiply(problem)
-        + _product(n, problem.large, n)
+        + GRAM.seconds(problem.large * n**2, n)
         + EIGH.seconds(9 * n**3, n)
         + _apply(problem, kept)
         + 2 * _qr(problem.large, kept)
@@ -188,5 +191,9 @@ def _qr(rows: int, columns: int) -> float:
 
 
 def _svd(large: int, small: int) -> float:
-    """All singular vectors; Golub and Van Loan, section 8.6."""
-    return SVD.seconds(4 * large * small**2 + 18 * small**3, small)
+    """All singular vectors; Golub and Van Loan, section 8.6. LAPACK first takes a QR of a matrix
+    that is much longer than wide, and multiplies by its Q in the end."""
+    if large < 11 * small // 6:
+        return SVD.seconds(4 * large * small**2 + 18 * small**3, small)
+    longer = QR.seconds(4 * small**2 * (large - small / 3), small)
+    return longer + _product(large, small, small) + SVD.seconds(22 * small**3, small)
