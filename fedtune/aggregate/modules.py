@@ -34,8 +34,5 @@ def for_each(
     with threadpool_limits(limits=1, user_api="blas"):
         if count <= 1:
             return [work(item) for item in items]
-        pool = ThreadPoolExecutor(count, thread_name_prefix="join")
-        try:
+        with ThreadPoolExecutor(count, thread_name_prefix="join") as pool:
             return list(pool.map(work, items))
-        finally:
-            pool.shutdown(cancel_futures=True)

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from fedtune.aggregate.modules import for_each
 
@@ -32,9 +32,9 @@ def test_so_many_items_are_worked_on_at_a_time() -> None:
 def test_every_item_has_one_thread_of_the_library_and_the_caller_its_own_again(
     workers: int,
 ) -> None:
-    before = blas_threads()
-    assert for_each(range(3), lambda _: blas_threads(), workers) == [{1}] * 3
-    assert blas_threads() == before
+    with threadpool_limits(limits=2, user_api="blas"):
+        assert for_each(range(3), lambda _: blas_threads(), workers) == [{1}] * 3
+        assert blas_threads() == {2}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

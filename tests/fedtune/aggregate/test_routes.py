@@ -9,7 +9,7 @@ from fedtune.aggregate.krylov import STEPS_MAX, block_size, by_krylov
 from fedtune.aggregate.low_rank import ROUTES, problem_of, reduce_sum, signs
 from fedtune.aggregate.route_costs import Problem, Route, by_cost, possible, route_seconds
 from fedtune.aggregate.side import Side
-from fedtune.aggregate.singular import by_gram, factored, multiplied
+from fedtune.aggregate.singular import by_gram, checked, factored, multiplied
 from fedtune.aggregate.stack import Dense, Stack, Sum, stack_of
 
 
@@ -96,16 +96,35 @@ def test_a_flat_spectrum_is_not_left_to_a_random_space() -> None:
     assert dropped == pytest.approx(np.sum(sigma[cap:] ** 2) / np.sum(sigma**2), rel=1e-6)
 
 
-def test_eigenvectors_of_the_gram_matrix_give_way_where_columns_cancel() -> None:
-    """What is left of large columns that cancel is below the rounding of their Gram matrix."""
+@pytest.mark.parametrize("route", list(ROUTES))
+@pytest.mark.parametrize(("size", "cap"), [(1e-9, 12), (1e-9, 2), (1e-12, 12)])
+def test_what_is_left_of_columns_that_cancel_survives(route: Route, size: float, cap: int) -> None:
+    """Its square is below the rounding of the columns' own squares."""
     rng = np.random.default_rng(3)
     base, change = rng.standard_normal((50, 3)), rng.standard_normal((50, 3))
     right = rng.standard_normal((40, 3))
-    sides = np.concatenate([-base, base + 1e-9 * change], axis=1), np.concatenate([right] * 2, 1)
-    expected = 1e-9 * change @ right.T
-    for route in ROUTES:
-        found, _ = reduce_sum(stack_of(*sides), 12, route)
-        assert norm(found.product() - expected) < 1e-5 * norm(expected)
+    total = stack_of(
+        np.concatenate([-base, base + size * change], axis=1), np.concatenate([right] * 2, axis=1)
+    )
+    u, sigma, vt = np.linalg.svd(size * change @ right.T)
+    best = (u[:, :cap] * np.append(sigma, np.zeros(cap))[:cap]) @ vt[:cap]
+    found, dropped = reduce_sum(total, cap, route)
+    assert norm(found.product() - best) < 1e-14 / size * norm(best)
+    assert np.abs(found.u.T @ found.u - np.eye(found.rank)).max() < 1e-6
+    assert dropped == pytest.approx(np.sum(sigma[cap:] ** 2) / np.sum(sigma**2), abs=1e-5)
+
+
+def test_triplets_that_miss_something_pass_only_under_a_cap() -> None:
+    total = falling(30, 20, 8)
+    found, (energy, rounding) = factored(total, 5), total.energy()
+    under_the_cap = checked(found, 5, energy, rounding)
+    assert under_the_cap is not None
+    assert under_the_cap.dropped == pytest.approx(found.dropped, rel=1e-9)
+    assert checked(found, 6, energy, rounding) is None
+    whole = factored(total, 20)
+    assert checked(whole, 20, energy, rounding) is not None
+    assert checked(whole, 20, energy, 1e-6 * energy) is None
+    assert checked(found, 5, energy, 0.1 * energy) is None
 
 
 def test_directions_far_below_the_largest_survive() -> None:

@@ -310,6 +310,16 @@ class TestEveryRule:
         with pytest.raises(RefusedUpdateError, match="not finite"):
             fleet.rule.join(fleet.adapter, [returned("a", sent, wrong, sent.dense)])
 
+    def test_dense_values_that_are_not_as_sent_are_refused(self, fleet: Fleet) -> None:
+        sent = fleet.send({"a": 4})["a"]
+        for value, words in (
+            (np.full((2, 5), np.inf, np.float32), "score.weight of a holds values that are not"),
+            (np.ones((5, 2), np.float32), "score.weight of a must have the shape"),
+        ):
+            wrong = returned("a", sent, sent.trained, {"score.weight": value})
+            with pytest.raises(RefusedUpdateError, match=words):
+                fleet.rule.join(fleet.adapter, [wrong])
+
     def test_a_device_that_reports_twice_is_refused(self, fleet: Fleet) -> None:
         with pytest.raises(RefusedUpdateError, match="a reported twice"):
             fleet.rule.join(fleet.adapter, changed(fleet) * 2)
