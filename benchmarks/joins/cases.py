@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -72,22 +73,29 @@ def plan_of(device: str, rank: int, shapes: Sequence[MatrixShape]) -> DevicePlan
     return DevicePlan(device, matrices, 1, 1, 8, 1)
 
 
+@cache
+def along(length: int) -> np.ndarray:
+    """Directions that all devices move along, of falling weight."""
+    falling = ((1.0 + np.arange(SHARED)) ** -0.7).astype(np.float32)
+    return np.random.default_rng(length).standard_normal((length, SHARED), np.float32) * falling
+
+
 def trained(sent: Dispatch, seed: int, shapes: Sequence[MatrixShape]) -> dict[str, np.ndarray]:
     """What training could make of the sent factors: a step along directions that all devices
-    share, of falling weight, and another tenth of that size along its own."""
-    own = np.random.default_rng(100 + seed)
+    share, and another tenth of that size along the device's own."""
+    rng = np.random.default_rng(100 + seed)
+
+    def moved(value: np.ndarray) -> np.ndarray:
+        length, rank = value.shape
+        mix = rng.standard_normal((SHARED, rank), np.float32) / np.float32(SHARED**0.5)
+        own = rng.standard_normal((length, rank), np.float32)
+        return value + (0.1 * along(length) @ mix + 0.01 * own) / np.float32(length**0.5)
+
     tensors = {}
     for s in shapes:
         factors = sent.trained[s.name]
-        common = np.random.default_rng(s.layer)
-        falling = ((1.0 + np.arange(SHARED)) ** -0.7).astype(np.float32)
-        for name, value, along in (("a", factors.a.T, s.in_features), ("b", factors.b, None)):
-            length = along or s.out_features
-            shared = common.standard_normal((length, SHARED), np.float32) * falling
-            mix = own.standard_normal((SHARED, factors.rank), np.float32) / SHARED**0.5
-            noise = own.standard_normal((length, factors.rank), np.float32)
-            moved = value + (0.1 * shared @ mix + 0.01 * noise) / length**0.5
-            tensors[f"{s.name}.{name}"] = np.ascontiguousarray(moved.T if along else moved)
+        tensors[f"{s.name}.a"] = np.ascontiguousarray(moved(factors.a.T).T)
+        tensors[f"{s.name}.b"] = moved(factors.b)
     return tensors
 
 
