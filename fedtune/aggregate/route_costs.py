@@ -23,6 +23,7 @@ from typing import Literal
 
 from fedtune.aggregate.krylov import OVERSAMPLE, block_size
 from fedtune.aggregate.side import triangle_rows
+from fedtune.aggregate.singular import MULTIPLIED_VALUES
 
 Route = Literal["factored", "multiplied", "gram", "krylov"]
 
@@ -48,6 +49,9 @@ GRAM = Rate(38e9, 40.0, 5e-6)
 QR = Rate(37e9, 245.0, 20e-6)
 SVD = Rate(50e9, 200.0, 30e-6)
 EIGH = Rate(50e9, 200.0, 30e-6)
+
+CONVERTED_PER_S = 1e9
+"""Stacked float32 values that become float64 in a second."""
 
 KRYLOV_STEPS = 7
 """Steps that joined adapters take, whose devices share directions."""
@@ -122,16 +126,18 @@ def _factored(problem: Problem) -> float:
         + _svd(max(core), min(core))
         + 2 * _product(q, q, problem.kept)
         + sum(_product(side, q, problem.kept) for side in sides)
+        + 2 * _conversion(problem)
     )
 
 
 def _gram(problem: Problem) -> float:
     n, kept = problem.small, problem.kept
+    at_once = problem.small * problem.large <= MULTIPLIED_VALUES
     return (
         _multiply(problem)
         + GRAM.seconds(problem.large * n**2, n)
         + EIGH.seconds(9 * n**3, n)
-        + _apply(problem, kept)
+        + (_product(problem.large, n, kept) if at_once else _apply(problem, kept))
         + 2 * _qr(problem.large, kept)
     )
 
@@ -165,13 +171,23 @@ def _apply(problem: Problem, vectors: int, rate: Rate = PRODUCT) -> float:
     if problem.columns is None:
         return rate.seconds(2 * problem.small * problem.large * vectors, vectors)
     both = problem.out_features + problem.in_features
-    return rate.seconds(2 * both * problem.columns * vectors, min(vectors, problem.columns))
+    flops = 2 * both * problem.columns * vectors
+    converted = _conversion(problem) if rate is PRODUCT else 0.0
+    return rate.seconds(flops, min(vectors, problem.columns)) + converted
 
 
 def _multiply(problem: Problem) -> float:
     if problem.columns is None:
         return 0.0
-    return _product(problem.out_features, problem.columns, problem.in_features)
+    whole = _product(problem.out_features, problem.columns, problem.in_features)
+    return whole + _conversion(problem)
+
+
+def _conversion(problem: Problem) -> float:
+    """All columns to float64, once."""
+    if problem.columns is None or not problem.single:
+        return 0.0
+    return (problem.out_features + problem.in_features) * problem.columns / CONVERTED_PER_S
 
 
 def _product(rows: int, inner: int, columns: int) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fedtune.aggregate.side import BLOCK_ROWS, Side, blocks
-from fedtune.aggregate.stack import Stack, Sum
+from fedtune.aggregate.stack import Dense, Stack, Sum
 from fedtune.records import FloatArray
 
 STORED_PRECISION = float(np.finfo(np.float32).eps)
@@ -26,6 +26,9 @@ ORTHONORMAL = 5e-7
 
 EXACT_ENERGY = 1e-14
 """Share of the energy that may be missing from a sum of which nothing is cut: 1e-7 of the norm."""
+
+MULTIPLIED_VALUES = 2**22
+"""A matrix of so many values (32 MiB) is multiplied out at once; a larger one by blocks, twice."""
 
 TOO_ROUNDED = 1e-3
 """Share of the energy that may be rounding before nothing can be said of what is missing."""
@@ -101,6 +104,8 @@ def by_gram(total: Sum, rank_cap: int) -> Triplets | None:
     if total.shape[0] < total.shape[1]:
         found = by_gram(total.transposed(), rank_cap)
         return None if found is None else found.transposed()
+    if total.shape[0] * total.shape[1] <= MULTIPLIED_VALUES:
+        total = Dense(total.dense())
     gram = total.gram()
     energy = float(np.trace(gram))
     if energy == 0.0:
