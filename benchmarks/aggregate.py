@@ -11,9 +11,9 @@ as one dense float32 matrix, and its SVD, on one core or on both, whichever is f
 
 `relative error` is of the joined product where the cap cuts nothing, against the sum of products in
 float64; `before it is stored` is the same before u, sigma and v are rounded to float32. Memory is
-the peak of what Python and numpy allocate while the join runs on two cores, without the new
-adapter, over the float32 bytes of what all devices return of the largest matrix; tracemalloc
-counts it. Files that are mapped in are not in it.
+the most private bytes of a fresh process that joins one layer on two cores, without the new adapter
+and what was held before, over the float32 bytes of what all devices return of the largest matrix.
+Files that are mapped in are not in it.
 
 The table of routes holds processor seconds of one thread, in brackets the modelled ones; the route
 that the model picks is in bold. Routes that the model puts at eight times the least, and over four
@@ -50,15 +50,14 @@ def seconds_of_join(rule: Any, adapter: Any, fleet: Any) -> float:
         return time.perf_counter() - started
 
 
-def peak_of_join(rule: Any, adapter: Any, fleet: Any) -> float:
-    """Peak bytes beside the new adapter, over those of the largest matrix's factors."""
+def traced_peak(rule: Any, adapter: Any, fleet: Any) -> int:
+    """Peak bytes that Python and numpy allocate for a join."""
     with fleet.opened() as contributions:
         tracemalloc.start()
-        joined = rule.join(adapter, contributions)
+        rule.join(adapter, contributions)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    kept = sum(m.u.nbytes + m.sigma.nbytes + m.v.nbytes for m in joined.matrices.values())
-    return float((peak - kept) / fleet.module_bytes())
+    return peak
 
 
 def seconds_of_flexlora(rows: int, columns: int) -> float:
@@ -161,6 +160,7 @@ def join_row(
 ) -> dict[str, Any]:
     """One fleet on some layers: seconds, speedup, memory."""
     from joins.cases import fleet_of, layers_of_7b, state_of
+    from joins.watched import peak_ratio
 
     from fedtune.aggregate.delta import Delta
 
@@ -168,9 +168,11 @@ def join_row(
     rule, adapter = Delta(CAP, workers=WORKERS), state_of(shapes)
     fleet = fleet_of(folder, rule, adapter, shapes, devices)
     seconds = seconds_of_join(rule, adapter, fleet)
-    ratio = peak_of_join(rule, adapter, fleet)
     for file in fleet.files:
         file.unlink()
+    one = layers_of_7b(1, divisor)
+    fleet_of(folder, rule, state_of(one), one, devices)
+    ratio = peak_ratio(folder, devices, divisor)
     return {
         "devices": devices,
         "stacked columns": sum(plan.matrices[0].rank for plan in fleet.plans) + CAP,
@@ -193,7 +195,7 @@ def constant_memory(folder: Path) -> list[dict[str, object]]:
     adapter, rule, rows = state_of(shapes), Delta(CAP, workers=1), []
     for devices in (10, 100, 1000):
         fleet = fleet_of(folder / str(devices), rule, adapter, shapes, devices)
-        peak = peak_of_join(rule, adapter, fleet) * fleet.module_bytes()
+        peak = traced_peak(rule, adapter, fleet)
         rows.append(
             {
                 "devices": devices,

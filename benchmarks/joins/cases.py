@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedtune.aggregate.rules import Rule
 from fedtune.records import (
     AdapterUpdate,
     Contribution,
@@ -137,9 +138,19 @@ class Fleet:
 
 
 def fleet_of(
-    folder: Path, rule: object, adapter: GlobalAdapter, shapes: Sequence[MatrixShape], devices: int
+    folder: Path,
+    rule: Rule,
+    adapter: GlobalAdapter,
+    shapes: Sequence[MatrixShape],
+    devices: int,
+    *,
+    write: bool = True,
 ) -> Fleet:
-    """Send, train and write down; devices of equal rank share what they are sent."""
+    """Send, train and write down; devices of equal rank share what they are sent.
+
+    Args:
+        write: otherwise the files are there.
+    """
     names = [f"site-{i:04d}" for i in range(devices)]
     ranks = [RANKS[i % len(RANKS)] for i in range(devices)]
     plans = [plan_of(name, rank, shapes) for name, rank in zip(names, ranks, strict=True)]
@@ -147,11 +158,12 @@ def fleet_of(
     for plan, rank in zip(plans, ranks, strict=True):
         if rank not in by_rank:
             rng = np.random.default_rng(2)
-            by_rank[rank] = rule.dispatch(adapter, plan, scale=1.0, rng=rng)  # type: ignore[attr-defined]
+            by_rank[rank] = rule.dispatch(adapter, plan, scale=1.0, rng=rng)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for index, (name, rank) in enumerate(zip(names, ranks, strict=True)):
-        tensors: Mapping[str, np.ndarray] = trained(by_rank[rank], index, shapes)
         files.append(folder / f"{name}.safetensors")
-        files[-1].write_bytes(pack_tensors(tensors, "float32"))
+        if write:
+            tensors = trained(by_rank[rank], index, shapes)
+            files[-1].write_bytes(pack_tensors(tensors, "float32"))
     return Fleet(shapes, plans, [by_rank[rank] for rank in ranks], files)
