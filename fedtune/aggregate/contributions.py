@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from fedtune.aggregate.modules import for_each
 from fedtune.errors import RefusedUpdateError, RoundError
 from fedtune.records import (
     Contribution,
@@ -50,25 +51,49 @@ JoinMatrix = Callable[[str, LowRank, Sequence[Share]], tuple[LowRank, float]]
 
 
 def join_matrices(
-    adapter: GlobalAdapter, contributions: Sequence[Contribution], join_matrix: JoinMatrix
+    adapter: GlobalAdapter,
+    contributions: Sequence[Contribution],
+    join_matrix: JoinMatrix,
+    workers: int | None = None,
 ) -> GlobalAdapter:
     """Check the contributions, then join matrix by matrix, and the dense tensors by differences.
+
+    Factors are read when their matrix is joined, and let go after it.
+
+    Args:
+        workers: matrices that are joined at the same time; None: the usable cores. The result is
+            the same to the last bit for any number.
 
     Raises:
         RoundError: there is no contribution.
         RefusedUpdateError: an update does not return exactly what was sent.
     """
     shares = ordered_shares(adapter, contributions)
-    matrices: dict[str, LowRank] = {}
-    dropped: dict[str, float] = {}
-    for name, low_rank in adapter.matrices.items():
-        matrices[name], dropped[name] = join_matrix(name, low_rank, shares)
+
+    def joined(name: str) -> tuple[LowRank, float]:
+        return join_matrix(name, adapter.matrices[name], shares)
+
+    results = dict(zip(adapter.matrices, for_each(adapter.matrices, joined, workers), strict=True))
     return GlobalAdapter(
         round=adapter.round + 1,
-        matrices=matrices,
+        matrices={name: low_rank for name, (low_rank, _) in results.items()},
         dense=join_dense(adapter.dense, shares),
-        dropped_energy=dropped,
+        dropped_energy={name: dropped for name, (_, dropped) in results.items()},
     )
+
+
+def refuse_factors(shares: Sequence[Share], rule: str) -> None:
+    """For the rules that join what devices hold, and not what they changed.
+
+    Raises:
+        RoundError: a device's difference is to count by less than its weight.
+    """
+    for share in shares:
+        if share.factor != 1.0:
+            raise RoundError(
+                f"the rule {rule} joins whole factors, so the difference of {share.device} cannot "
+                f'be multiplied by {share.factor:g}; use aggregate.rule = "delta"'
+            )
 
 
 def ordered_shares(
@@ -81,7 +106,8 @@ def ordered_shares(
     Raises:
         RoundError: there is no contribution.
         RefusedUpdateError: two come from one device, a weight is not positive, or an update
-            does not return exactly what was sent.
+            does not return the names that were sent. Shapes and values are checked by `returned`
+            and `join_dense`, where they are read.
     """
     if not contributions:
         raise RoundError("no device reported, so there is nothing to join; run the round again")
@@ -110,18 +136,35 @@ def holders(name: str, shares: Sequence[Share]) -> Iterator[tuple[Share, LoraFac
     """Each device that trained the matrix: its share, what it was sent, what it returned."""
     for share in shares:
         if name in share.factors:
-            yield share, share.sent.trained[name], share.factors[name]
+            yield share, share.sent.trained[name], returned(name, share)
+
+
+def returned(name: str, share: Share) -> LoraFactors:
+    """Read what a device returned of a matrix that it trained.
+
+    Raises:
+        RefusedUpdateError: a shape is not that which was sent, or a value is not finite.
+    """
+    before, after = share.sent.trained[name], share.factors[name]
+    _check_array(share.device, f"{name}.a", before.a, after.a)
+    _check_array(share.device, f"{name}.b", before.b, after.b)
+    return after
 
 
 def join_dense(dense: Mapping[str, FloatArray], shares: Sequence[Share]) -> dict[str, FloatArray]:
-    """Add the weighted mean of differences to each tensor that is trained whole."""
+    """Add the weighted mean of differences to each tensor that is trained whole.
+
+    Raises:
+        RefusedUpdateError: a shape is not that which was sent, or a value is not finite.
+    """
     joined: dict[str, FloatArray] = {}
     for name, value in dense.items():
         total = value.astype(np.float64)
         for share in shares:
             if name in share.dense:
-                before = share.sent.dense[name].astype(np.float64)
-                total += share.step * (share.dense[name].astype(np.float64) - before)
+                before, after = share.sent.dense[name], share.dense[name]
+                _check_array(share.device, name, before, after)
+                total += share.step * (after.astype(np.float64) - before.astype(np.float64))
         joined[name] = total.astype(np.float32)
     return joined
 
@@ -135,12 +178,6 @@ def _check(adapter: GlobalAdapter, contribution: Contribution) -> None:
         )
     _check_keys(device, "matrix", adapter.matrices, sent.trained, update.factors)
     _check_keys(device, "dense tensor", adapter.dense, sent.dense, update.dense)
-    for name, factors in update.factors.items():
-        before = sent.trained[name]
-        _check_array(device, f"{name}.a", before.a, factors.a)
-        _check_array(device, f"{name}.b", before.b, factors.b)
-    for name, value in update.dense.items():
-        _check_array(device, name, sent.dense[name], value)
 
 
 def _check_keys(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -10,20 +10,20 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from fedtune.aggregate.contributions import Share, holders, join_matrices
+from fedtune.aggregate.contributions import Share, join_matrices, returned
 from fedtune.aggregate.directions import (
     TailUse,
     choose_directions,
     dispatch_directions,
     split_triplets,
 )
-from fedtune.aggregate.low_rank import (
-    Pair,
-    empty,
-    pair_of_factors,
-    pair_of_low_rank,
-    recompress,
+from fedtune.aggregate.folding import (
+    Columns,
+    add_up,
+    columns_of_factors,
+    columns_of_low_rank,
 )
+from fedtune.aggregate.low_rank import empty, reduce_sum
 from fedtune.records import (
     Contribution,
     DevicePlan,
@@ -52,10 +52,12 @@ class Delta:
         rank_cap: directions kept per matrix. Without a cap, directions that no device can revise
             would accumulate.
         fresh_rank: how many of a device's directions are fresh in every round.
+        workers: matrices that are joined at the same time; None: the usable cores.
     """
 
     rank_cap: int
     fresh_rank: int = 0
+    workers: int | None = None
     name: ClassVar[str] = "delta"
     tail: ClassVar[TailUse] = "planned"
 
@@ -76,7 +78,7 @@ class Delta:
         ) -> tuple[LowRank, float]:
             return join_differences(name, before, shares, self.rank_cap)
 
-        return join_matrices(adapter, contributions, join_matrix)
+        return join_matrices(adapter, contributions, join_matrix, self.workers)
 
 
 def empty_adapter(
@@ -100,18 +102,34 @@ def join_differences(
     no columns for P_k. Elsewhere (what was sent went through float16, or the device took part
     under another state) P_k is stacked with a minus sign.
     """
-    kept = np.ones(before.rank)
-    changes: list[Pair] = []
-    for share, sent, returned in holders(name, shares):
-        changes.append(pair_of_factors(returned, share.step))
-        warm = truncation_rank(before, sent)
-        if warm is None:
-            changes.append(pair_of_factors(sent, -share.step))
-        else:
-            kept[:warm] -= share.step
-    if not changes:
+    held = [share for share in shares if name in share.factors]
+    if not held:
         return before, 0.0
-    return recompress([pair_of_low_rank(before, remaining(kept)), *changes], rank_cap)
+    warm = _truncation_ranks(name, before, held)
+    kept = np.ones(before.rank)
+    columns = 0
+    for share, rank in zip(held, warm, strict=True):
+        columns += share.sent.trained[name].rank * (2 if rank is None else 1)
+        if rank is not None:
+            kept[:rank] -= share.step
+
+    def parts() -> Iterator[Columns]:
+        for share, rank in zip(held, warm, strict=True):
+            yield columns_of_factors(returned(name, share), share.step)
+            if rank is None:
+                yield columns_of_factors(share.sent.trained[name], -share.step)
+
+    state = columns_of_low_rank(before, remaining(kept))
+    return reduce_sum(add_up(state, parts(), columns), rank_cap)
+
+
+def _truncation_ranks(name: str, before: LowRank, held: Sequence[Share]) -> list[int | None]:
+    """`truncation_rank` of each device; devices that share a dispatch are looked at once."""
+    known: dict[int, int | None] = {}
+    for share in held:
+        if id(share.sent) not in known:
+            known[id(share.sent)] = truncation_rank(before, share.sent.trained[name])
+    return [known[id(share.sent)] for share in held]
 
 
 def truncation_rank(before: LowRank, sent: LoraFactors) -> int | None:

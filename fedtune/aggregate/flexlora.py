@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
-from fedtune.aggregate.contributions import Share, holders, join_matrices
+from fedtune.aggregate.contributions import Share, join_matrices, refuse_factors, returned
 from fedtune.aggregate.delta import empty_adapter
 from fedtune.aggregate.directions import TailUse, choose_directions, dispatch_directions
-from fedtune.aggregate.low_rank import Pair, pair_of_factors, recompress
+from fedtune.aggregate.folding import Columns, add_up, columns_of_factors, columns_of_low_rank
+from fedtune.aggregate.low_rank import reduce_sum
 from fedtune.records import (
     Contribution,
     DevicePlan,
@@ -40,6 +41,7 @@ class FlexLora:
     Args:
         rank_cap: directions kept per matrix.
         fresh_rank: how many of a device's directions are fresh in every round.
+        workers: matrices that are joined at the same time; None: the usable cores.
 
     Source: Bai et al., "Federated fine-tuning of large language models under heterogeneous tasks
         and client resources", 2024, https://arxiv.org/abs/2402.11505, section 3. A device whose
@@ -48,6 +50,7 @@ class FlexLora:
 
     rank_cap: int
     fresh_rank: int = 0
+    workers: int | None = None
     name: ClassVar[str] = "flexlora"
     tail: ClassVar[TailUse] = "planned"
 
@@ -63,18 +66,25 @@ class FlexLora:
         return dispatch_directions(adapter, plan, policy, scale=scale, rng=rng)
 
     def join(self, adapter: GlobalAdapter, contributions: Sequence[Contribution]) -> GlobalAdapter:
-        return join_matrices(adapter, contributions, self._join_matrix)
+        return join_matrices(adapter, contributions, self._join_matrix, self.workers)
 
     def _join_matrix(
         self, name: str, before: LowRank, shares: Sequence[Share]
     ) -> tuple[LowRank, float]:
-        held = list(holders(name, shares))
+        refuse_factors(shares, self.name)
+        held = [share for share in shares if name in share.factors]
         if not held:
             return before, 0.0
-        total = math.fsum(share.weight for share, _, _ in held)
-        pairs: list[Pair] = []
-        for share, _, returned in held:
-            pairs.append(pair_of_factors(returned, share.weight / total))
-            if name in share.sent.tail:
-                pairs.append(pair_of_factors(share.sent.tail[name], share.weight / total))
-        return recompress(pairs, self.rank_cap)
+        total = math.fsum(share.weight for share in held)
+        sent = [share.sent for share in held]
+        columns = sum(s.trained[name].rank for s in sent)
+        columns += sum(s.tail[name].rank for s in sent if name in s.tail)
+
+        def parts() -> Iterator[Columns]:
+            for share in held:
+                yield columns_of_factors(returned(name, share), share.weight / total)
+                if name in share.sent.tail:
+                    yield columns_of_factors(share.sent.tail[name], share.weight / total)
+
+        nothing = columns_of_low_rank(before, np.zeros(before.rank))
+        return reduce_sum(add_up(nothing, parts(), columns), self.rank_cap)

@@ -33,11 +33,15 @@ class Flora:
     as its frozen tail, whatever the plan's tail rank says, and is compressed without loss: its
     rank grows up to min(out, in), and so does the download. It has no cap.
 
+    Args:
+        workers: matrices that are joined at the same time; None: the usable cores.
+
     Source: Wang et al., "FLoRA: federated fine-tuning large language models with heterogeneous
         low-rank adaptations", 2024, https://arxiv.org/abs/2409.05976, section 3. The paper merges
         the stack into the base model; we keep it apart, so that a quantised base stays untouched.
     """
 
+    workers: int | None = None
     name: ClassVar[str] = "flora"
     tail: ClassVar[TailUse] = "whole"
 
@@ -52,7 +56,7 @@ class Flora:
         return dispatch_directions(adapter, plan, all_fresh, scale=scale, rng=rng)
 
     def join(self, adapter: GlobalAdapter, contributions: Sequence[Contribution]) -> GlobalAdapter:
-        return join_matrices(adapter, contributions, _join_matrix)
+        return join_matrices(adapter, contributions, _join_matrix, self.workers)
 
 
 def _join_matrix(name: str, before: LowRank, shares: Sequence[Share]) -> tuple[LowRank, float]:

@@ -1,27 +1,23 @@
 """Low-rank algebra: a sum of factor pairs becomes one truncated singular value decomposition.
 
 A sum of low-rank products is `left @ right.T`, where `left` (out, q) and `right` (in, q) hold the
-pairs' columns side by side. `recompress` finds its leading singular triplets without forming the
-(out, in) product, unless forming it is cheaper.
+pairs' columns side by side. `reduce_sum` finds its leading singular triplets by the route that
+costs least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
+from fedtune.aggregate.krylov import by_krylov
+from fedtune.aggregate.route_costs import EXACT, Problem, Route, by_cost
+from fedtune.aggregate.singular import Triplets, by_gram, factored, multiplied
+from fedtune.aggregate.stack import Stack, Sum, stack_of
 from fedtune.records import FloatArray, LoraFactors, LowRank
-
-Route = Literal["factored", "dense"]
-
-STORED_PRECISION = float(np.finfo(np.float32).eps)
-"""Directions smaller than this share of the largest are rounding, not content: the state is kept
-in float32, so each triplet already carries an error of that size. They are dropped, because a
-device would otherwise start from such a direction instead of from a fresh one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,89 +49,77 @@ def pair_of_low_rank(low_rank: LowRank, share: float | Float[np.ndarray, "rank"]
     return Pair(left=left, right=low_rank.v.astype(np.float64))
 
 
-def cheaper_route(out_features: int, in_features: int, columns: int) -> Route:
-    """Choose between QR of each side and the dense product, by leading flops.
-
-    With n = min(out, in), M = max(out, in) and q stacked columns:
-
-        factored   4 q^2 (out + in) - 8/3 q^3   Householder QR with Q, both sides
-                   + 19 q^3                     product of the triangles, SVD of the core
-        dense      2 out in q                   the product
-                   + 6 M n^2 + 11 n^3           SVD
-
-    (Golub and Van Loan, Matrix Computations, 4th ed., sections 5.2 and 8.6). For square matrices
-    the routes meet at q of about 0.9 n; one core of an EPYC 7003 measured between 0.75 n (64 and
-    512 wide) and 0.9 n (1024 wide). Beyond q = n the factors of QR are no longer thin.
-    """
-    small, large = sorted((out_features, in_features))
-    if columns >= small:
-        return "dense"
-    factored = 4 * columns**2 * (out_features + in_features) + (19 - 8 / 3) * columns**3
-    dense = 2 * out_features * in_features * columns + 6 * large * small**2 + 11 * small**3
-    return "factored" if factored <= dense else "dense"
-
-
 def recompress(
     pairs: Sequence[Pair], rank_cap: int, route: Route | None = None
 ) -> tuple[LowRank, float]:
-    """Add pairs up and keep the `rank_cap` directions of most energy.
-
-    Householder QR of each side, then the SVD of the small core, all in float64: stacks that start
-    from the same factors are nearly collinear, and a Cholesky factor of their Gram matrix would
-    lose half of the digits. The sign of each triplet is fixed by the largest entry of u.
+    """Add pairs up and keep the `rank_cap` directions of most energy, as `reduce_sum` does.
 
     Args:
         pairs: at least one; together they give the shape.
         rank_cap: most directions to keep.
-        route: how to compute; None chooses by `cheaper_route`.
+        route: how to compute; None chooses the cheapest.
+    """
+    left = np.concatenate([pair.left for pair in pairs], axis=1)  # (out, q)
+    right = np.concatenate([pair.right for pair in pairs], axis=1)  # (in, q)
+    return reduce_sum(stack_of(left, right), rank_cap, route)
+
+
+def reduce_sum(total: Sum, rank_cap: int, route: Route | None = None) -> tuple[LowRank, float]:
+    """Keep the `rank_cap` directions of most energy of a sum.
+
+    A route that finds that it was not exact gives way to the next cheapest.
+    The sign of each triplet is fixed by the largest entry of u.
+
+    Args:
+        rank_cap: most directions to keep.
+        route: how to compute; None chooses the cheapest.
 
     Returns:
         The update in float32 and the share of the squared norm that the cap cut off, 0..1.
     """
-    left = np.concatenate([pair.left for pair in pairs], axis=1)  # (out, q)
-    right = np.concatenate([pair.right for pair in pairs], axis=1)  # (in, q)
-    alive = left.any(axis=0) & right.any(axis=0)
-    left, right = left[:, alive], right[:, alive]
-    if route is None:
-        route = cheaper_route(left.shape[0], right.shape[0], left.shape[1])
-    u, sigma, v = _factored_svd(left, right) if route == "factored" else _dense_svd(left, right)
-    return _truncate(u, sigma, v, rank_cap)
+    total = total.alive()
+    if total.columns == 0:
+        return empty(*total.shape), 0.0
+    order = by_cost(problem_of(total, rank_cap)) if route is None else (route, *EXACT)
+    answers = (ROUTES[each](total, rank_cap) for each in order)
+    triplets = next(answer for answer in answers if answer is not None)
+    return _stored(triplets), triplets.dropped
 
 
-def _factored_svd(
-    left: Float[np.ndarray, "out q"], right: Float[np.ndarray, "in q"]
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    left_basis, left_triangle = np.linalg.qr(left)
-    right_basis, right_triangle = np.linalg.qr(right)
-    u, sigma, vt = np.linalg.svd(left_triangle @ right_triangle.T, full_matrices=False)
-    return left_basis @ u, sigma, right_basis @ vt.T
+def problem_of(total: Sum, rank_cap: int) -> Problem:
+    """What the cost model knows of a sum."""
+    columns = total.columns if isinstance(total, Stack) else None
+    return Problem(*total.shape, columns, rank_cap, total.dtype == np.float32)
 
 
-def _dense_svd(
-    left: Float[np.ndarray, "out q"], right: Float[np.ndarray, "in q"]
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    u, sigma, vt = np.linalg.svd(left @ right.T, full_matrices=False)
-    return u, sigma, vt.T
+def _factored(total: Sum, rank_cap: int) -> Triplets:
+    if isinstance(total, Stack):
+        return factored(total, rank_cap, np.float32)  # as it is stored
+    return multiplied(total, rank_cap)
 
 
-def _truncate(
-    u: Float[np.ndarray, "out q"],
-    sigma: Float[np.ndarray, "q"],
-    v: Float[np.ndarray, "in q"],
-    rank_cap: int,
-) -> tuple[LowRank, float]:
-    total = float(np.sum(sigma**2))
-    if total == 0.0:
-        return empty(u.shape[0], v.shape[0]), 0.0
-    significant = int(np.count_nonzero(sigma > sigma[0] * STORED_PRECISION))
-    rank = min(rank_cap, significant)
-    dropped = float(np.sum(sigma[rank:significant] ** 2)) / total
-    u, sigma, v = u[:, :rank], sigma[:rank], v[:, :rank]
-    largest = np.abs(u).argmax(axis=0)
-    sign = np.where(u[largest, np.arange(rank)] < 0, -1.0, 1.0)
-    kept = LowRank(
-        u=np.ascontiguousarray(u * sign, dtype=np.float32),
-        sigma=sigma.astype(np.float32),
-        v=np.ascontiguousarray(v * sign, dtype=np.float32),
-    )
-    return kept, dropped
+ROUTES: Mapping[Route, Callable[[Sum, int], Triplets | None]] = {
+    "factored": _factored,
+    "multiplied": multiplied,
+    "gram": by_gram,
+    "krylov": by_krylov,
+}
+
+
+def _stored(triplets: Triplets) -> LowRank:
+    """In float32, each triplet with the sign that makes the largest entry of u positive."""
+    u = np.ascontiguousarray(triplets.u, dtype=np.float32)
+    v = np.ascontiguousarray(triplets.v, dtype=np.float32)
+    sign = signs(u)
+    u *= sign
+    v *= sign
+    return LowRank(u=u, sigma=triplets.sigma.astype(np.float32), v=v)
+
+
+def signs(u: Float[np.ndarray, "out rank"]) -> Float[np.ndarray, "rank"]:
+    """1 or -1 a column: the sign of its entry of largest size, the first of equal ones."""
+    column = np.arange(u.shape[1])
+    top, bottom = u.argmax(axis=0), u.argmin(axis=0)
+    high, low = u[top, column], -u[bottom, column]
+    negative = (low > high) | ((low == high) & (bottom < top))
+    return np.where(negative, -1, 1).astype(u.dtype)

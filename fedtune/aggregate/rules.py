@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -70,7 +70,8 @@ class Rule(Protocol):
         """The state after a round. The inputs stay as they are; their order does not matter.
 
         Raises:
-            RoundError: there is no contribution.
+            RoundError: there is no contribution, or a device's difference is to be multiplied
+                by a factor and the rule joins no differences.
             RefusedUpdateError: an update does not return exactly what was sent.
         """
 
@@ -83,7 +84,9 @@ RULES: Mapping[str, type[Delta] | type[FlexLora] | type[Flora] | type[ZeroPad]] 
 }
 
 
-def make_rule(name: str, rank_cap: int, *, seed: int = 0, fresh_rank: int = 0) -> Rule:
+def make_rule(
+    name: str, rank_cap: int, *, seed: int = 0, fresh_rank: int = 0, workers: int | None = None
+) -> Rule:
     """Build a rule; an option that the rule does not know is left out.
 
     Args:
@@ -91,6 +94,8 @@ def make_rule(name: str, rank_cap: int, *, seed: int = 0, fresh_rank: int = 0) -
         rank_cap: directions that the state keeps per matrix; `flora` has no cap.
         seed: of what every device starts from under `zero-pad`.
         fresh_rank: directions that start at zero in every round, for `delta` and `flexlora`.
+        workers: matrices that are joined at the same time, which changes no bit of the result;
+            None: the usable cores.
 
     Raises:
         ConfigError: there is no rule of this name, or a number is out of range.
@@ -101,6 +106,13 @@ def make_rule(name: str, rank_cap: int, *, seed: int = 0, fresh_rank: int = 0) -
         raise ConfigError(f"lora.rank_cap must be at least 1, got {rank_cap}")
     if fresh_rank < 0:
         raise ConfigError(f"fresh_rank must not be negative, got {fresh_rank}")
-    options = {"rank_cap": rank_cap, "seed": seed, "fresh_rank": fresh_rank}
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers}")
+    options: dict[str, Any] = {  # each field has its own type
+        "rank_cap": rank_cap,
+        "seed": seed,
+        "fresh_rank": fresh_rank,
+        "workers": workers,
+    }
     rule = RULES[name]
     return rule(**{field.name: options[field.name] for field in fields(rule)})

@@ -9,7 +9,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedtune.aggregate.contributions import Share, holders, join_matrices
+from fedtune.aggregate.contributions import (
+    Share,
+    holders,
+    join_matrices,
+    refuse_factors,
+)
 from fedtune.aggregate.directions import TailUse, fresh_rows, matrix_of
 from fedtune.errors import PlanError
 from fedtune.records import (
@@ -41,6 +46,7 @@ class ZeroPad:
     Args:
         rank_cap: rank of the state, and the highest that a device may train.
         seed: of the A that all devices start from.
+        workers: matrices that are joined at the same time; None: the usable cores.
 
     Source: Cho et al., "Heterogeneous LoRA for federated fine-tuning of on-device foundation
         models", 2024, https://arxiv.org/abs/2401.06432, section 3.2; without its pruning and
@@ -49,6 +55,7 @@ class ZeroPad:
 
     rank_cap: int
     seed: int = 0
+    workers: int | None = None
     name: ClassVar[str] = "zero-pad"
     tail: ClassVar[TailUse] = "none"
 
@@ -77,7 +84,7 @@ class ZeroPad:
         return Dispatch(trained=trained, dense=dict(adapter.dense))
 
     def join(self, adapter: GlobalAdapter, contributions: Sequence[Contribution]) -> GlobalAdapter:
-        return join_matrices(adapter, contributions, _join_matrix)
+        return join_matrices(adapter, contributions, _join_matrix, self.workers)
 
     def _start_matrix(self, shape: MatrixShape) -> LowRank:
         rank = min(self.rank_cap, shape.out_features, shape.in_features)
@@ -105,17 +112,18 @@ def _leading_factors(
 
 
 def _join_matrix(name: str, before: LowRank, shares: Sequence[Share]) -> tuple[LowRank, float]:
-    held = list(holders(name, shares))
+    refuse_factors(shares, ZeroPad.name)
+    held = [share for share in shares if name in share.factors]
     if not held:
         return before, 0.0
-    total = math.fsum(share.weight for share, _, _ in held)
-    largest = max(returned.rank for _, _, returned in held)
+    total = math.fsum(share.weight for share in held)
+    largest = max(share.sent.trained[name].rank for share in held)
     u, v = before.u.astype(np.float64), before.v.astype(np.float64)
     u[:, :largest] = 0.0
     v[:, :largest] = 0.0
-    for share, _, returned in held:
+    for share, _, factors in holders(name, held):
         weight = share.weight / total
-        u[:, : returned.rank] += weight * returned.scale * returned.b.astype(np.float64)
-        v[:, : returned.rank] += weight * returned.a.astype(np.float64).T
+        u[:, : factors.rank] += weight * factors.scale * factors.b.astype(np.float64)
+        v[:, : factors.rank] += weight * factors.a.astype(np.float64).T
     joined = LowRank(u=u.astype(np.float32), sigma=before.sigma, v=v.astype(np.float32))
     return joined, 0.0

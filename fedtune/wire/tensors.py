@@ -233,6 +233,9 @@ class ReadOnAsking(Mapping[str, _Value]):
             raise KeyError(name)
         return self._read(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the value
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from fedtune.aggregate.contributions import ordered_shares
 from fedtune.aggregate.delta import Delta, join_differences, truncation_rank
+from fedtune.aggregate.modules import for_each
 from fedtune.records import (
     AdapterUpdate,
     Contribution,
@@ -20,6 +22,7 @@ from fedtune.records import (
     MatrixPlan,
     MatrixShape,
 )
+from fedtune.wire.tensors import ReadOnAsking
 
 SHAPE = MatrixShape("w", 80, 60, 0)
 STEP = 0.05
@@ -155,7 +158,7 @@ def test_nearly_collinear_stacks_stay_accurate_over_many_rounds() -> None:
     assert adapter.matrices["w"].rank <= 17
 
 
-def test_factored_and_dense_routes_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factored_and_multiplied_routes_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = Delta(rank_cap=20)
     adapter = warm_state(rule)
     contributions = [
@@ -163,14 +166,12 @@ def test_factored_and_dense_routes_agree(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     shares = ordered_shares(adapter, contributions)
     found = {}
-    for route in ("factored", "dense"):
-        monkeypatch.setattr(
-            "fedtune.aggregate.low_rank.cheaper_route", lambda *_, route=route: route
-        )
+    for route in ("factored", "multiplied"):
+        monkeypatch.setattr("fedtune.aggregate.low_rank.by_cost", lambda *_, route=route: (route,))
         found[route] = join_differences("w", adapter.matrices["w"], shares, 20)
     products = [low_rank.product() for low_rank, _ in found.values()]
     assert error(products[0], products[1]) < 1e-6
-    assert found["factored"][1] == pytest.approx(found["dense"][1], rel=1e-6)
+    assert found["factored"][1] == pytest.approx(found["multiplied"][1], rel=1e-6)
 
 
 def test_fresh_rank_keeps_room_for_new_directions() -> None:
@@ -217,3 +218,107 @@ def test_scales_by_rank_fold_and_join_exactly() -> None:
     contributions = [train(f"d{i}", s, seed=i, weight=i + 1.0) for i, s in enumerate(sent)]
     joined = rule.join(adapter, contributions)
     assert error(joined.matrices["w"].product(), reference(adapter, contributions)) < 1e-6
+
+
+def assert_equal_bits(left: GlobalAdapter, right: GlobalAdapter) -> None:
+    assert left.matrices.keys() == right.matrices.keys()
+    for name, low_rank in left.matrices.items():
+        for field in ("u", "sigma", "v"):
+            assert np.array_equal(getattr(low_rank, field), getattr(right.matrices[name], field))
+
+
+@pytest.mark.parametrize("wire", ["float32", "float16"])
+def test_a_factor_of_a_half_adds_half_of_the_difference(wire: str) -> None:
+    rule = Delta(rank_cap=60)
+    adapter = warm_state(rule)
+    contributions = []
+    for index, (rank, factor) in enumerate(((2, 0.5), (8, 1.0), (30, 0.0))):
+        sent = send(rule, adapter, plan(f"d{index}", rank))
+        sent = rounded(sent) if wire == "float16" else sent
+        each = train(f"d{index}", sent, seed=10 + index, weight=1.0 + index)
+        contributions.append(replace(each, factor=factor))
+    joined = rule.join(adapter, contributions)
+    expected = adapter.matrices["w"].product()
+    for c, share in zip(contributions, (1 / 6, 2 / 6, 3 / 6), strict=True):
+        change = c.update.factors["w"].product() - c.sent.trained["w"].product()
+        expected = expected + share * c.factor * change
+    assert error(joined.matrices["w"].product(), expected) < 1e-6
+
+
+def test_an_update_of_an_older_round_joins_exactly() -> None:
+    """What the device was sent is no part of the state any more; its difference still is."""
+    rule = Delta(rank_cap=60)
+    old = warm_state(rule)
+    late = replace(train("late", send(rule, old, plan("late", 8)), seed=40), factor=0.25)
+    early = [train(f"d{i}", send(rule, old, plan(f"d{i}", 4 + i)), seed=41 + i) for i in range(2)]
+    state = rule.join(old, early)
+    now = [train(f"d{i}", send(rule, state, plan(f"d{i}", 6)), seed=50 + i) for i in range(2)]
+    assert truncation_rank(state.matrices["w"], late.sent.trained["w"]) is None
+    joined = rule.join(state, [*now, late])
+    expected = state.matrices["w"].product()
+    for c in (*now, late):
+        change = c.update.factors["w"].product() - c.sent.trained["w"].product()
+        expected = expected + c.factor / 3 * change
+    assert error(joined.matrices["w"].product(), expected) < 1e-6
+
+
+@pytest.mark.parametrize("devices", [6, 40])
+def test_workers_and_order_of_arrival_change_no_bit(devices: int) -> None:
+    """Of 40 devices the products are multiplied out as they are read, of 6 they are stacked."""
+    shapes = [MatrixShape(f"w{i}", 80, 60 + i, 0) for i in range(5)]
+    matrices = tuple(MatrixPlan(s.name, 6, "fp32") for s in shapes)
+    found = []
+    for workers in (1, 2, 5):
+        rule = Delta(rank_cap=20, workers=workers)
+        adapter = rule.start(shapes, {})
+        for round_index in range(2):
+            contributions = []
+            for index in range(devices):
+                device = DevicePlan(f"d{index:02d}", matrices, 1, 1, 8, 1)
+                sent = send(rule, adapter, device)
+                contributions.append(train(device.device, sent, seed=100 * round_index + index))
+            order = np.random.default_rng(workers).permutation(devices)
+            adapter = rule.join(adapter, [contributions[i] for i in order])
+        found.append(adapter)
+    for other in found[1:]:
+        assert_equal_bits(other, found[0])
+
+
+def test_many_devices_add_exactly_their_differences() -> None:
+    rule = Delta(rank_cap=60)
+    adapter = warm_state(rule)
+    contributions = [
+        train(f"d{i:02d}", send(rule, adapter, plan(f"d{i:02d}", 4)), seed=i) for i in range(40)
+    ]
+    joined = rule.join(adapter, contributions)
+    assert error(joined.matrices["w"].product(), reference(adapter, contributions)) < 1e-6
+
+
+def test_factors_are_read_once_and_when_their_matrix_is_joined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes = [MatrixShape(f"w{i}", 30, 20, 0) for i in range(3)]
+    rule = Delta(rank_cap=8, workers=1)
+    adapter = rule.start(shapes, {})
+    matrices = tuple(MatrixPlan(s.name, 4, "fp32") for s in shapes)
+    read = []
+    contributions = []
+    for device in ("a", "b"):
+        each = train(device, send(rule, adapter, DevicePlan(device, matrices, 1, 1, 8, 1)), seed=1)
+
+        def asked(
+            name: str, device: str = device, known: Mapping[str, LoraFactors] = each.update.factors
+        ) -> LoraFactors:
+            read.append((name, device))
+            return known[name]
+
+        factors = ReadOnAsking(list(each.update.factors), asked)
+        contributions.append(replace(each, update=replace(each.update, factors=factors)))
+
+    def joining(items: Iterable[str], work: Callable[[str], object], workers: int) -> list[object]:
+        read.clear()  # the tests' checks of types read some values of a mapping
+        return for_each(items, work, workers)
+
+    monkeypatch.setattr("fedtune.aggregate.contributions.for_each", joining)
+    rule.join(adapter, contributions)
+    assert read == [(f"w{i}", device) for i in range(3) for device in ("a", "b")]

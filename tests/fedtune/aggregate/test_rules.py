@@ -310,6 +310,16 @@ class TestEveryRule:
         with pytest.raises(RefusedUpdateError, match="not finite"):
             fleet.rule.join(fleet.adapter, [returned("a", sent, wrong, sent.dense)])
 
+    def test_dense_values_that_are_not_as_sent_are_refused(self, fleet: Fleet) -> None:
+        sent = fleet.send({"a": 4})["a"]
+        for value, words in (
+            (np.full((2, 5), np.inf, np.float32), "score.weight of a holds values that are not"),
+            (np.ones((5, 2), np.float32), "score.weight of a must have the shape"),
+        ):
+            wrong = returned("a", sent, sent.trained, {"score.weight": value})
+            with pytest.raises(RefusedUpdateError, match=words):
+                fleet.rule.join(fleet.adapter, [wrong])
+
     def test_a_device_that_reports_twice_is_refused(self, fleet: Fleet) -> None:
         with pytest.raises(RefusedUpdateError, match="a reported twice"):
             fleet.rule.join(fleet.adapter, changed(fleet) * 2)
@@ -319,6 +329,42 @@ class TestEveryRule:
         bad = [replace(c, weight=weight) for c in changed(fleet)]
         with pytest.raises(RefusedUpdateError, match="weight of a must be positive"):
             fleet.rule.join(fleet.adapter, bad)
+
+    def test_a_factor_is_for_differences_only(self, fleet: Fleet) -> None:
+        late = [replace(c, factor=0.5) for c in changed(fleet)]
+        if fleet.rule.name in ("delta", "flora"):
+            whole = fleet.rule.join(fleet.adapter, changed(fleet))
+            half = fleet.rule.join(fleet.adapter, late)
+            for name in NAMES:
+                before = fleet.adapter.matrices[name].product()
+                change = whole.matrices[name].product() - before
+                moved = half.matrices[name].product() - before
+                assert np.abs(moved - change / 2).max() < 1e-6
+        else:
+            words = f"the rule {fleet.rule.name} joins whole factors, so the difference of a"
+            with pytest.raises(RoundError, match=words):
+                fleet.rule.join(fleet.adapter, late)
+
+    def test_half_of_a_dense_tensors_difference(self, fleet: Fleet) -> None:
+        if fleet.rule.name not in ("delta", "flora"):
+            pytest.skip("joins no differences of matrices")
+        _, contributions = fleet.round({"a": 8, "b": 4}, seed=29)
+        late = [replace(contributions[0], factor=0.5), contributions[1]]
+        before = fleet.adapter.dense["score.weight"].astype(np.float64)
+        changes = [c.update.dense["score.weight"] - before for c in contributions]
+        expected = before + 0.5 * changes[0] / 3 + changes[1] * 2 / 3
+        joined = fleet.rule.join(fleet.adapter, late)
+        assert error(joined.dense["score.weight"], expected) < 1e-6
+
+    def test_any_number_of_workers_gives_the_same_bits(self, fleet: Fleet) -> None:
+        _, contributions = fleet.round({"a": 8, "b": 4, "c": 3}, seed=43)
+        one, three = (
+            make_rule(fleet.rule.name, CAP, seed=3, workers=workers).join(
+                fleet.adapter, contributions
+            )
+            for workers in (1, 3)
+        )
+        assert_equal_bits(one, three)
 
     def test_a_plan_for_an_unknown_matrix_is_an_error(self, fleet: Fleet) -> None:
         plan = replace(device_plan("a", 2), matrices=(MatrixPlan("other", 2, "fp32"),))
@@ -399,6 +445,7 @@ def test_rules_are_built_by_name() -> None:
         (lambda: make_rule("mean", 4), "aggregate.rule must be one of delta, zero-pad, flexlora"),
         (lambda: make_rule("delta", 0), "lora.rank_cap must be at least 1, got 0"),
         (lambda: make_rule("delta", 4, fresh_rank=-1), "fresh_rank must not be negative"),
+        (lambda: make_rule("delta", 4, workers=0), "workers must be at least 1, got 0"),
     ],
 )
 def test_wrong_settings_are_refused(build: Callable[[], Rule], words: str) -> None:

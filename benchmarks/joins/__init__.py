@@ -1,0 +1,1 @@
+"""What `benchmarks/aggregate.py` joins, and how it measures."""
