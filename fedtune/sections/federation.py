@@ -81,7 +81,7 @@ class DefenceSection(Section):
         "none",
         description="`clip`: no update is longer than the others; `multi-krum`: those far from "
         "most are left out; `geometric-median`: far ones count little; `root-cosine`: those that "
-        "point away from `root_site`'s are left out, the others get its length",
+        "point away from `root_site`'s are left out, the others are at most as long as its",
     )
     assumed_share: float = Field(
         0.2, ge=0, lt=0.5, description="for `multi-krum`: share of devices that may be hostile"

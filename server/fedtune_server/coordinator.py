@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 from flwr.serverapp import Grid
 
+from fedtune.aggregate.defences import Defence
 from fedtune.aggregate.rules import make_rule
 from fedtune.aggregate.server_step import apply_server_step
 from fedtune.records import (
@@ -31,6 +32,7 @@ from fedtune.records import (
 from fedtune.settings import RunConfig
 from fedtune.wire.checkpoint import prune_checkpoints, write_checkpoint
 from fedtune.wire.messages import OptimizerSpec, TaskSpec
+from fedtune_server.defend import check_root
 from fedtune_server.distortion import Measure
 from fedtune_server.evaluation import evaluate
 from fedtune_server.fleet import (
@@ -97,6 +99,7 @@ class Coordinator:
             minimum_devices=config.run.minimum_devices,
             deadline_s=config.run.round_deadline_s * patience,
             seed=config.run.seed,
+            defence=Defence(**config.defence.model_dump()),
         )
 
     def run(self, grid: Grid, devices: int) -> GlobalAdapter:
@@ -152,6 +155,7 @@ class Coordinator:
     def _gather(self, grid: Grid, devices: int) -> Fleet:
         nodes = wait_for_nodes(grid, devices, self._terms.deadline_s)
         fleet = gather_fleet(grid, nodes, self._task(), self._terms.deadline_s, self._emit)
+        check_root(self._terms.defence, fleet.names)
         if fleet.labels:
             self._folder.write_json("labels.json", list(fleet.labels))
         return fleet
