@@ -114,8 +114,8 @@ def run_cell(cell: Cell, size: Size, shared: str) -> tuple[str, float, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tree = run_tree(cell, size, model, data / "train.jsonl", folder / "run")
-        config = parse_run_config(tree, "robust")
-        names = open_sites(config.data, devices=DEVICES, seed=cell.seed).names
+        data_section = parse_run_config(tree, "robust").data
+        names = open_sites(data_section, devices=DEVICES, seed=cell.seed).names
         drawn = 1 + np.random.default_rng(cell.seed).permutation(DEVICES - 1)
         bad = [int(place) for place in drawn[: DEVICES * cell.percent // 100]]
         tree["defence"]["root_site"] = names[0]
@@ -159,7 +159,7 @@ def run_tree(cell: Cell, size: Size, model: Path, train: Path, folder: Path) -> 
         },
         "importance": {"method": "uniform"},
         "aggregate": {"weights": "uniform"},
-        "defence": {"method": cell.defence, "assumed_share": 0.3},
+        "defence": {"method": cell.defence, "assumed_share": 0.3, "root_site": "-"},
         "simulation": {"threads": 1},
         "outputs": {"folder": str(folder), "exports": []},
     }
@@ -267,7 +267,7 @@ def reading(losses: Mapping[str, float]) -> str:
 _READING = """
 
 Bold: at most 5 % above `none` without attackers. Updates with nan or inf never reach a defence:
-the checks refuse them, and a run with 30 % of them ends at {refused:.3f}, that of the other devices.
+the checks refuse them, and a run with 30 % of them ends at {refused:.3f}, by the other devices.
 """
 _PREFACE = (__doc__ or "").split("\n\n", 2)[2].split("\n\n`--quick`")[0] + "\n\n"
 

@@ -25,6 +25,7 @@ from fedtune.records import (
 OUT, IN, TRUE_RANK, SAMPLES = 16, 12, 3, 100
 DEVICES, ROUNDS, LOCAL_STEPS, RATE, NOISE = 10, 20, 5, 0.05, 0.5
 RANKS = (4, 6, 8)
+DIVERGED = 1e4
 ATTACKS = ("sign-flip", "scaled", "noise", "label-flip", "colluding", "little")
 
 
@@ -55,6 +56,8 @@ def train(sent: LoraFactors, data: Site) -> LoraFactors:
         slope_b = sent.scale * error.T @ low / SAMPLES
         slope_a = sent.scale * (error @ b).T @ data.inputs / SAMPLES
         a, b = a - RATE * slope_a, b - RATE * slope_b
+        if np.abs(b).max() > DIVERGED:
+            break
     return LoraFactors(a.astype(np.float32), b.astype(np.float32), sent.scale)
 
 
@@ -98,7 +101,7 @@ def final_loss(defence: Defence, attack: str = "", percent: int = 0) -> float:
             rng = np.random.default_rng([7, round])
             sent = rule.dispatch(adapter, plan, scale=1.0, rng=rng)
             factors = train(sent.trained["w"], data)
-            if np.abs(factors.b).max() > 1e4:
+            if np.abs(factors.b).max() > DIVERGED:
                 return float("inf")
             if k in hostile:
                 factors = tamper(attack, sent.trained["w"], factors, told, round)
