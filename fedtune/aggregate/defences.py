@@ -41,7 +41,7 @@ class Defence:
 
     Attributes:
         assumed_share: for `multi-krum`, of devices that may be hostile, 0..0.5.
-        clip_factor: for `clip`, longest update as a multiple of the median length.
+        clip_factor: longest update as a multiple of the median length, or of the root site's.
         root_site: for `root-cosine`, the device that is trusted.
     """
 
@@ -60,7 +60,8 @@ class Verdict:
         cosine: of its difference and the joined one; None where one of them is zero.
         share: of the weights of the round, 0..1; 0: it is left out.
         factor: what its difference is multiplied by beside its share.
-        trust: for `root-cosine`, its cosine with the root site's difference, at least 0.
+        trust: for `root-cosine`, its cosine with the root site's difference, at least 0; of the
+            root site itself that of the most trusted other.
         reason: why it is left out; empty: it counts.
     """
 
@@ -176,12 +177,22 @@ def clip(known: _Round) -> _Choice:
 
 
 def multi_krum(known: _Round) -> _Choice:
-    """Leave out the f updates that lie farthest from their nearest neighbours.
+    """Leave out the f updates whose directions lie farthest from their nearest neighbours'.
 
     f is `assumed_share` of the K updates, rounded down. An update's score is the sum of its
-    squared distances to the K - f - 2 nearest others; the K - f of least score count, with the
-    weights that they came with. The theorem needs K >= 2 f + 3, so in a small round f is lowered
-    to (K - 3) / 2, rounded down, and the note says so.
+    squared distances to the K - f - 2 nearest others, without the f - 1 nearest of these; the
+    K - f of least score count, with the weights that they came with. The theorem needs
+    K >= 2 f + 3, so in a small round f is lowered to (K - 3) / 2, rounded down, and the note says
+    so.
+
+    The paper has no `without`. Hostile devices that all send one update have f - 1 neighbours at
+    distance zero, and their sum stays below that of honest ones whose cosines are small. The
+    others that are looked at here cannot all be friends of theirs: at least two are left.
+
+    Distances are those of updates scaled to unit length, 2 - 2 cos. The paper's devices are all
+    alike; here a device of rank 8 makes longer updates than one of rank 4, and would be left out
+    for its rank (measured: a flipped update of rank 4 was kept before an honest one of rank 8).
+    So that lengths do no harm, those that count are cut to `clip_factor` times their median.
 
     Source: Blanchard et al., "Machine learning with adversaries: Byzantine tolerant gradient
         descent", 2017, https://arxiv.org/abs/1703.02757, sections 4 and 7 (m = K - f).
@@ -196,21 +207,26 @@ def multi_krum(known: _Round) -> _Choice:
             f"it leaves out {hostile}"
         )
     if hostile == 0:
-        return replace(keep_all(known), note=note)
-    squares = _squared_distances(known.geometry.products())
+        return replace(clip(known), note=note)
+    squares = 2 - 2 * _cosines_of_pairs(known.geometry)
     nearest = count - hostile - 2
+    looked_at = nearest - (hostile - 1)
     np.fill_diagonal(squares, np.inf)  # no update is its own neighbour
-    scores = np.sort(squares, axis=1)[:, :nearest].sum(axis=1)
-    left_out = np.argsort(scores, kind="stable")[count - hostile :]
-    middle = math.sqrt(float(np.median(scores)))
+    scores = np.sort(squares, axis=1)[:, hostile - 1 : nearest].sum(axis=1)
+    order = np.argsort(scores, kind="stable")
+    kept, left_out = order[: count - hostile], order[count - hostile :]
+    middle = float(np.median(scores))
     reasons = {
-        int(place): f"left out by multi-krum: its distance to the nearest {nearest} updates is "
-        f"{_times(math.sqrt(scores[place]), middle)} the median one"
+        int(place): "left out by multi-krum: its mean cosine with "
+        f"{looked_at} near updates is {_mean_cosine(scores[place], looked_at):.2f}, "
+        f"the median one is {_mean_cosine(middle, looked_at):.2f}"
         for place in left_out
     }
     weights = known.weights.copy()
     weights[left_out] = 0.0
-    return _Choice(weights, np.ones(count), reasons=reasons, note=note)
+    lengths = known.geometry.lengths()
+    most = known.defence.clip_factor * float(np.median(lengths[kept]))
+    return _Choice(weights, _shortened(lengths, most), reasons=reasons, note=note)
 
 
 def geometric_median(known: _Round) -> _Choice:
@@ -245,16 +261,19 @@ def geometric_median(known: _Round) -> _Choice:
 
 
 def root_cosine(known: _Round) -> _Choice:
-    """Weigh updates by their cosine with that of a trusted site; none is longer than its.
+    """Weigh updates by their cosine with that of a trusted site, and cut them to its length.
 
-    The weight is p_k max(0, cos(D_k, D_root)), and 1 takes the place of the cosine for the root
-    itself. Those of cosine 0 or less are left out.
+    The weight is p_k max(0, cos(D_k, D_root)); those of cosine 0 or less are left out, and none
+    is longer than `clip_factor` times the root site's. The root site counts as the most trusted of
+    the others.
 
     Source: Cao et al., "FLTrust: Byzantine-robust federated learning via trust bootstrapping",
         2020, https://arxiv.org/abs/2012.13995, section 4. There the server trains the reference
-        itself and leaves it out of the mean, all devices weigh the same before the cosine, and
-        short updates are lengthened to the root's. Here they stay as they are: a device that
-        trains few matrices would be multiplied up, and one that changed nothing would send noise.
+        itself and leaves it out of the mean, and all devices weigh the same before the cosine. A
+        root site with the weight of a cosine of 1 would own the round: between honest sites
+        cosines of 0.1 to 0.3 were measured. There short updates are lengthened to the root's, too.
+        Here they stay as they are: a device that trains few matrices would be multiplied up, and
+        one that changed nothing would send noise.
 
     Raises:
         RoundError: the root site's update is not there.
@@ -269,18 +288,18 @@ def root_cosine(known: _Round) -> _Choice:
     unit = np.zeros(len(lengths))
     unit[root] = 1.0
     scale = lengths * lengths[root]
-    inner = known.geometry.with_sum(unit)
-    cosines = np.divide(inner, scale, out=np.zeros_like(inner), where=scale > 0)
+    cosines = np.zeros(len(lengths))
+    np.divide(known.geometry.with_sum(unit), scale, out=cosines, where=scale > 0)
     trusts = np.clip(cosines, 0.0, 1.0)
-    trusts[root] = 1.0
+    trusts[root] = 0.0
+    trusts[root] = trusts.max() or 1.0
     reasons = {
         int(place): f"left out by root-cosine: its cosine with the update of {name} is "
         f"{cosines[place]:.2f}, expected above 0"
         for place in np.flatnonzero(trusts == 0.0)
     }
-    return _Choice(
-        known.weights * trusts, _shortened(lengths, float(lengths[root])), trusts, reasons
-    )
+    most = known.defence.clip_factor * float(lengths[root])
+    return _Choice(known.weights * trusts, _shortened(lengths, most), trusts, reasons)
 
 
 METHODS: Mapping[DefenceName, Callable[[_Round], _Choice]] = {
@@ -299,13 +318,14 @@ def _shortened(lengths: Vector, most: float) -> Vector:
     return factors
 
 
-def _squared_distances(
-    products: Float[np.ndarray, "devices devices"],
-) -> Float[np.ndarray, "devices devices"]:
-    squares = np.diag(products)
-    found = squares[:, None] + squares[None, :] - 2 * products
-    return np.asarray(np.maximum(found, 0.0))
+def _cosines_of_pairs(geometry: Geometry) -> Float[np.ndarray, "devices devices"]:
+    """Of all pairs; 0 where an update is zero."""
+    lengths, products = geometry.lengths(), geometry.products()
+    scale = np.outer(lengths, lengths)
+    found = np.zeros_like(products)
+    np.divide(products, scale, out=found, where=scale > 0)
+    return np.asarray(np.clip(found, -1.0, 1.0))
 
 
-def _times(value: float, other: float) -> str:
-    return f"{value / other:.3g} times" if other > 0 else "above"
+def _mean_cosine(score: float, updates: int) -> float:
+    return 1 - float(score) / (2 * updates)

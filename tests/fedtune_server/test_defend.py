@@ -85,7 +85,7 @@ def test_an_update_that_is_left_out_is_refused_once_and_not_joined(fleet_of: Fle
     hostile.spoil["f"] = values(lambda numbers: -40 * numbers)
     outcome = play(hostile, Defence("multi-krum", assumed_share=0.3))
     assert set(refused(hostile)) == {"f", "g"}
-    assert refused(hostile)["f"].startswith("left out by multi-krum: its distance to the nearest")
+    assert refused(hostile)["f"].startswith("left out by multi-krum: its mean cosine with")
     (finished,) = hostile.all("round_finished")
     assert (finished["reported"], finished["refused"]) == (5, 2)
     assert outcome.metrics.keys() == {"a", "b", "c", "d", "e"}
