@@ -2,15 +2,15 @@
 
     python benchmarks/robust.py [--quick] [--json] [--workers N]
 
-Data: e2e_nlg, the 10 largest restaurants as sites; held out: every 24th line of test.jsonl, loss
-per response token, measured on the merged model. Model: stories260k. Ranks 4 and 8 on five
-devices each; 8 rounds of 5 local steps of 8 samples, all devices in every round, server cap 16,
-weights uniform, no frozen tail. Real training through the same simulation as `fedtune simulate`;
-hostile devices change what they send (`benchmarks/hostile/attacks.py`). The first device, by name,
-is never hostile, and is the root site of `root-cosine`. `multi-krum` assumes 30 %. Means over the
-seeds; the seed draws who is hostile.
+Data: responses of e2e_nlg, cut to 48 tokens, the 10 largest restaurants as sites; held out: every
+24th line of test.jsonl, loss per token, measured on the merged model. Model: stories260k. Ranks 4
+and 8 on five devices each, so that updates differ in length; 6 rounds of 4 local steps of 4
+samples, all devices in every round, server cap 16, weights uniform, no frozen tail. Real training
+through the same simulation as `fedtune simulate`; hostile devices change what they send
+(`benchmarks/hostile/attacks.py`), in every round. The first device, by name, is never hostile, and
+is the root site of `root-cosine`. `multi-krum` assumes 30 %, in every row. One seed.
 
-`--quick` takes 3 rounds, one seed, 20 % only and a coarser test set.
+`--quick` takes 3 rounds, three attacks by 20 % and a coarser test set.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Size:
 
 
 FULL = Size(
-    8, 5, 24, (0,), (10, 20, 30),
-    ("sign-flip", "scaled", "noise", "colluding", "little", "poisoned"),
+    6, 4, 24, (0,), (10, 20, 30),
+    ("sign-flip", "scaled", "noise", "colluding", "poisoned"),
 )  # fmt: skip
 QUICK = Size(3, 4, 96, (0,), (20,), ("sign-flip", "scaled", "colluding"))
 
@@ -154,7 +154,7 @@ def run_tree(cell: Cell, size: Size, model: Path, train: Path, folder: Path) -> 
         "train": {
             "local_steps": size.local_steps,
             "batch_size": 4,
-            "learning_rate": 1e-2,
+            "learning_rate": 2e-2,
             "evaluate_every": 0,
         },
         "importance": {"method": "uniform"},
