@@ -124,7 +124,7 @@ class RunConfig(Section):
                 "most of the weight"
             )
         rule = self.aggregate.rule
-        if method in ("clip", "root-cosine") and rule in ("zero-pad", "flexlora"):
+        if method != "geometric-median" and rule in ("zero-pad", "flexlora"):
             raise ValueError(
                 f"defence.method {method!r} shortens differences, and aggregate.rule {rule!r} does "
                 "not join by differences; use 'delta'"
