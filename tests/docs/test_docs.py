@@ -34,6 +34,7 @@ PAGES = (
     "data",
     "devices-and-plans",
     "aggregation",
+    "defences",
     "simulation",
     "exports",
     "run-folder",
