@@ -57,7 +57,8 @@ class Verdict:
 
     Attributes:
         length: Frobenius norm of its difference, over all matrices and dense tensors.
-        cosine: of its difference and the joined one; None where one of them is zero.
+        cosine: of its difference and the joined one; None where one of them is zero. Estimated
+            where `Geometry.with_sum` is.
         share: of the weights of the round, 0..1; 0: it is left out.
         factor: what its difference is multiplied by beside its share.
         trust: for `root-cosine`, its cosine with the root site's difference, at least 0; of the
@@ -285,11 +286,9 @@ def root_cosine(known: _Round) -> _Choice:
             f"{', '.join(known.devices)}"
         )
     root, lengths = known.devices.index(name), known.geometry.lengths()
-    unit = np.zeros(len(lengths))
-    unit[root] = 1.0
     scale = lengths * lengths[root]
     cosines = np.zeros(len(lengths))
-    np.divide(known.geometry.with_sum(unit), scale, out=cosines, where=scale > 0)
+    np.divide(known.geometry.with_device(root), scale, out=cosines, where=scale > 0)
     trusts = np.clip(cosines, 0.0, 1.0)
     trusts[root] = 0.0
     trusts[root] = trusts.max() or 1.0

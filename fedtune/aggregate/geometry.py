@@ -9,14 +9,16 @@ which needs no product of full size, and compares devices of different ranks. Ma
 tensors add up; a device that does not train a matrix has zero there. A and B alone have no fixed
 gauge, (B M, M^-1 A) is the same update, so nothing here looks at them one by one.
 
-All sums are in float64. With Q stacked columns of all devices, out + in = n and m = min(out, in),
-all pairs of one matrix take Q^2 n multiplications: about a fifth of those of the QR that joins the
-same stack (4 Q^2 n, and its core). Inner products with one sum take K products with a dense matrix
-instead where Q is large, so that lengths and cosines of a thousand devices are linear in them.
+All sums are in float64. With Q stacked columns of all devices, all pairs of one matrix take
+Q^2 (out + in) multiplications: about a fifth of those of the QR that joins the same stack. Inner
+products with one sum have a second way, through the sum as a dense matrix, 4 out in Q; and where
+both take more than `_MOST_MULTIPLICATIONS`, a third, which sees each difference through random
+probes of its inputs. So lengths and cosines of a thousand devices cost what reading them costs.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +34,11 @@ _MOST_COLUMNS = 1024
 """Columns of one matrix that are in memory at a time; twice as many where pairs are formed."""
 _MOST_VALUES = 2**24
 """Values of one dense tensor that are in memory at a time: 128 MiB."""
+_MOST_MULTIPLICATIONS = 1e11
+"""Beyond, inner products with a sum are estimated; about 10 s of one core."""
+_PROBES = 32
+"""For estimates. One matrix alone has a cosine within about 0.1 of the true one; errors of
+matrices are independent, so with 224 of them it is 0.01."""
 
 
 class Geometry:
@@ -66,14 +73,34 @@ class Geometry:
         return self._pairs
 
     def with_sum(self, coefficients: Vector) -> Vector:
-        """Inner product of each device's difference with `sum_j coefficients_j D_j`."""
+        """Inner product of each device's difference with `sum_j coefficients_j D_j`.
+
+        Estimated where exact ones take more than `_MOST_MULTIPLICATIONS`; the same each time.
+        """
         if self._pairs is not None or self._pairs_are_cheap():
             return np.asarray(self.products() @ coefficients)
+        probed = self._multiplications()[1] > _MOST_MULTIPLICATIONS
         found = np.zeros(len(self._devices))
         for name in self._matrices:
-            self._add_matrix_with_sum(name, coefficients, found)
+            self._add_matrix_with_sum(name, coefficients, found, probed)
         for name in self._tensors:
             self._add_tensor_with_sum(name, coefficients, found)
+        return found
+
+    def with_device(self, place: int) -> Vector:
+        """Inner product of each device's difference with that of one of them; always exact."""
+        if self._pairs is not None or self._pairs_are_cheap():
+            return np.array(self.products()[place])
+        found, device = np.zeros(len(self._devices)), self._devices[place]
+        for name, sent in device.sent.trained.items():
+            one = difference(sent, device.update.factors[name])
+            for group in self._groups(name):
+                stack = self._stack(name, group)
+                by_column = np.sum((one.left.T @ stack.left) * (one.right.T @ stack.right), axis=0)
+                found[group] += np.add.reduceat(by_column, stack.starts)
+        for name in device.update.dense:
+            for group in self._holders(name):
+                found[group] += self._rows(name, group) @ self._tensor(place, name)
         return found
 
     # ------------------------------------------------------------ matrices
@@ -91,16 +118,18 @@ class Geometry:
                 if columns is not rows:
                     found[np.ix_(columns, rows)] += sums.T
 
-    def _add_matrix_with_sum(self, name: str, coefficients: Vector, found: FloatArray) -> None:
+    def _add_matrix_with_sum(
+        self, name: str, coefficients: Vector, found: FloatArray, probed: bool
+    ) -> None:
         groups = self._groups(name)
-        total: FloatArray | float = 0.0  # (out, in)
+        total: FloatArray | float = 0.0  # (out, in), or (out, probes)
         for group in groups:
             stack = self._stack(name, group)
             weights = np.repeat(coefficients[group], stack.widths)
-            total = total + (stack.left * weights) @ stack.right.T
+            total = total + (stack.left * weights) @ _seen(stack.right, name, probed).T
         for group in groups:
             stack = self._stack(name, group)
-            by_column = np.sum(stack.left * (total @ stack.right), axis=0)
+            by_column = np.sum(stack.left * (total @ _seen(stack.right, name, probed)), axis=0)
             found[group] += np.add.reduceat(by_column, stack.starts)
 
     def _own(self) -> Vector:
@@ -136,7 +165,11 @@ class Geometry:
         )
 
     def _pairs_are_cheap(self) -> bool:
-        """Whether all pairs take fewer multiplications than a sum of full size, twice used."""
+        pairs, dense = self._multiplications()
+        return pairs <= min(dense, _MOST_MULTIPLICATIONS)
+
+    def _multiplications(self) -> tuple[int, int]:
+        """Of all pairs, and of a dense sum that every device is multiplied with."""
         pairs = dense = 0
         for name in self._matrices:
             sent = [d.sent.trained[name] for d in self._devices if name in d.sent.trained]
@@ -144,7 +177,7 @@ class Geometry:
             out_features, in_features = sent[0].b.shape[0], sent[0].a.shape[1]
             pairs += columns**2 * (out_features + in_features)
             dense += 4 * out_features * in_features * columns
-        return pairs <= dense
+        return pairs, dense
 
     # ------------------------------------------------------------ parameters trained whole
 
@@ -208,6 +241,19 @@ def difference(sent: LoraFactors, returned: LoraFactors) -> Pair:
         left=np.concatenate([after - before, before], axis=1),
         right=np.concatenate([a, a - a_before], axis=0).T,
     )
+
+
+def _seen(right: FloatArray, name: str, probed: bool) -> FloatArray:
+    """The columns over a matrix's inputs (in, q), or what random probes see of them (probes, q).
+
+    The probes are signs, and the expected product of what they see of two columns is that of the
+    columns (Hutchinson's estimator of a trace).
+    """
+    if not probed:
+        return right
+    rng = np.random.default_rng(zlib.crc32(name.encode("utf-8")))
+    signs = rng.choice(np.array([-1.0, 1.0]), (_PROBES, right.shape[0]))
+    return np.asarray(signs @ right / np.sqrt(_PROBES))
 
 
 def _grouped(sizes: dict[int, int], most: int) -> Iterator[list[int]]:

@@ -91,6 +91,22 @@ def test_lengths_and_sums_do_not_depend_on_the_way_they_are_computed(
     np.testing.assert_allclose(
         space.with_sum(coefficients), products @ coefficients, rtol=1e-10, atol=1e-10
     )
+    for place in range(5):
+        np.testing.assert_allclose(space.with_device(place), products[place], atol=1e-10)
+
+
+def test_what_would_take_too_long_is_estimated_the_same_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(geometry, "_MOST_MULTIPLICATIONS", 0)
+    contributions = [contribution(seed, {"up": 3, "down": 2}) for seed in range(40)]
+    products, mean = expected(contributions), np.full(40, 1 / 40)
+    found = Geometry(contributions).with_sum(mean)
+    assert np.array_equal(found, Geometry(contributions).with_sum(mean))
+    scale = np.sqrt(np.diag(products) * (mean @ products @ mean))
+    errors = (found - products @ mean) / scale
+    assert 0 < np.abs(errors).mean() < 0.1
+    np.testing.assert_allclose(Geometry(contributions).with_device(7), products[7], atol=1e-9)
 
 
 def test_few_devices_are_compared_in_pairs_and_many_with_their_sum() -> None:
