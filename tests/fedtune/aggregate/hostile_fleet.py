@@ -23,10 +23,10 @@ from fedtune.records import (
 )
 
 OUT, IN, TRUE_RANK, SAMPLES = 16, 12, 3, 100
-DEVICES, ROUNDS, LOCAL_STEPS, RATE, NOISE = 10, 20, 5, 0.05, 0.5
+DEVICES, ROUNDS, LOCAL_STEPS, RATE, NOISE = 10, 12, 5, 0.05, 0.5
 RANKS = (4, 6, 8)
 DIVERGED = 1e4
-ATTACKS = ("sign-flip", "scaled", "noise", "label-flip", "colluding", "little")
+ATTACKS = ("scaled", "noise", "sign-flip", "colluding", "label-flip", "little")
 
 
 @dataclass(frozen=True)
