@@ -31,6 +31,9 @@ _WEISZFELD_TOLERANCE = 1e-9
 _SMOOTHING = 1e-6
 """Shortest distance in the median, as a share of the median length: at an update itself the
 weight would be infinite (nu in RFA)."""
+_OUTLYING = 0.5
+"""`multi-krum` leaves out an update whose cosines are less than this share of the median one. On
+e2e_nlg those of honest sites lie between 0.5 and 1.5 of it, those of flipped updates below 0."""
 _ROUNDING = 1e-9
 """Added before a share of devices is rounded down: 0.29 * 100 is 28.999999999999996."""
 
@@ -178,13 +181,17 @@ def clip(known: _Round) -> _Choice:
 
 
 def multi_krum(known: _Round) -> _Choice:
-    """Leave out the f updates whose directions lie farthest from their nearest neighbours'.
+    """Leave out up to f updates whose directions lie farthest from their nearest neighbours'.
 
     f is `assumed_share` of the K updates, rounded down. An update's score is the sum of its
     squared distances to the K - f - 2 nearest others, without the f - 1 nearest of these; the
     K - f of least score count, with the weights that they came with. The theorem needs
     K >= 2 f + 3, so in a small round f is lowered to (K - 3) / 2, rounded down, and the note says
     so.
+
+    The paper always leaves out f. Here one of them stays if its cosines are not much below the
+    median ones (`_OUTLYING`): without a hostile device the same three honest sites of ten were
+    left out in every round, which cost 10 % of loss.
 
     The paper has no `without`. Hostile devices that all send one update have f - 1 neighbours at
     distance zero, and their sum stays below that of honest ones whose cosines are small. The
@@ -215,18 +222,18 @@ def multi_krum(known: _Round) -> _Choice:
     np.fill_diagonal(squares, np.inf)  # no update is its own neighbour
     scores = np.sort(squares, axis=1)[:, hostile - 1 : nearest].sum(axis=1)
     order = np.argsort(scores, kind="stable")
-    kept, left_out = order[: count - hostile], order[count - hostile :]
-    middle = float(np.median(scores))
+    cosines = 1 - scores / (2 * looked_at)
+    middle = float(np.median(cosines))
+    left_out = [p for p in order[count - hostile :] if cosines[p] < _OUTLYING * middle]
     reasons = {
-        int(place): "left out by multi-krum: its mean cosine with "
-        f"{looked_at} near updates is {_mean_cosine(scores[place], looked_at):.2f}, "
-        f"the median one is {_mean_cosine(middle, looked_at):.2f}"
+        int(place): f"left out by multi-krum: its mean cosine with {looked_at} near updates is "
+        f"{cosines[place]:.2f}, the median one is {middle:.2f}"
         for place in left_out
     }
     weights = known.weights.copy()
     weights[left_out] = 0.0
     lengths = known.geometry.lengths()
-    most = known.defence.clip_factor * float(np.median(lengths[kept]))
+    most = known.defence.clip_factor * float(np.median(lengths[weights > 0]))
     return _Choice(weights, _shortened(lengths, most), reasons=reasons, note=note)
 
 
@@ -324,7 +331,3 @@ def _cosines_of_pairs(geometry: Geometry) -> Float[np.ndarray, "devices devices"
     found = np.zeros_like(products)
     np.divide(products, scale, out=found, where=scale > 0)
     return np.asarray(np.clip(found, -1.0, 1.0))
-
-
-def _mean_cosine(score: float, updates: int) -> float:
-    return 1 - float(score) / (2 * updates)

@@ -128,6 +128,12 @@ def test_multi_krum_leaves_out_the_farthest_and_keeps_the_others_weights() -> No
     )
 
 
+def test_multi_krum_leaves_out_nobody_where_all_agree() -> None:
+    rows = np.random.default_rng(3).standard_normal((10, 40)) / np.sqrt(40) + np.eye(40)[0]
+    found = judge(crowd(*rows.tolist()), Defence("multi-krum", assumed_share=0.4))
+    assert len(found.kept) == 10
+
+
 def test_multi_krum_is_not_fooled_by_devices_that_all_send_one_update() -> None:
     """By the paper's sum they would be nearest: two of their five neighbours are themselves."""
     rng = np.random.default_rng(6)
@@ -161,10 +167,13 @@ def test_the_scores_are_those_of_the_paper_on_unit_lengths() -> None:
     hostile = 3  # 0.29 * 11 = 3.19
     units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     squares = ((units[:, None] - units[None]) ** 2).sum(axis=2)
-    scores = [
-        sum(sorted(np.delete(squares[i], i))[hostile - 1 : 11 - hostile - 2]) for i in range(11)
-    ]
-    expected = {f"d{i}" for i in np.argsort(scores)[: 11 - hostile]}
+    scores = np.array(
+        [sum(sorted(np.delete(squares[i], i))[hostile - 1 : 11 - hostile - 2]) for i in range(11)]
+    )
+    cosines = 1 - scores / (2 * (11 - 2 * hostile - 1))
+    worst = [i for i in np.argsort(scores)[-hostile:] if cosines[i] < np.median(cosines) / 2]
+    assert worst
+    expected = {f"d{i}" for i in range(11) if i not in worst}
     found = judge(crowd(*rows.tolist()), Defence("multi-krum", assumed_share=0.29))
     assert {c.update.device for c in found.kept} == expected
 
@@ -177,8 +186,9 @@ def test_the_scores_are_those_of_the_paper_on_unit_lengths() -> None:
 def test_small_rounds_bear_fewer_hostile_devices_and_say_so(
     devices: int, share: float, left_out: int, warned: bool
 ) -> None:
-    rows = np.random.default_rng(0).standard_normal((devices, 3)).tolist()
-    found = judge(crowd(*rows), Defence("multi-krum", assumed_share=share))
+    rows = np.random.default_rng(0).standard_normal((devices, 3)) * 0.1 + np.eye(3)[0]
+    rows[devices - int(share * devices + 1e-9) :] *= -1
+    found = judge(crowd(*rows.tolist()), Defence("multi-krum", assumed_share=share))
     assert len(found.kept) == devices - left_out
     assert bool(found.note) == warned
     if warned:
