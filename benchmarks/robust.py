@@ -10,7 +10,7 @@ through the same simulation as `fedtune simulate`; hostile devices change what t
 (`benchmarks/hostile/attacks.py`), in every round. The first device, by name, is never hostile, and
 is the root site of `root-cosine`. `multi-krum` assumes 30 %, in every row. One seed.
 
-`--quick` takes 3 rounds, three attacks by 20 % and a coarser test set.
+`--quick` takes 3 rounds of 3 steps, three attacks by 20 % and a coarser test set.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ FULL = Size(
     6, 4, 24, (0,), (10, 20, 30),
     ("sign-flip", "scaled", "noise", "colluding", "poisoned"),
 )  # fmt: skip
-QUICK = Size(3, 4, 96, (0,), (20,), ("sign-flip", "scaled", "colluding"))
+QUICK = Size(3, 3, 96, (0,), (20,), ("sign-flip", "scaled", "colluding"))
 SMOKE = Size(1, 1, 960, (0,), (20,), ("sign-flip",), ("none", "multi-krum"))
 
 
