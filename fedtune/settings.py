@@ -78,6 +78,7 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         self._check_rule()
         self._check_server_step()
+        self._check_defence()
         self._check_optimizer()
         self._check_way()
         if self.plan.shortest_sequence > self.data.max_tokens:
@@ -140,6 +141,46 @@ class RunConfig(Section):
                 "aggregate.optimizer 'adam' needs aggregate.server_step of at most "
                 f"{LONGEST_ADAM_STEP:g}, by which weights move in a round; found "
                 f"{section.server_step:g}; try 0.001"
+            )
+
+    def _check_defence(self) -> None:
+        """Refuse what would leave a way around a defence, or what it cannot do."""
+        method = self.defence.method
+        if method == "none":
+            return
+        if self.aggregate.weights == "samples":
+            raise ValueError(
+                f"defence.method {method!r} goes with aggregate.weights 'uniform' or 'tokens', "
+                "found 'samples': a device says itself how many samples it holds, and could claim "
+                "most of the weight"
+            )
+        rule = self.aggregate.rule
+        if method != "geometric-median" and rule in ("zero-pad", "flexlora"):
+            raise ValueError(
+                f"defence.method {method!r} shortens differences, and aggregate.rule {rule!r} does "
+                "not join by differences; use 'delta'"
+            )
+        if method == "root-cosine":
+            self._check_root()
+
+    def _check_root(self) -> None:
+        """Refuse rounds in which the root site may not take part, or has no say."""
+        if not self.defence.root_site:
+            raise ValueError(
+                "defence.method 'root-cosine' needs defence.root_site, the name of a site with "
+                "clean data"
+            )
+        if self.run.devices_per_round not in (0, self.devices):
+            raise ValueError(
+                "defence.method 'root-cosine' needs the root site in every round: expected "
+                f"run.devices_per_round = 0, found {self.run.devices_per_round}"
+            )
+        rounds = self.rounds
+        if rounds.mode != "sync" or rounds.close_count or rounds.close_fraction < 1:
+            raise ValueError(
+                "defence.method 'root-cosine' needs the root site in every round: expected "
+                "rounds.mode = 'sync' without close_count and close_fraction, which close a round "
+                "before all have reported"
             )
 
     def _check_optimizer(self) -> None:

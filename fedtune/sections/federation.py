@@ -79,15 +79,18 @@ class DefenceSection(Section):
 
     method: Literal["none", "clip", "multi-krum", "geometric-median", "root-cosine"] = Field(
         "none",
-        description="`clip`: no update is longer than the others; `multi-krum`: those far from "
-        "most are left out; `geometric-median`: far ones count little; `root-cosine`: those that "
-        "point away from `root_site`'s are left out, the others get its length",
+        description="`clip`: no update is longer than the others; `multi-krum`: also, those that "
+        "point away from most are left out; `geometric-median`: far ones count little; "
+        "`root-cosine`: an update counts by its cosine with `root_site`'s",
     )
     assumed_share: float = Field(
         0.2, ge=0, lt=0.5, description="for `multi-krum`: share of devices that may be hostile"
     )
     clip_factor: float = Field(
-        1.0, gt=0, description="for `clip`: longest update, as a multiple of the median length"
+        1.0,
+        gt=0,
+        description="for all but `geometric-median`: longest update, as a multiple of the median "
+        "length, or of `root_site`'s for `root-cosine`",
     )
     root_site: str = Field(
         "", description="for `root-cosine`: a site that the coordinator trusts, with clean data"

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 from flwr.serverapp import Grid
 
+from fedtune.aggregate.defences import Defence
 from fedtune.aggregate.rules import make_rule
 from fedtune.aggregate.server_step import ServerStep, apply_server_step
 from fedtune.records import (
@@ -32,6 +33,7 @@ from fedtune.settings import RunConfig
 from fedtune.wire.checkpoint import prune_checkpoints, write_checkpoint
 from fedtune.wire.file_digests import checkpoint_saved
 from fedtune.wire.messages import OptimizerSpec, TaskSpec
+from fedtune_server.defend import check_root
 from fedtune_server.distortion import Measure
 from fedtune_server.evaluation import evaluate
 from fedtune_server.fleet import (
@@ -99,6 +101,7 @@ class Coordinator:
             minimum_devices=config.run.minimum_devices,
             deadline_s=config.run.round_deadline_s * patience,
             seed=config.run.seed,
+            defence=Defence(**config.defence.model_dump()),
         )
 
     def run(self, grid: Grid, devices: int) -> GlobalAdapter:
@@ -154,6 +157,7 @@ class Coordinator:
     def _gather(self, grid: Grid, devices: int) -> Fleet:
         nodes = wait_for_nodes(grid, devices, self._terms.deadline_s)
         fleet = gather_fleet(grid, nodes, self._task(), self._terms.deadline_s, self._emit)
+        check_root(self._terms.defence, fleet.names)
         if fleet.labels:
             self._folder.write_json("labels.json", list(fleet.labels))
         return fleet

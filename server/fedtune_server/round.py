@@ -16,6 +16,7 @@ from fedtune.wire.flower import TRAIN, to_record
 from fedtune.wire.messages import OptimizerSpec, TrainInstruction, encode_train_instruction
 from fedtune.wire.packing import tensors_digest
 from fedtune_server.acceptance import accept, reported
+from fedtune_server.defend import defend
 from fedtune_server.evaluation import weighted
 from fedtune_server.exchange import exchange
 from fedtune_server.fleet import Emit, Fleet
@@ -80,7 +81,8 @@ def train(
     its reason; the round goes on without it.
 
     Raises:
-        RoundError: fewer than `terms.minimum_devices` updates were good.
+        RoundError: fewer than `terms.minimum_devices` updates were good, or the one is missing
+            that the defence compares with.
     """
     started = time.perf_counter()
     emit(Event("round_started", {"round": round, "devices": [plan.device for plan in plans]}))
@@ -111,12 +113,13 @@ def train(
             f"round {round} needs updates of {terms.minimum_devices} devices, got {len(good)} "
             f"good and {back.refused} refused; see the reasons above"
         )
+    good = defend(good, terms.defence, round, emit)
     joined = rule.join(adapter, good)
     held_out = _mean(good, "held_out_loss", "held_out_units")
     fields = {
         "round": round,
         "reported": len(good),
-        "refused": back.refused,
+        "refused": back.refused + len(back.good) - len(good),
         "held_out_loss": held_out,
         "train_loss": _mean(good, "train_loss", "train_units"),
         "seconds": time.perf_counter() - started,

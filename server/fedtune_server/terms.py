@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from fedtune.aggregate.defences import Defence
 from fedtune.records import LoraScale, MatrixShape
 from fedtune.wire.packing import WireDtype
 
@@ -17,6 +18,7 @@ class RoundTerms:
         weights: how much a device counts: by the `samples` that its site holds (FedAvg's n_k), by
             the `tokens` that carried loss in its round, or `uniform`.
         max_norm: largest Frobenius norm that one matrix of an update may have.
+        defence: whose update counts, of those that are good.
     """
 
     run: str
@@ -29,3 +31,4 @@ class RoundTerms:
     deadline_s: float
     seed: int
     max_norm: float = 1e4
+    defence: Defence = field(default_factory=Defence)

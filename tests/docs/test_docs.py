@@ -35,6 +35,7 @@ PAGES = (
     "data",
     "devices-and-plans",
     "aggregation",
+    "defences",
     "simulation",
     "exports",
     "run-folder",

@@ -200,6 +200,37 @@ def test_an_effective_config_reads_back_the_same(write: Write, tmp_path: Path) -
             ["plan.shortest_sequence=512"],
             "plan.shortest_sequence = 512: expected at most data.max_tokens = 256",
         ),
+        (
+            ["defence.method=multi-krum"],
+            "defence.method 'multi-krum' goes with aggregate.weights 'uniform' or 'tokens', found "
+            "'samples'",
+        ),
+        (
+            ["defence.method=clip", "aggregate.weights=uniform", "aggregate.rule=flexlora"],
+            "'clip' shortens differences, and aggregate.rule 'flexlora' does not join by",
+        ),
+        (
+            ["defence.method=root-cosine", "aggregate.weights=uniform"],
+            "'root-cosine' needs defence.root_site, the name of a site",
+        ),
+        (
+            [
+                "defence.method=root-cosine",
+                "aggregate.weights=uniform",
+                "defence.root_site=hq",
+                "run.devices_per_round=1",
+            ],
+            "root site in every round: expected run.devices_per_round = 0, found 1",
+        ),
+        (
+            [
+                "defence.method=root-cosine",
+                "aggregate.weights=uniform",
+                "defence.root_site=hq",
+                "rounds.close_fraction=0.5",
+            ],
+            "expected rounds.mode = 'sync' without close_count and close_fraction",
+        ),
         (["run.minimum_devices=3"], "run.minimum_devices = 3: expected at most 2, the devices"),
         (["run.devices_per_round=3"], "run.devices_per_round = 3: expected at most 2"),
         (

@@ -61,7 +61,7 @@ Play = Callable[..., Any]
 def test_a_run_says_what_happens_in_order(fleet_of: FleetOf, play: Play, tree: Tree) -> None:
     fake = fleet_of("a", "b", "c")
     play(fake, tree)
-    every_round = ["round_started", *["device_reported"] * 3, "round_finished"]
+    every_round = ["round_started", *["device_reported"] * 3, "updates_compared", "round_finished"]
     every_round += ["checkpoint_saved"]
     assert [event.kind for event in fake.events] == [
         "run_started",

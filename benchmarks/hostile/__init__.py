@@ -1,0 +1,1 @@
+"""Devices that send bad updates, for `benchmarks/robust.py`."""
