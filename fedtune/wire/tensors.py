@@ -3,6 +3,9 @@
 `<matrix>.a` (rank, in) and `<matrix>.b` (out, rank) are trained factors, `<matrix>.tail_a` and
 `<matrix>.tail_b` frozen directions of the global adapter, `dense.<name>` a parameter that is
 trained whole.
+
+An update in `fp32` holds the values that a device ends with; in any other codec it holds what they
+changed by since they were sent, so that what rounding takes is a share of the change.
 """
 
 from __future__ import annotations
@@ -23,25 +26,22 @@ from fedtune.records import (
     scale_of,
 )
 from fedtune.wire.packing import (
+    Packed,
     Shape,
-    WireDtype,
     pack_tensors,
     packed_shapes,
-    round_to_wire,
     tensors_digest,
     unpack_tensors,
 )
 
 __all__ = [
     "Shape",
-    "WireDtype",
+    "as_received",
     "dispatch_from_tensors",
     "dispatch_shapes",
     "dispatch_tensors",
     "pack_tensors",
     "packed_shapes",
-    "round_dispatch",
-    "round_to_wire",
     "tensors_digest",
     "unpack_dispatch",
     "unpack_tensors",
@@ -76,26 +76,20 @@ def _named(factors: Mapping[str, LoraFactors], a: str, b: str) -> dict[str, Floa
     return tensors
 
 
-def round_dispatch(dispatch: Dispatch, dtype: WireDtype) -> Dispatch:
-    """The dispatch as the device will read it: every value rounded to the wire's dtype.
+def as_received(
+    packed: Packed, dispatch: Dispatch, plan: DevicePlan, scale: Scale = 1.0
+) -> Dispatch:
+    """A dispatch as the device will read it out of its bytes, rounded by their codec.
+
+    Args:
+        packed: `dispatch_tensors(dispatch)`, packed.
+        scale: as it is told to the device.
 
     Raises:
-        ProtocolError: a value is not finite, or does not fit the dtype.
+        ProtocolError: the bytes are not those of the dispatch.
     """
-
-    def rounded(factors: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
-        return {
-            name: LoraFactors(
-                round_to_wire(pair.a, dtype), round_to_wire(pair.b, dtype), pair.scale
-            )
-            for name, pair in factors.items()
-        }
-
-    return Dispatch(
-        trained=rounded(dispatch.trained),
-        tail=rounded(dispatch.tail),
-        dense={name: round_to_wire(value, dtype) for name, value in dispatch.dense.items()},
-    )
+    shapes = {name: value.shape for name, value in dispatch_tensors(dispatch).items()}
+    return dispatch_from_tensors(unpack_tensors(packed, shapes), plan, scale)
 
 
 # ---------------------------------------------------------------- shapes
@@ -167,7 +161,7 @@ def _known(shapes: Mapping[str, MatrixShape], matrix: str) -> MatrixShape:
 
 
 def unpack_dispatch(
-    data: bytes,
+    data: Packed,
     plan: DevicePlan,
     shapes: Mapping[str, MatrixShape],
     dense_shapes: Mapping[str, Shape],
@@ -203,20 +197,29 @@ def dispatch_from_tensors(
 
 
 def update_from_tensors(
-    tensors: Mapping[str, FloatArray], plan: DevicePlan, scale: Scale = 1.0
+    tensors: Mapping[str, FloatArray],
+    plan: DevicePlan,
+    scale: Scale = 1.0,
+    since: Dispatch | None = None,
 ) -> tuple[Mapping[str, LoraFactors], Mapping[str, FloatArray]]:
     """Trained factors by matrix, and dense parameters by name; shapes are already checked.
 
     Both are read from `tensors` when they are asked for.
+
+    Args:
+        since: what the tensors are the change of; None: they are the values themselves.
     """
     ranks = plan.ranks()
 
     def pair(name: str) -> LoraFactors:
         a, b = tensors[f"{name}.a"], tensors[f"{name}.b"]
+        if since is not None:
+            a, b = since.trained[name].a + a, since.trained[name].b + b
         return LoraFactors(a, b, scale_of(scale, ranks[name]))
 
     def parameter(name: str) -> FloatArray:
-        return np.asarray(tensors[f"dense.{name}"])
+        value = np.asarray(tensors[f"dense.{name}"])
+        return value if since is None else since.dense[name] + value
 
     names = [name.removeprefix("dense.") for name in tensors if name.startswith("dense.")]
     return ReadOnAsking(list(ranks), pair), ReadOnAsking(names, parameter)

@@ -74,7 +74,7 @@ class Planning:
         self._folder, self._emit, self._measure = folder, emit, measure
         self._profiles = [report.profile for report in fleet.reports.values()]
         dense_parameters = sum(int(np.prod(shape)) for shape in fleet.dense_shapes.values())
-        self._settings = plan_settings(config, dense_parameters, tail)
+        self._settings = plan_settings(config, dense_parameters, tail, shapes.matrices)
         self._listed_bytes = 0
         held = {name: report.train_samples for name, report in fleet.reports.items()}
         # All that a fleet is planned with goes in here: whoever plans anew calls the same.

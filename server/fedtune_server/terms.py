@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedtune.coding import CodecName
 from fedtune.records import LoraScale, MatrixShape
-from fedtune.wire.packing import WireDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,8 @@ class RoundTerms:
     Attributes:
         weights: how much a device counts: by the `samples` that its site holds (FedAvg's n_k), by
             the `tokens` that carried loss in its round, or `uniform`.
+        down, up: codecs of what devices are sent, and of what they send back.
+        error_feedback: devices make up for what `up` took from their earlier updates.
         max_norm: largest Frobenius norm that one matrix of an update may have.
     """
 
@@ -23,9 +25,11 @@ class RoundTerms:
     base_digest: str
     shapes: Mapping[str, MatrixShape]
     scale: LoraScale
-    wire_dtype: WireDtype
+    down: CodecName
+    up: CodecName
     weights: str
     minimum_devices: int
     deadline_s: float
     seed: int
+    error_feedback: bool = False
     max_norm: float = 1e4

@@ -1,0 +1,235 @@
+"""Between arrays and the bytes in which they travel; numpy only.
+
+In a block form a number is `level[code] * scale`. The levels of 2, 3 and 4 bits are those of least
+squared error for Gaussian numbers in blocks of 64 that are divided by their largest; those of
+int8 are even. The scale starts at the block's largest number, and is then fitted to the codes.
+Blocks of zeros come out as zeros. Encoding chooses and may change; decoding is one product in
+float32, which gives the same bits on every machine.
+
+Source: Lloyd (1982), "Least squares quantization in PCM"; block scales as in QLoRA (arXiv
+    2305.14314, section 3), which takes other levels, and scales that are not fitted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from mmap import mmap
+from typing import TypeAlias
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+
+from fedtune.coding import (
+    BITS,
+    BLOCK_CODECS,
+    SCALE_BYTES,
+    Blocks,
+    CodecName,
+    block_axis,
+    blocks_of,
+    coded_bytes,
+)
+from fedtune.errors import ProtocolError
+from fedtune.records import FloatArray
+
+Packed: TypeAlias = bytes | mmap
+"""A block of packed tensors, in memory or as a file that is mapped in."""
+
+
+def _both_signs(positive: tuple[float, ...]) -> NDArray[np.float32]:
+    half = np.array(positive, np.float32)
+    return np.concatenate([-half[::-1], half])
+
+
+_LEVELS: Mapping[CodecName, NDArray[np.float32]] = {
+    "int8": ((np.arange(256) - 128) / 127).astype(np.float32),
+    "q4": _both_signs((0.0476, 0.1437, 0.2428, 0.3478, 0.4623, 0.5924, 0.7479, 0.9513)),
+    "q3": _both_signs((0.0945, 0.2921, 0.5206, 0.8330)),
+    "q2": _both_signs((0.1782, 0.6019)),
+}
+"""Code -> level. Lloyd's iteration on 4 million numbers, which leaves 8.6 %, 17.4 % and 33.7 % of
+a Gaussian matrix's norm as error before scales are fitted."""
+_PARTS = 2048
+_NEAREST = {
+    codec: np.searchsorted(
+        (levels[1:] + levels[:-1]) / 2, (np.arange(_PARTS + 1) + 0.5) / (_PARTS // 2) - 1
+    ).astype(np.uint8)
+    for codec, levels in _LEVELS.items()
+    if codec != "int8"
+}
+"""Part of -1..1 that a number lies in -> code of its level."""
+_MOST = float(np.finfo(np.float32).max)
+
+
+def encode(array: FloatArray, codec: CodecName, name: str = "array") -> bytes:
+    """The bytes of a tensor; `coded_bytes` of them.
+
+    Args:
+        name: of the tensor, for the message.
+
+    Raises:
+        ProtocolError: a value is not finite, or does not fit the form.
+    """
+    values = np.ascontiguousarray(array, dtype=np.float32)
+    if codec in BLOCK_CODECS:
+        _check_finite(values, array, codec, name)
+        return _encode_blocks(values, codec)
+    with np.errstate(over="ignore"):
+        if codec == "bf16":
+            rounded = _to_bf16(values)
+            _check_finite(_from_bf16(rounded), array, codec, name)
+            return rounded.astype("<u2").tobytes()
+        plain = values.astype("<f2" if codec == "fp16" else "<f4")
+    _check_finite(plain, array, codec, name)
+    return plain.tobytes()
+
+
+def decode(
+    data: Packed, offset: int, codec: CodecName, shape: tuple[int, ...], name: str = "array"
+) -> NDArray[np.float32]:
+    """A tensor that lies at `offset` in a block of bytes, in memory of its own.
+
+    The bytes must hold `coded_bytes` from there on.
+
+    Raises:
+        ProtocolError: a value or a scale is not finite.
+    """
+    if codec in BLOCK_CODECS:
+        values = _decode_blocks(data, offset, codec, shape, name)
+    elif codec == "bf16":
+        values = _from_bf16(_numbers(data, "<u2", math.prod(shape), offset)).reshape(shape)
+    else:
+        dtype = "<f2" if codec == "fp16" else "<f4"
+        values = _numbers(data, dtype, math.prod(shape), offset).astype(np.float32).reshape(shape)
+    if not np.isfinite(values).all():
+        raise ProtocolError(f"tensor {name}: expected finite values, got nan or inf")
+    return values
+
+
+def rounded(array: FloatArray, codec: CodecName) -> NDArray[np.float32]:
+    """The values that the other side holds after a tensor has travelled.
+
+    Raises:
+        ProtocolError: as for `encode`.
+    """
+    return decode(encode(array, codec), 0, codec, array.shape)
+
+
+def _numbers(data: Packed, dtype: str, count: int, offset: int) -> NDArray[np.generic]:
+    return np.frombuffer(data, np.dtype(dtype), count, offset=offset)
+
+
+def _check_finite(values: FloatArray, array: FloatArray, codec: CodecName, name: str) -> None:
+    if not np.isfinite(values).all():
+        largest = float(np.abs(array).max())
+        raise ProtocolError(
+            f"{name}: expected finite {codec} values, the largest is {largest:g}; lower "
+            "train.learning_rate, or set wire.down and wire.up to fp32 if it is finite"
+        )
+
+
+# ---------------------------------------------------------------- bfloat16
+
+
+def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The upper halves of float32 numbers, rounded to the nearest, ties to even."""
+    bits = values.view(np.uint32)
+    nearest = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
+    # Rounding a nan by its bits could make it an infinity or a number.
+    upper = np.where(np.isnan(values), np.uint32(0x7FC0), nearest)
+    return upper.astype(np.uint16)
+
+
+def _from_bf16(upper: NDArray[np.generic]) -> NDArray[np.float32]:
+    return (upper.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def _encode_blocks(values: NDArray[np.float32], codec: CodecName) -> bytes:
+    cut = blocks_of(values.shape)
+    if cut.numbers == 0:
+        return b""
+    blocks = _cut(values, cut)
+    scales = _from_bf16(_to_bf16(np.abs(blocks).max(axis=1)))
+    codes = _codes(blocks, scales, codec)
+    levels = _LEVELS[codec][codes]
+    # Least squares: what the codes say, at the size that comes closest to the block.
+    square = np.einsum("ij,ij->i", levels, levels, dtype=np.float64)
+    fitted = np.einsum("ij,ij->i", levels, blocks, dtype=np.float64) / np.maximum(square, 1e-30)
+    upper = _to_bf16(np.clip(fitted, 0.0, _MOST).astype(np.float32))
+    codes = _codes(blocks, _from_bf16(upper), codec)
+    return upper.astype("<u2").tobytes() + _pack_bits(codes, BITS[codec])
+
+
+def _decode_blocks(
+    data: Packed, offset: int, codec: CodecName, shape: tuple[int, ...], name: str
+) -> NDArray[np.float32]:
+    cut = blocks_of(shape)
+    if cut.numbers == 0:
+        return np.zeros(shape, np.float32)
+    total = cut.rows * cut.count
+    scales = _from_bf16(_numbers(data, "<u2", total, offset))
+    if not np.isfinite(scales).all():
+        raise ProtocolError(f"tensor {name}: expected finite scales, got nan or inf")
+    length = coded_bytes(codec, shape) - SCALE_BYTES * total
+    packed = np.frombuffer(data, np.uint8, length, offset=offset + SCALE_BYTES * total)
+    codes = _unpack_bits(packed, BITS[codec], cut.numbers)
+    with np.errstate(over="ignore"):
+        blocks = _LEVELS[codec][codes].reshape(total, cut.length) * scales[:, None]
+    return _joined(blocks, cut, shape)
+
+
+def _cut(values: NDArray[np.float32], cut: Blocks) -> Float[np.ndarray, "blocks length"]:
+    """The blocks of a tensor as rows; the last of each line is filled up with zeros."""
+    lines = np.moveaxis(np.atleast_1d(values), block_axis(values.shape), -1)
+    lines = lines.reshape(cut.rows, -1)
+    filled = np.zeros((cut.rows, cut.count * cut.length), np.float32)
+    filled[:, : lines.shape[1]] = lines
+    return filled.reshape(cut.rows * cut.count, cut.length)
+
+
+def _joined(
+    blocks: Float[np.ndarray, "blocks length"], cut: Blocks, shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """The way back from `_cut`."""
+    axis = block_axis(shape)
+    along = shape[axis] if shape else 1
+    lines = blocks.reshape(cut.rows, cut.count * cut.length)[:, :along]
+    rest = shape[:axis] + shape[axis + 1 :]
+    whole = np.moveaxis(lines.reshape(*rest, along), -1, axis) if shape else lines.reshape(shape)
+    return np.ascontiguousarray(whole).reshape(shape)
+
+
+def _codes(
+    blocks: Float[np.ndarray, "blocks length"], scales: NDArray[np.float32], codec: CodecName
+) -> UInt8[np.ndarray, "blocks length"]:
+    """The nearest level of each number; in blocks without a scale any, since all mean zero."""
+    known = np.where(scales > 0, scales, np.float32(1))
+    with np.errstate(over="ignore"):
+        relative = blocks / known[:, None]
+    relative = np.clip(relative, -1, 1)
+    if codec == "int8":
+        return (np.rint(relative * 127) + 128).astype(np.uint8)
+    # A table instead of a search, which takes four times as long; next to the middle between two
+    # levels the farther one may be taken, by less than one part of the table.
+    return _NEAREST[codec][((relative + 1) * (_PARTS // 2)).astype(np.int16)]
+
+
+def _pack_bits(codes: UInt8[np.ndarray, "blocks length"], bits: int) -> bytes:
+    """Codes one after another, the lowest bit first; the last byte is filled up with zeros."""
+    if bits == 8:
+        return codes.tobytes()
+    flat = codes.reshape(-1, 1)
+    return np.packbits(flat >> np.arange(bits, dtype=np.uint8) & 1, bitorder="little").tobytes()
+
+
+def _unpack_bits(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
+    if bits == 8:
+        return packed
+    single = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
+    weights = (1 << np.arange(bits, dtype=np.uint8)).astype(np.uint8)
+    return np.asarray(single @ weights, dtype=np.uint8)
