@@ -120,10 +120,13 @@ class PackedTensors(Mapping[str, NDArray[np.float32]]):
 
 
 def unpack_tensors(
-    data: Packed, expected: Mapping[str, Shape], max_bytes: int | None = None
+    data: Packed,
+    expected: Mapping[str, Shape],
+    max_bytes: int | None = None,
+    codec: CodecName | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """Read a whole block, as `PackedTensors` does, into memory."""
-    return dict(PackedTensors(data, expected, max_bytes))
+    return dict(PackedTensors(data, expected, max_bytes, codec))
 
 
 def packed_shapes(data: Packed) -> dict[str, Shape]:

@@ -277,7 +277,7 @@ def test_tensors_of_another_plan_are_refused(desk: Desk, refuse: Callable[..., N
     shapes = update_shapes(plan, agent_module._matrix_shapes(desk.folder), {})
     arrays = {n: np.zeros(shape, np.float32) for n, shape in shapes.items()}
     arrays[f"{name}.a"] = np.zeros((1, 32), np.float32)
-    refuse(words, plan=plan, packed=pack_tensors(arrays, "float32"))
+    refuse(words, plan=plan, packed=pack_tensors(arrays, "fp32"))
 
 
 # ---------------------------------------------------------------- dtypes and the optimiser's state

@@ -56,7 +56,7 @@ class Device:
             name: np.full(shape, self._values[name.rpartition(".")[0]], np.float32)
             for name, shape in shapes.items()
         }
-        packed = pack_tensors(sums, "float32")
+        packed = pack_tensors(sums, "fp32")
         asked = 4 * order.batches if order.method else 0
         report = CalibrationReport(
             run=order.run,
