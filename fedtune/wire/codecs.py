@@ -1,10 +1,12 @@
 """Between arrays and the bytes in which they travel; numpy only.
 
 In a block form a number is `level[code] * scale`. The levels of 2, 3 and 4 bits are those of least
-squared error for Gaussian numbers in blocks of 64 that are divided by their largest; those of
-int8 are even. The scale starts at the block's largest number, and is then fitted to the codes.
+squared error for Gaussian numbers in blocks of 64 that are divided by their largest; those of other
+widths are even. The scale starts at the block's largest number, and is then fitted to the codes.
 Blocks of zeros come out as zeros. Encoding chooses and may change; decoding is one product in
 float32, which gives the same bits on every machine.
+
+Rows of one width lie together, narrow ones first: their scales, then their codes.
 
 Source: Lloyd (1982), "Least squares quantization in PCM"; block scales as in QLoRA (arXiv
     2305.14314, section 3), which takes other levels, and scales that are not fitted.
@@ -13,7 +15,7 @@ Source: Lloyd (1982), "Least squares quantization in PCM"; block scales as in QL
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from mmap import mmap
 from typing import TypeAlias
 
@@ -29,7 +31,6 @@ from fedtune.coding import (
     CodecName,
     block_axis,
     blocks_of,
-    coded_bytes,
 )
 from fedtune.errors import ProtocolError
 from fedtune.records import FloatArray
@@ -43,31 +44,39 @@ def _both_signs(positive: tuple[float, ...]) -> NDArray[np.float32]:
     return np.concatenate([-half[::-1], half])
 
 
-_LEVELS: Mapping[CodecName, NDArray[np.float32]] = {
-    "int8": ((np.arange(256) - 128) / 127).astype(np.float32),
-    "q4": _both_signs((0.0476, 0.1437, 0.2428, 0.3478, 0.4623, 0.5924, 0.7479, 0.9513)),
-    "q3": _both_signs((0.0945, 0.2921, 0.5206, 0.8330)),
-    "q2": _both_signs((0.1782, 0.6019)),
+def _even(bits: int) -> NDArray[np.float32]:
+    steps = 2**bits - 1
+    return np.asarray((2 * np.arange(steps + 1) - steps) / steps, np.float32)
+
+
+_LEVELS: Mapping[int, NDArray[np.float32]] = {
+    **{bits: _even(bits) for bits in (1, 5, 6, 7, 8)},
+    2: _both_signs((0.1782, 0.6019)),
+    3: _both_signs((0.0945, 0.2921, 0.5206, 0.8330)),
+    4: _both_signs((0.0476, 0.1437, 0.2428, 0.3478, 0.4623, 0.5924, 0.7479, 0.9513)),
 }
-"""Code -> level. Lloyd's iteration on 4 million numbers, which leaves 8.6 %, 17.4 % and 33.7 % of
-a Gaussian matrix's norm as error before scales are fitted."""
-_PARTS = 2048
+"""Bits -> code -> level. Lloyd's iteration on 4 million numbers, which leaves 33.7 %, 17.4 % and
+8.6 % of a Gaussian matrix's norm as error before scales are fitted."""
+_PARTS = 1 << 14
 _NEAREST = {
-    codec: np.searchsorted(
+    bits: np.searchsorted(
         (levels[1:] + levels[:-1]) / 2, (np.arange(_PARTS + 1) + 0.5) / (_PARTS // 2) - 1
     ).astype(np.uint8)
-    for codec, levels in _LEVELS.items()
-    if codec != "int8"
+    for bits, levels in _LEVELS.items()
 }
-"""Part of -1..1 that a number lies in -> code of its level."""
+"""Bits -> part of -1..1 that a number lies in -> code of its level. A search takes four times as
+long; next to the middle between two levels the farther one may be taken, by less than a part."""
 _MOST = float(np.finfo(np.float32).max)
 
 
-def encode(array: FloatArray, codec: CodecName, name: str = "array") -> bytes:
+def encode(
+    array: FloatArray, codec: CodecName, name: str = "array", bits: Sequence[int] | None = None
+) -> bytes:
     """The bytes of a tensor; `coded_bytes` of them.
 
     Args:
         name: of the tensor, for the message.
+        bits: of each direction; None: as many as the codec says.
 
     Raises:
         ProtocolError: a value is not finite, or does not fit the form.
@@ -75,7 +84,7 @@ def encode(array: FloatArray, codec: CodecName, name: str = "array") -> bytes:
     values = np.ascontiguousarray(array, dtype=np.float32)
     if codec in BLOCK_CODECS:
         _check_finite(values, array, codec, name)
-        return _encode_blocks(values, codec)
+        return _encode_blocks(values, codec, bits)
     with np.errstate(over="ignore"):
         if codec == "bf16":
             rounded = _to_bf16(values)
@@ -87,7 +96,12 @@ def encode(array: FloatArray, codec: CodecName, name: str = "array") -> bytes:
 
 
 def decode(
-    data: Packed, offset: int, codec: CodecName, shape: tuple[int, ...], name: str = "array"
+    data: Packed,
+    offset: int,
+    codec: CodecName,
+    shape: tuple[int, ...],
+    name: str = "array",
+    bits: Sequence[int] | None = None,
 ) -> NDArray[np.float32]:
     """A tensor that lies at `offset` in a block of bytes, in memory of its own.
 
@@ -97,7 +111,7 @@ def decode(
         ProtocolError: a value or a scale is not finite.
     """
     if codec in BLOCK_CODECS:
-        values = _decode_blocks(data, offset, codec, shape, name)
+        values = _decode_blocks(data, offset, codec, shape, name, bits)
     elif codec == "bf16":
         values = _from_bf16(_numbers(data, "<u2", math.prod(shape), offset)).reshape(shape)
     else:
@@ -108,13 +122,15 @@ def decode(
     return values
 
 
-def rounded(array: FloatArray, codec: CodecName) -> NDArray[np.float32]:
+def rounded(
+    array: FloatArray, codec: CodecName, bits: Sequence[int] | None = None
+) -> NDArray[np.float32]:
     """The values that the other side holds after a tensor has travelled.
 
     Raises:
         ProtocolError: as for `encode`.
     """
-    return decode(encode(array, codec), 0, codec, array.shape)
+    return decode(encode(array, codec, bits=bits), 0, codec, array.shape, bits=bits)
 
 
 def _numbers(data: Packed, dtype: str, count: int, offset: int) -> NDArray[np.generic]:
@@ -149,74 +165,92 @@ def _from_bf16(upper: NDArray[np.generic]) -> NDArray[np.float32]:
 # ---------------------------------------------------------------- blocks
 
 
-def _encode_blocks(values: NDArray[np.float32], codec: CodecName) -> bytes:
+def _encode_blocks(
+    values: NDArray[np.float32], codec: CodecName, bits: Sequence[int] | None
+) -> bytes:
     cut = blocks_of(values.shape)
-    if cut.numbers == 0:
+    if cut.rows == 0:
         return b""
-    blocks = _cut(values, cut)
-    scales = _from_bf16(_to_bf16(np.abs(blocks).max(axis=1)))
-    codes = _codes(blocks, scales, codec)
-    levels = _LEVELS[codec][codes]
-    # Least squares: what the codes say, at the size that comes closest to the block.
-    square = np.einsum("ij,ij->i", levels, levels, dtype=np.float64)
-    fitted = np.einsum("ij,ij->i", levels, blocks, dtype=np.float64) / np.maximum(square, 1e-30)
-    upper = _to_bf16(np.clip(fitted, 0.0, _MOST).astype(np.float32))
-    codes = _codes(blocks, _from_bf16(upper), codec)
-    return upper.astype("<u2").tobytes() + _pack_bits(codes, BITS[codec])
+    lines = np.moveaxis(np.atleast_1d(values), block_axis(values.shape), -1)
+    lines = lines.reshape(cut.rows, -1)
+    parts = []
+    for width, rows in _groups(cut, codec, bits):
+        blocks = _cut(lines[rows], cut)
+        scales = _from_bf16(_to_bf16(np.abs(blocks).max(axis=1)))
+        levels = _LEVELS[width][_codes(blocks, scales, width)]
+        # Least squares: what the codes say, at the size that comes closest to the block.
+        square = np.einsum("ij,ij->i", levels, levels, dtype=np.float64)
+        fitted = np.einsum("ij,ij->i", levels, blocks, dtype=np.float64) / np.maximum(square, 1e-30)
+        upper = _to_bf16(np.clip(fitted, 0.0, _MOST).astype(np.float32))
+        codes = _codes(blocks, _from_bf16(upper), width)
+        parts += [upper.astype("<u2").tobytes(), _pack_bits(codes, width)]
+    return b"".join(parts)
 
 
 def _decode_blocks(
-    data: Packed, offset: int, codec: CodecName, shape: tuple[int, ...], name: str
+    data: Packed,
+    offset: int,
+    codec: CodecName,
+    shape: tuple[int, ...],
+    name: str,
+    bits: Sequence[int] | None,
 ) -> NDArray[np.float32]:
     cut = blocks_of(shape)
-    if cut.numbers == 0:
+    if cut.rows == 0:
         return np.zeros(shape, np.float32)
-    total = cut.rows * cut.count
-    scales = _from_bf16(_numbers(data, "<u2", total, offset))
-    if not np.isfinite(scales).all():
-        raise ProtocolError(f"tensor {name}: expected finite scales, got nan or inf")
-    length = coded_bytes(codec, shape) - SCALE_BYTES * total
-    packed = np.frombuffer(data, np.uint8, length, offset=offset + SCALE_BYTES * total)
-    codes = _unpack_bits(packed, BITS[codec], cut.numbers)
-    with np.errstate(over="ignore"):
-        blocks = _LEVELS[codec][codes].reshape(total, cut.length) * scales[:, None]
-    return _joined(blocks, cut, shape)
+    along = shape[block_axis(shape)] if shape else 1
+    lines = np.zeros((cut.rows, along), np.float32)
+    for width, rows in _groups(cut, codec, bits):
+        total = len(rows) * cut.count
+        scales = _from_bf16(_numbers(data, "<u2", total, offset))
+        if not np.isfinite(scales).all():
+            raise ProtocolError(f"tensor {name}: expected finite scales, got nan or inf")
+        offset += SCALE_BYTES * total
+        numbers = total * cut.length
+        packed = np.frombuffer(data, np.uint8, -(-numbers * width // 8), offset=offset)
+        offset += len(packed)
+        levels = _LEVELS[width][_unpack_bits(packed, width, numbers)]
+        with np.errstate(over="ignore"):
+            blocks = levels.reshape(total, cut.length) * scales[:, None]
+        lines[rows] = blocks.reshape(len(rows), cut.count * cut.length)[:, :along]
+    return _unfolded(lines, shape)
 
 
-def _cut(values: NDArray[np.float32], cut: Blocks) -> Float[np.ndarray, "blocks length"]:
-    """The blocks of a tensor as rows; the last of each line is filled up with zeros."""
-    lines = np.moveaxis(np.atleast_1d(values), block_axis(values.shape), -1)
-    lines = lines.reshape(cut.rows, -1)
-    filled = np.zeros((cut.rows, cut.count * cut.length), np.float32)
+def _groups(
+    cut: Blocks, codec: CodecName, bits: Sequence[int] | None
+) -> Iterator[tuple[int, NDArray[np.intp]]]:
+    """Widths above 0, rising, each with the rows that have it."""
+    widths = np.full(cut.rows, BITS[codec]) if bits is None else np.asarray(bits)
+    for width in np.unique(widths[widths > 0]):
+        yield int(width), np.flatnonzero(widths == width)
+
+
+def _cut(lines: Float[np.ndarray, "rows along"], cut: Blocks) -> Float[np.ndarray, "blocks length"]:
+    """The blocks of some rows; the last of each row is filled up with zeros."""
+    filled = np.zeros((len(lines), cut.count * cut.length), np.float32)
     filled[:, : lines.shape[1]] = lines
-    return filled.reshape(cut.rows * cut.count, cut.length)
+    return filled.reshape(len(lines) * cut.count, cut.length)
 
 
-def _joined(
-    blocks: Float[np.ndarray, "blocks length"], cut: Blocks, shape: tuple[int, ...]
+def _unfolded(
+    lines: Float[np.ndarray, "rows along"], shape: tuple[int, ...]
 ) -> NDArray[np.float32]:
-    """The way back from `_cut`."""
+    """A tensor out of its rows along the blocks' axis."""
+    if not shape:
+        return lines.reshape(shape)
     axis = block_axis(shape)
-    along = shape[axis] if shape else 1
-    lines = blocks.reshape(cut.rows, cut.count * cut.length)[:, :along]
     rest = shape[:axis] + shape[axis + 1 :]
-    whole = np.moveaxis(lines.reshape(*rest, along), -1, axis) if shape else lines.reshape(shape)
-    return np.ascontiguousarray(whole).reshape(shape)
+    return np.ascontiguousarray(np.moveaxis(lines.reshape(*rest, shape[axis]), -1, axis))
 
 
 def _codes(
-    blocks: Float[np.ndarray, "blocks length"], scales: NDArray[np.float32], codec: CodecName
+    blocks: Float[np.ndarray, "blocks length"], scales: NDArray[np.float32], width: int
 ) -> UInt8[np.ndarray, "blocks length"]:
     """The nearest level of each number; in blocks without a scale any, since all mean zero."""
     known = np.where(scales > 0, scales, np.float32(1))
     with np.errstate(over="ignore"):
-        relative = blocks / known[:, None]
-    relative = np.clip(relative, -1, 1)
-    if codec == "int8":
-        return (np.rint(relative * 127) + 128).astype(np.uint8)
-    # A table instead of a search, which takes four times as long; next to the middle between two
-    # levels the farther one may be taken, by less than one part of the table.
-    return _NEAREST[codec][((relative + 1) * (_PARTS // 2)).astype(np.int16)]
+        relative = np.clip(blocks / known[:, None], -1, 1)
+    return _NEAREST[width][((relative + 1) * (_PARTS // 2)).astype(np.int16)]
 
 
 def _pack_bits(codes: UInt8[np.ndarray, "blocks length"], bits: int) -> bytes:

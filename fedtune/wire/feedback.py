@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 
 from fedtune.coding import CodecName
 from fedtune.records import Dispatch, FloatArray, LoraFactors
+from fedtune.wire.allotment import Weighted, allot
 from fedtune.wire.codecs import rounded
 from fedtune.wire.packing import pack_tensors
-from fedtune.wire.tensors import update_tensors
+from fedtune.wire.tensors import column_norms, update_tensors, weighted_pair
 
 Doubles = NDArray[np.float64]
 
@@ -130,16 +131,20 @@ def encode_update(
     """
     if codec == "fp32":
         return pack_tensors(update_tensors(factors, dense), codec), Lost()
+    bits = _bits(sent, factors, codec)
     changes: dict[str, FloatArray] = {}
     left: dict[str, LoraFactors] = {}
     for name, pair in factors.items():
         before = sent.trained[name]
         owed = None if lost is None else lost.factors.get(name)
-        change_a, change_b = _changes(before, pair, owed, codec)
+        form_a, form_b = (Form(codec, bits.get(f"{name}.{half}")) for half in "ab")
+        change_a, change_b = _changes(before, pair, owed, form_a)
         changes[f"{name}.a"], changes[f"{name}.b"] = change_a, change_b
         if lost is not None:
             arrives = LoraFactors(
-                before.a + rounded(change_a, codec), before.b + rounded(change_b, codec), pair.scale
+                before.a + form_a.rounded(change_a),
+                before.b + form_b.rounded(change_b),
+                pair.scale,
             )
             left[name] = _left_out(pair, arrives, owed)
     missing: dict[str, FloatArray] = {}
@@ -149,11 +154,36 @@ def encode_update(
             change = change + lost.dense.get(name, np.float32(0))
             missing[name] = change - rounded(change, codec)
         changes[f"dense.{name}"] = change
-    return pack_tensors(changes, codec), Lost(left, missing)
+    return pack_tensors(changes, codec, bits), Lost(left, missing)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How one tensor travels."""
+
+    codec: CodecName
+    bits: tuple[int, ...] | None
+
+    def rounded(self, array: FloatArray) -> NDArray[np.float32]:
+        return rounded(array, self.codec, self.bits)
+
+
+def _bits(
+    sent: Dispatch, factors: Mapping[str, LoraFactors], codec: CodecName
+) -> dict[str, tuple[int, ...]]:
+    """More bits for what changes the product more: a row of A times its column of B."""
+    weighted: dict[str, Weighted] = {}
+    for name, pair in factors.items():
+        before = sent.trained[name]
+        rows, columns = column_norms(pair.a.T), column_norms(pair.b)
+        of_a = pair.scale * columns * column_norms((pair.a - before.a).T)
+        of_b = pair.scale * rows * column_norms(pair.b - before.b)
+        weighted |= weighted_pair(name, pair, np.square(of_a), np.square(of_b), needed=False)
+    return allot(weighted, codec)
 
 
 def _changes(
-    sent: LoraFactors, trained: LoraFactors, owed: LoraFactors | None, codec: CodecName
+    sent: LoraFactors, trained: LoraFactors, owed: LoraFactors | None, form: Form
 ) -> tuple[FloatArray, FloatArray]:
     """Changes of A and of B, of which that of B makes up for the rounding of A and for `owed`.
 
@@ -161,7 +191,7 @@ def _changes(
     `B A_arrives = B_trained A_trained + E`.
     """
     change_a = trained.a - sent.a
-    arrives = sent.a + rounded(change_a, codec)
+    arrives = sent.a + form.rounded(change_a)
     wide_b, wide_a = _gap(trained, owed, arrives)
     solved = np.linalg.lstsq(arrives.T.astype(np.float64), wide_a.T, rcond=1e-4)[0].T
     b = trained.b + (wide_b @ solved).astype(np.float32)

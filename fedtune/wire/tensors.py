@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Float
 
+from fedtune.coding import CodecName
 from fedtune.errors import ProtocolError
 from fedtune.records import (
     DevicePlan,
@@ -25,6 +27,7 @@ from fedtune.records import (
     Scale,
     scale_of,
 )
+from fedtune.wire.allotment import Weighted, allot
 from fedtune.wire.packing import (
     Packed,
     Shape,
@@ -37,9 +40,12 @@ from fedtune.wire.packing import (
 __all__ = [
     "Shape",
     "as_received",
+    "column_norms",
+    "direction_norms",
     "dispatch_from_tensors",
     "dispatch_shapes",
     "dispatch_tensors",
+    "pack_dispatch",
     "pack_tensors",
     "packed_shapes",
     "tensors_digest",
@@ -48,6 +54,7 @@ __all__ = [
     "update_from_tensors",
     "update_shapes",
     "update_tensors",
+    "weighted_pair",
 ]
 
 
@@ -76,13 +83,60 @@ def _named(factors: Mapping[str, LoraFactors], a: str, b: str) -> dict[str, Floa
     return tensors
 
 
+def pack_dispatch(dispatch: Dispatch, codec: CodecName) -> bytes:
+    """A dispatch as it travels; its larger directions get more bits, where the codec has few.
+
+    Raises:
+        ProtocolError: a value is not finite, or does not fit the codec.
+    """
+    weighted: dict[str, Weighted] = {}
+    for pairs, kind in ((dispatch.trained, ""), (dispatch.tail, "tail_")):
+        for name, pair in pairs.items():
+            size = np.square(pair.scale * direction_norms(pair))
+            weighted |= weighted_pair(name, pair, size, size, kind, needed=not kind)
+    return pack_tensors(dispatch_tensors(dispatch), codec, allot(weighted, codec))
+
+
+def direction_norms(pair: LoraFactors) -> Float[np.ndarray, " rank"]:
+    """Norm of each direction's product of a column of B with a row of A."""
+    return np.asarray(column_norms(pair.b) * column_norms(pair.a.T))
+
+
+def column_norms(array: FloatArray) -> Float[np.ndarray, " columns"]:
+    """In float64, which no float32 number overflows when it is squared."""
+    return np.asarray(np.linalg.norm(array.astype(np.float64), axis=0))
+
+
+def weighted_pair(
+    name: str,
+    pair: LoraFactors,
+    weights_a: Float[np.ndarray, " rank"],
+    weights_b: Float[np.ndarray, " rank"],
+    kind: str = "",
+    *,
+    needed: bool,
+) -> dict[str, Weighted]:
+    """What the directions of one matrix count; without a square factor, which has no longer side.
+
+    Args:
+        kind: of the tensors' names: empty or `tail_`.
+        needed: no row of A may go.
+    """
+    found = {}
+    if pair.a.shape[0] < pair.a.shape[1]:
+        found[f"{name}.{kind}a"] = Weighted(weights_a, pair.a.shape[1], needed)
+    if pair.b.shape[1] < pair.b.shape[0]:
+        found[f"{name}.{kind}b"] = Weighted(weights_b, pair.b.shape[0])
+    return found
+
+
 def as_received(
     packed: Packed, dispatch: Dispatch, plan: DevicePlan, scale: Scale = 1.0
 ) -> Dispatch:
     """A dispatch as the device will read it out of its bytes, rounded by their codec.
 
     Args:
-        packed: `dispatch_tensors(dispatch)`, packed.
+        packed: what `pack_dispatch` wrote.
         scale: as it is told to the device.
 
     Raises:

@@ -9,8 +9,7 @@ import numpy as np
 
 from fedtune.aggregate.rules import Rule
 from fedtune.records import DevicePlan, Dispatch, GlobalAdapter
-from fedtune.wire.packing import pack_tensors
-from fedtune.wire.tensors import as_received, dispatch_tensors
+from fedtune.wire.tensors import as_received, pack_dispatch
 from fedtune_server.terms import RoundTerms
 
 
@@ -46,5 +45,5 @@ def start_of(
     """What one device starts from; equal adapters and plans give equal bytes."""
     rng = np.random.default_rng([terms.seed, round])
     dispatch = rule.dispatch(adapter, plan, scale=terms.scale, rng=rng)
-    packed = pack_tensors(dispatch_tensors(dispatch), terms.down)
+    packed = pack_dispatch(dispatch, terms.down)
     return Sent(as_received(packed, dispatch, plan, terms.scale), packed)
