@@ -31,6 +31,9 @@ from fedtune.wire.codecs import rounded
 from fedtune.wire.packing import pack_tensors
 from fedtune.wire.tensors import column_norms, update_tensors, weighted_pair
 
+_DAMPING = 1e-3
+"""Of the largest squared singular value of B. Chosen: between 1e-2 and 1e-4 the error that is left
+after twelve rounds changes by a tenth, at 1e-1 it is a quarter larger."""
 Doubles = NDArray[np.float64]
 
 
@@ -185,17 +188,29 @@ def _bits(
 def _changes(
     sent: LoraFactors, trained: LoraFactors, owed: LoraFactors | None, form: Form
 ) -> tuple[FloatArray, FloatArray]:
-    """Changes of A and of B, of which that of B makes up for the rounding of A and for `owed`.
+    """Changes of A and of B that come close to `B_trained A_trained + E`.
 
-    With what arrives as A, of rank r, the best B is the least-squares solution of
-    `B A_arrives = B_trained A_trained + E`.
+    One turn of alternating least squares. First A, so that rows come in which lie outside the
+    trained ones; damped, because a weak column of B could make up for E by a huge row only. Then,
+    with what arrives as A, the best B, which makes up for the rounding of A as well.
     """
     change_a = trained.a - sent.a
+    if owed is not None:
+        change_a = change_a + _rows_owed(trained, owed)
     arrives = sent.a + form.rounded(change_a)
     wide_b, wide_a = _gap(trained, owed, arrives)
     solved = np.linalg.lstsq(arrives.T.astype(np.float64), wide_a.T, rcond=1e-4)[0].T
     b = trained.b + (wide_b @ solved).astype(np.float32)
     return change_a, b - sent.b
+
+
+def _rows_owed(trained: LoraFactors, owed: LoraFactors) -> NDArray[np.float32]:
+    """What A has to gain for `B_trained A` to gain E: `(B^T B + damping I)^-1 B^T E`."""
+    b = trained.b.astype(np.float64)
+    gram = b.T @ b
+    damping = max(_DAMPING * np.linalg.norm(gram, 2), np.finfo(np.float64).tiny)
+    right = b.T @ (owed.b * (owed.scale / trained.scale))
+    return (np.linalg.solve(gram + damping * np.eye(len(gram)), right) @ owed.a).astype(np.float32)
 
 
 def _gap(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from fedtune.aggregate.rules import Rule, make_rule
+from fedtune.coding import CODECS
 from fedtune.errors import ProtocolError, RoundError
-from fedtune.records import DevicePlan, GlobalAdapter, LoraScale, MatrixPlan
+from fedtune.records import Contribution, DevicePlan, GlobalAdapter, LoraScale, MatrixPlan
 from fedtune.wire.flower import EVALUATE, TRAIN
 from fedtune.wire.messages import OptimizerSpec
 from fedtune.wire.packing import pack_tensors, tensors_digest

@@ -64,7 +64,7 @@ def test_a_weak_direction_is_held_as_precisely_as_a_strong_one(codec: CodecName)
     found = rounded(plain * sigma, codec)
     for column in range(3):
         lost = found[:, column] / sigma[column] - plain[:, column]
-        assert np.linalg.norm(lost) <= 0.37 * np.linalg.norm(plain[:, column])
+        assert np.linalg.norm(lost) <= 0.4 * np.linalg.norm(plain[:, column])
         alone = error(plain[:, column], codec)
         assert np.linalg.norm(lost) / np.linalg.norm(plain[:, column]) == pytest.approx(
             alone, rel=0.1
@@ -136,10 +136,30 @@ def test_a_scale_that_is_not_finite_is_refused(codec: CodecName, scale: int) -> 
         decode(bytes(data), 0, codec, (2, 128), "w")
 
 
+@pytest.mark.parametrize("shape", [(9, 130), (130, 9)])
+def test_each_direction_may_have_bits_of_its_own(shape: tuple[int, ...]) -> None:
+    values = gaussian(shape)
+    bits = (0, 8, 1, 2, 0, 3, 4, 5, 6)
+    data = encode(values, "q3", bits=bits)
+    assert len(data) == coded_bytes("q3", shape, bits)
+    found = decode(b"?" + data, 1, "q3", shape, bits=bits)
+    lines, back = (a if shape[0] == 9 else a.T for a in (values, found))
+    lost = np.linalg.norm(back - lines, axis=1) / np.linalg.norm(lines, axis=1)
+    order = np.argsort(bits, kind="stable")
+    assert (np.diff(lost[order]) <= 0).all()
+    np.testing.assert_array_equal(back[0], 0.0)
+    assert lost[1] < 0.01
+
+
+def test_equal_bits_for_all_are_those_of_the_codec() -> None:
+    values = gaussian((6, 100))
+    assert encode(values, "q3", bits=(3,) * 6) == encode(values, "q3")
+
+
 def test_codes_that_leave_the_range_of_float32_are_refused() -> None:
     data = bytearray(encode(gaussian((1, 64)), "int8"))
     data[0:2] = (0x7F7F).to_bytes(2, "little")  # the largest bfloat16
-    data[2] = 0  # -128 of 127 parts
+    data[2] = 255
     with pytest.raises(ProtocolError, match="tensor w: expected finite values"):
         decode(bytes(data), 0, "int8", (1, 64), "w")
 
@@ -147,7 +167,7 @@ def test_codes_that_leave_the_range_of_float32_are_refused() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.binary(min_size=40, max_size=40), st.sampled_from(BLOCK_CODECS))
 def test_any_bytes_decode_to_finite_numbers_or_are_refused(data: bytes, codec: CodecName) -> None:
-    shape = {"int8": (38,), "q4": (2, 36), "q3": (2, 48), "q2": (2, 72)}[codec]
+    shape = {"int8": (38,), "q4": (2, 36), "q3": (2, 48), "q2": (2, 64)}[codec]
     assert coded_bytes(codec, shape) == 40
     try:
         found = decode(data, 0, codec, shape)

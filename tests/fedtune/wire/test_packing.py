@@ -135,7 +135,7 @@ FOUR = np.ones(2, dtype="<f4").tobytes()
         (block({"x": ["F32", [2]]}, FOUR), "expected a codec of fp32, .*, q2, got 'F32'"),
         (block({"x": [["fp32"], [2]]}, FOUR), "expected a codec of"),
         (block({"x": [None, [2]]}, FOUR), "expected a codec of"),
-        (block({"x": ["fp32", [2], 0]}, FOUR), "expected codec and shape in the header"),
+        (block({"x": ["fp32", [2], "", 0]}, FOUR), "expected codec and shape in the header"),
         (block({"x": ["fp32", [-2]]}, FOUR), "expected a shape, got"),
         (block({"x": ["fp32", [True, 2]]}, FOUR), "expected a shape, got"),
         (block({"x": ["fp32", [2.0]]}, FOUR), "expected a shape, got"),
@@ -150,6 +150,15 @@ FOUR = np.ones(2, dtype="<f4").tobytes()
         (block({"x": ["q4", [2]]}, FOUR[:2]), "expected 3 bytes of values, got 2"),
         (block({"x": ["q3", [2]]}, FOUR[:4]), "expected 3 bytes of values, got 4"),
         (block({"x": ["q4", [2]]}, b"\x80\x7f\x00"), "tensor x: expected finite scales"),
+        (block({"x": ["fp32", [2], "3"]}, FOUR), "expected 1 digits of 0..8 as bits of a q4 or"),
+        (block({"x": ["int8", [2], "8"]}, FOUR), "expected 1 digits"),
+        (block({"x": ["q3", [2], "33"]}, FOUR), "expected 1 digits of 0..8 .* tensor, got '33'"),
+        (block({"x": ["q3", [2], ""]}, FOUR), "expected 1 digits"),
+        (block({"x": ["q3", [2], "9"]}, FOUR), "expected 1 digits of 0..8 .* tensor, got '9'"),
+        (block({"x": ["q3", [2], "²"]}, FOUR), "expected 1 digits"),
+        (block({"x": ["q3", [2], 3]}, FOUR), "expected 1 digits"),
+        (block({"x": ["q3", [2], "8"]}, FOUR), "expected 4 bytes of values, got 8"),
+        (block({"x": ["q3", [2], "0"]}, FOUR), "expected 0 bytes of values, got 8"),
         (block({"x": 3}), "expected codec and shape"),
         (block({"__metadata__": {}}), "expected codec and shape"),
         (block(b'{"x":["fp32",[2]],"x":1}', FOUR), "'x' comes twice"),
@@ -178,7 +187,7 @@ def test_a_codec_that_was_not_asked_for_is_refused() -> None:
 
 def test_a_block_longer_than_the_tensors_can_take_is_not_read() -> None:
     with pytest.raises(
-        ProtocolError, match=re.escape("packed tensors: expected at most 292 bytes")
+        ProtocolError, match=re.escape("packed tensors: expected at most 294 bytes")
     ):
         unpack_tensors(bytes(10_000), {"x": (2,)})
 
