@@ -75,6 +75,7 @@ class RunConfig(Section):
         self._check_rule()
         self._check_optimizer()
         self._check_way()
+        self._check_wire()
         classifying = self.model.task == "sequence-classification"
         if classifying != (self.data.format == "text-label"):
             raise ValueError(
@@ -140,6 +141,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"aggregate.rule 'zero-pad' averages A apart from B, and with {chosen} = {value!r} "
                 "devices choose rows of A themselves; use 'delta'"
+            )
+
+    def _check_wire(self) -> None:
+        """Refuse to keep on a device what would be left behind in another process."""
+        keeps = self.wire.error_feedback and self.wire.up != "fp32"
+        if keeps and self.simulation.backend == "ray":
+            raise ValueError(
+                f"wire.up = {self.wire.up!r} with wire.error_feedback goes with "
+                "simulation.backend = 'inprocess': 'ray' moves devices between processes, and what "
+                "they keep would stay behind; set wire.error_feedback to false"
             )
 
     @property

@@ -16,6 +16,7 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from fedtune.aggregate.directions import TailUse
+from fedtune.coding import coded_bytes
 from fedtune.plan.calibration import StepMeasurement
 from fedtune.plan.calibration import calibrate as class_factors
 from fedtune.plan.describe import plan_rows
@@ -152,7 +153,11 @@ class Planning:
         self._listed_bytes = largest.upload_bytes
         shapes = update_shapes(largest, self._shapes.by_name(), self._fleet.dense_shapes)
         tensors = [
-            {"name": name, "shape": list(shape), "bytes": 4 * int(np.prod(shape))}
+            {
+                "name": name,
+                "shape": list(shape),
+                "bytes": coded_bytes(self._config.wire.up, shape),
+            }
             for name, shape in sorted(shapes.items())
         ]
         self._emit(Event("leaves_device", {"stage": "round", "tensors": tensors}))

@@ -34,6 +34,7 @@ PAGES = (
     "data",
     "devices-and-plans",
     "aggregation",
+    "traffic",
     "simulation",
     "exports",
     "run-folder",

@@ -146,6 +146,10 @@ def test_an_effective_config_reads_back_the_same(write: Write, tmp_path: Path) -
         (["lora.rank-max=4"], "unknown key lora.rank-max; did you mean rank_max?"),
         (["lorra.rank=4"], "unknown key lorra; did you mean lora?"),
         (["data.alpha=1"], "unknown key data.alpha; did you mean data.partition.alpha?"),
+        (
+            ["wire.up=q3", "simulation.backend=ray"],
+            "wire.up = 'q3' with wire.error_feedback goes with simulation.backend = 'inprocess'",
+        ),
         (["wire.colour=1"], "unknown key wire.colour; valid keys: down"),
         (["fleet.laptop.memry=1"], "unknown key fleet.laptop.memry; did you mean memory?"),
         (["fleet.board.count=1"], "missing key fleet.board.memory; budget of one training"),

@@ -14,7 +14,7 @@ from fedtune.coding import CODECS
 from fedtune.errors import ProtocolError, RoundError
 from fedtune.records import Contribution, DevicePlan, GlobalAdapter, LoraScale, MatrixPlan
 from fedtune.wire.flower import EVALUATE, TRAIN
-from fedtune.wire.messages import OptimizerSpec
+from fedtune.wire.messages import OptimizerSpec, encode_train_instruction
 from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune.wire.tensors import unpack_dispatch
 from fedtune_server.evaluation import evaluate
@@ -165,6 +165,24 @@ def test_an_update_in_another_codec_than_asked_is_refused(fleet_of: FleetOf) -> 
     table.train()
     (refused,) = table.fake.all("device_refused")
     assert "expected codec q4, got fp32" in str(refused["reason"])
+
+
+def test_flower_adds_about_two_hundred_bytes_to_a_message(fleet_of: FleetOf) -> None:
+    """What docs/traffic.md says of it: the size on the wire less our body and packed tensors."""
+    table = Table(fleet_of("a"))
+    with table.fake.grid() as grid:
+        fleet = table.fake.gather(grid)
+        asked, answered = grid.bytes_down, grid.bytes_up
+        train(
+            grid, fleet, table.rule, table.start, table.plans(), OptimizerSpec(), table.terms,
+            1, table.fake.open_rounds, evaluate=True, emit=table.fake.events.append,
+        )  # fmt: skip
+        down, up = grid.bytes_down - asked, grid.bytes_up - answered
+    (order,) = table.fake.orders
+    (reported,) = table.fake.all("device_reported")
+    body = len(encode_train_instruction(order))
+    assert 150 < down - body - reported["download_bytes"] < 250
+    assert up - reported["upload_bytes"] < 700
 
 
 # ---------------------------------------------------------------- joining

@@ -422,5 +422,5 @@ def test_the_tail_is_downloaded_and_never_uploaded() -> None:
     wire = WireCosts(down=2, up=0.53, header_bytes=7)
     assert download_bytes(load, wire) == 7 + 2 * (1000 + 300 + 10)
     assert upload_bytes(load, wire) == 7 + 536
-    assert transfer_seconds(profile(), load, 2) == pytest.approx(2 * 2320 / 1e4)
-    assert transfer_seconds(profile(link_bytes_per_s=0.0), load, 2) == 0.0
+    assert transfer_seconds(profile(), load, wire) == pytest.approx((14 + 2620 + 536) / 1e4)
+    assert transfer_seconds(profile(link_bytes_per_s=0.0), load, wire) == 0.0

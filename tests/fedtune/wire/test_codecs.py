@@ -156,18 +156,10 @@ def test_equal_bits_for_all_are_those_of_the_codec() -> None:
     assert encode(values, "q3", bits=(3,) * 6) == encode(values, "q3")
 
 
-def test_codes_that_leave_the_range_of_float32_are_refused() -> None:
-    data = bytearray(encode(gaussian((1, 64)), "int8"))
-    data[0:2] = (0x7F7F).to_bytes(2, "little")  # the largest bfloat16
-    data[2] = 255
-    with pytest.raises(ProtocolError, match="tensor w: expected finite values"):
-        decode(bytes(data), 0, "int8", (1, 64), "w")
-
-
 @settings(max_examples=150, deadline=None)
 @given(st.binary(min_size=40, max_size=40), st.sampled_from(BLOCK_CODECS))
 def test_any_bytes_decode_to_finite_numbers_or_are_refused(data: bytes, codec: CodecName) -> None:
-    shape = {"int8": (38,), "q4": (2, 36), "q3": (2, 48), "q2": (2, 64)}[codec]
+    shape = {"int8": (38,), "q4": (2, 36), "q3": (2, 48), "q2": (4, 32)}[codec]
     assert coded_bytes(codec, shape) == 40
     try:
         found = decode(data, 0, codec, shape)
