@@ -66,7 +66,8 @@ _NEAREST = {
 }
 """Bits -> part of -1..1 that a number lies in -> code of its level. A search takes four times as
 long; next to the middle between two levels the farther one may be taken, by less than a part."""
-_MOST = float(np.finfo(np.float32).max)
+_LARGEST = np.uint16(0x7F7F)
+"""Of the finite bfloat16 numbers, by its bits; a scale that rounds up beyond it takes it."""
 
 
 def encode(
@@ -176,12 +177,12 @@ def _encode_blocks(
     parts = []
     for width, rows in _groups(cut, codec, bits):
         blocks = _cut(lines[rows], cut)
-        scales = _from_bf16(_to_bf16(np.abs(blocks).max(axis=1)))
+        scales = _from_bf16(_scales(np.abs(blocks).max(axis=1)))
         levels = _LEVELS[width][_codes(blocks, scales, width)]
         # Least squares: what the codes say, at the size that comes closest to the block.
         square = np.einsum("ij,ij->i", levels, levels, dtype=np.float64)
         fitted = np.einsum("ij,ij->i", levels, blocks, dtype=np.float64) / np.maximum(square, 1e-30)
-        upper = _to_bf16(np.clip(fitted, 0.0, _MOST).astype(np.float32))
+        upper = _scales(fitted)
         codes = _codes(blocks, _from_bf16(upper), width)
         parts += [upper.astype("<u2").tobytes(), _pack_bits(codes, width)]
     return b"".join(parts)
@@ -214,6 +215,13 @@ def _decode_blocks(
             blocks = levels.reshape(total, cut.length) * scales[:, None]
         lines[rows] = blocks.reshape(len(rows), cut.count * cut.length)[:, :along]
     return _unfolded(lines, shape)
+
+
+def _scales(sizes: Float[np.ndarray, " blocks"]) -> NDArray[np.uint16]:
+    """Sizes of blocks as bfloat16, none of which is negative or infinite."""
+    with np.errstate(over="ignore"):
+        narrow = np.maximum(sizes, 0.0).astype(np.float32)
+    return np.minimum(_to_bf16(narrow), _LARGEST)
 
 
 def _groups(

@@ -1,12 +1,12 @@
 """A device's update in few bits, and what rounding left out of it, kept for the next update.
 
 What travels is the change of A and of B since they were sent, because the coordinator knows the
-rest. A is rounded first; then B is fitted anew to the A that will arrive, so that of the product
-only what lies outside its rows is lost; then B is rounded.
+rest. A is rounded first; then B is fitted anew to the A that will arrive, so that rounding A costs
+only what lies outside its rows; then B is rounded.
 
 Between two rounds the factors change their basis, so an error of A or of B means nothing in the
 next round. The error of their product does. A device keeps that as a pair of factors (E_b, E_a) of
-the rank that it trains, and fits B to `B A + E`. Rounds then add up:
+the rank that it trains, and fits A and B to `B A + E`. Rounds then add up:
 
     sum of products that arrived + E = sum of products that were trained - cut
 
