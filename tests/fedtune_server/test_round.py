@@ -157,6 +157,11 @@ def test_rounds_in_few_bits_join_to_the_dense_formula(
     )
     assert np.linalg.norm(change) > 1e-3
     np.testing.assert_allclose(product(joined), before + change, atol=1e-6)
+    if up == "fp32":  # then A comes back as it was read, and devices add 0.01 and 0.02 to B
+        added = zip((0.01, 0.02), seen, strict=True)
+        ones = np.ones((12, 2))
+        moved = sum(size * ones @ c.update.factors[UP].a.astype(float) for size, c in added)
+        np.testing.assert_allclose(change, moved, atol=1e-6)
 
 
 def test_an_update_in_another_codec_than_asked_is_refused(fleet_of: FleetOf) -> None:
