@@ -35,6 +35,7 @@ from reporting import parse_arguments, print_json, publish, table
 from fedtune.model.shapes import read_shapes
 from fedtune.plan.calibration import StepMeasurement, calibrate
 from fedtune.plan.cost import load_of_plan, message_bytes, peak_bytes, step_seconds
+from fedtune.plan.traffic import WireCosts
 from fedtune.records import DeviceProfile
 
 HERE = Path(__file__).resolve().parent
@@ -146,7 +147,7 @@ def measure(
         itemsize=case.itemsize,
     )
     forms = {matrix.name: matrix.form for matrix in plan.matrices}
-    message = 0 if load.whole_matrices else message_bytes(load, 4)
+    message = 0 if load.whole_matrices else message_bytes(load, WireCosts())
     seconds = step_seconds(
         profile, shapes, forms, load, plan.batch_size, block_seconds=block_seconds
     )
@@ -220,7 +221,7 @@ def under_a_limit(work: Path) -> list[dict[str, object]]:
     plan = LIMITED.plan(shapes)
     load = load_of_plan(plan, shapes, task=LIMITED.task, itemsize=LIMITED.itemsize)
     forms = {matrix.name: matrix.form for matrix in plan.matrices}
-    peak = peak_bytes(shapes, forms, load).total + message_bytes(load, 4)
+    peak = peak_bytes(shapes, forms, load).total + message_bytes(load, WireCosts())
     rows = []
     for share in (1.0, SHARE_OF_LIMIT):
         limit = {"limit_bytes": int(share * peak)}

@@ -86,6 +86,7 @@ class RunConfig(Section):
                 f"plan.shortest_sequence = {self.plan.shortest_sequence}: expected at most "
                 f"data.max_tokens = {self.data.max_tokens}"
             )
+        self._check_wire()
         classifying = self.model.task == "sequence-classification"
         if classifying != (self.data.format == "text-label"):
             raise ValueError(
@@ -212,6 +213,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"aggregate.rule 'zero-pad' averages A apart from B, and with {chosen} = {value!r} "
                 "devices choose rows of A themselves; use 'delta'"
+            )
+
+    def _check_wire(self) -> None:
+        """Refuse to keep on a device what would be left behind in another process."""
+        keeps = self.wire.error_feedback and self.wire.up != "fp32"
+        if keeps and self.simulation.backend == "ray":
+            raise ValueError(
+                f"wire.up = {self.wire.up!r} with wire.error_feedback goes with "
+                "simulation.backend = 'inprocess': 'ray' moves devices between processes, and what "
+                "they keep would stay behind; set wire.error_feedback to false"
             )
 
     @property

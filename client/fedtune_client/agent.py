@@ -41,6 +41,7 @@ from fedtune.train.compute import LossScale, compute_dtype
 from fedtune.train.memory import OptimizerMemory
 from fedtune.train.round import RoundResult, mount, train_round, unmount
 from fedtune.wire.calibration import CalibrationInstruction, CalibrationReport
+from fedtune.wire.feedback import ErrorFeedback, encode_update
 from fedtune.wire.messages import (
     EvaluateInstruction,
     EvaluateReport,
@@ -48,8 +49,8 @@ from fedtune.wire.messages import (
     TrainInstruction,
     TrainReport,
 )
-from fedtune.wire.packing import pack_tensors, tensors_digest
-from fedtune.wire.tensors import unpack_dispatch, update_tensors
+from fedtune.wire.packing import tensors_digest
+from fedtune.wire.tensors import unpack_dispatch
 from fedtune_client.allowance import Allowance
 from fedtune_client.calibrate import Bench, calibrate
 from fedtune_client.clock import StepClock
@@ -128,6 +129,7 @@ class Agent:
         self.pad_id = pad_id(self._tokenizer)
         self._samples: dict[tuple[str, ...], tuple[SampleSet, SampleSet]] = {}
         self._memories: dict[str, OptimizerMemory] = {}
+        self._feedbacks: dict[str, ErrorFeedback] = {}
         self._loss_scale = LossScale()
         self._allowance = Allowance(site.profile, site.measures_steps)
         # Of a process that other sites share, nobody could say whose memory it is.
@@ -217,7 +219,7 @@ class Agent:
         if clock is not None:
             free_bytes = float(self._allowance.bytes_now())
             metrics |= {"step_seconds": clock.step_seconds, "free_bytes": free_bytes}
-        return self.report(order, result, metrics)
+        return self.report(order, work.dispatch, result, metrics)
 
     def _graph_use(self, plan: DevicePlan) -> GraphUse:
         """The site's choice; under `auto` no recording where its memory might not be there."""
@@ -257,10 +259,18 @@ class Agent:
         return _batches(samples, picked, size)
 
     def report(
-        self, order: TrainInstruction, result: RoundResult, metrics: Mapping[str, float]
+        self,
+        order: TrainInstruction,
+        sent: Dispatch,
+        result: RoundResult,
+        metrics: Mapping[str, float],
     ) -> tuple[TrainReport, bytes]:
-        """What goes back after a round, and the packed factors beside it."""
-        tensors = pack_tensors(update_tensors(result.factors, result.dense), order.wire_dtype)
+        """What goes back after a round that started from `sent`, and the packed update beside it.
+
+        Raises:
+            ProtocolError: a value is not finite, or does not fit the instruction's codec.
+        """
+        tensors = self._encoded(order, sent, result)
         report = TrainReport(
             run=order.run,
             round=order.round,
@@ -272,6 +282,22 @@ class Agent:
             metrics={**metrics, **_train_metrics(result), **self._peak()},
         )
         return report, tensors
+
+    def _encoded(self, order: TrainInstruction, sent: Dispatch, result: RoundResult) -> bytes:
+        """The packed update; what its codec takes is kept for the next one, if that is asked."""
+        if not order.error_feedback or order.codec == "fp32":
+            return encode_update(sent, result.factors, result.dense, order.codec)[0]
+        feedback = self._feedback(order)
+        owed = feedback.at(order.round)
+        tensors, lost = encode_update(sent, result.factors, result.dense, order.codec, owed)
+        feedback.keep(order.round, lost)
+        return tensors
+
+    def _feedback(self, order: TrainInstruction) -> ErrorFeedback:
+        """What this run's earlier updates left out; of other runs nothing is kept."""
+        if order.run not in self._feedbacks:
+            self._feedbacks = {order.run: ErrorFeedback()}
+        return self._feedbacks[order.run]
 
     def evaluate(self, order: EvaluateInstruction, packed: bytes) -> EvaluateReport:
         """Held-out loss with the sent adapter.

@@ -76,7 +76,7 @@ def calibrate(
     step = Step()
     if order.measure_step and idle_bytes is not None:
         step = measured_step(order.plan, bench, idle_bytes)
-    tensors = pack_tensors(sums, "float32")
+    tensors = pack_tensors(sums, "fp32")
     samples = [sample for part in passes for sample in part] if order.method is not None else []
     report = CalibrationReport(
         run=order.run,

@@ -220,7 +220,7 @@ def _train(group: Sequence[_Training]) -> list[_Answer]:
     )
     answers: list[_Answer] = []
     for device, result, metrics in zip(group, results, measured, strict=True):
-        report, tensors = device.agent.report(device.order, result, metrics)
+        report, tensors = device.agent.report(device.order, device.work.dispatch, result, metrics)
         answers.append((TRAIN, encode_train_report(report), tensors))
     return answers
 

@@ -95,7 +95,8 @@ def plan_on_paper(
     )
     profiles = tuple(drawn[name] for name in (sites.names if sites else declared))
     rule = make_rule(config.aggregate.rule, config.lora.rank_cap, seed=config.run.seed)
-    settings = plan_settings(config, _dense_parameters(config, folder, sites), rule.tail)
+    dense = _dense_parameters(config, folder, sites)
+    settings = plan_settings(config, dense, rule.tail, shapes.matrices)
     named = bool(sites or config.data.sites)
     away = "the data is not here" + ("" if named else "; devices have no names yet")
     notes = list(sites.warnings) if sites else [away]

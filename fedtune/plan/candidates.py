@@ -271,7 +271,8 @@ def allowed_lengths(
     fits = np.ones(len(lengths), dtype=bool)
     if task.upload_limit:
         numbers = elements + settings.dense_parameters
-        fits &= numbers * settings.wire_itemsize <= task.upload_limit
+        update = np.ceil(numbers * settings.wire.up) + settings.wire.header_bytes
+        fits &= update <= task.upload_limit
     if settings.round_seconds > 0:
         step, transfer = times.step[lengths], times.transfer[lengths]
         fits &= transfer <= TRANSFER_SHARE * settings.round_seconds

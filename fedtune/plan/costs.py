@@ -224,7 +224,7 @@ def _transfer_line(task: Task) -> TransferLine:
     bare = bare_load(task, Option(MatrixForm("bf16"), 1, False, 1))
 
     def seconds(**more: Any) -> float:
-        return transfer_seconds(task.profile, replace(bare, **more), task.settings.wire_itemsize)
+        return transfer_seconds(task.profile, replace(bare, **more), task.settings.wire)
 
     fixed = seconds()
     return TransferLine(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from fedtune.plan.settings import Pins, PlanSettings
+from fedtune.plan.traffic import WireCosts, wire_costs
+from fedtune.records import MatrixShape
+from fedtune.sections.federation import WireSection
 from fedtune.settings import RunConfig
 
 NO_CAP = 4096
@@ -18,12 +21,18 @@ Tail = Literal["planned", "none", "whole"]
 """What a rule sends of the joined adapter beside the directions that are trained."""
 
 
-def plan_settings(config: RunConfig, dense_parameters: int, tail: Tail) -> PlanSettings:
+def plan_settings(
+    config: RunConfig,
+    dense_parameters: int,
+    tail: Tail,
+    matrices: Sequence[MatrixShape] = (),
+) -> PlanSettings:
     """What every device of the run shares.
 
     Args:
         dense_parameters: parameters that are trained whole (a task head).
         tail: as the aggregation rule has it.
+        matrices: those that may be trained; they decide what scales and names cost in a message.
     """
     whole = tail == "whole"
     tails = {"planned": config.lora.tail_rank, "none": 0, "whole": NO_CAP}
@@ -36,7 +45,7 @@ def plan_settings(config: RunConfig, dense_parameters: int, tail: Tail) -> PlanS
         sequence_length=config.data.max_tokens,
         checkpointing=config.plan.checkpointing,
         round_seconds=config.plan.round_seconds,
-        wire_itemsize=2 if config.wire.dtype == "float16" else 4,
+        wire=_wire(config.wire, matrices),
         dense_parameters=dense_parameters,
         task=config.model.task,
         whole_tail=whole,
@@ -51,6 +60,11 @@ def plan_settings(config: RunConfig, dense_parameters: int, tail: Tail) -> PlanS
         solver_seconds=config.plan.solver_seconds,
         keeps_start=config.train.proximal > 0,
     )
+
+
+def _wire(section: WireSection, matrices: Sequence[MatrixShape]) -> WireCosts:
+    feedback = section.error_feedback
+    return wire_costs(section.down, section.up, matrices, error_feedback=feedback)
 
 
 def plan_pins(config: RunConfig) -> Mapping[str, Pins]:

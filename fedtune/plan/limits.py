@@ -93,7 +93,7 @@ def device_step(task: Task, forms: Mapping[str, MatrixForm], load: Load) -> floa
 
 def device_transfer(task: Task, load: Load) -> float:
     """Predicted seconds of both transfers."""
-    return transfer_seconds(task.profile, load, task.settings.wire_itemsize)
+    return transfer_seconds(task.profile, load, task.settings.wire)
 
 
 def round_seconds(task: Task, choice: Choice, forms: Mapping[str, MatrixForm]) -> float:
@@ -136,7 +136,7 @@ def refusal(
     if device_peak(task, forms, load) > task.profile.budget_bytes:
         return "memory"
     most = task.upload_limit
-    if most and upload_bytes(load, settings.wire_itemsize) > most:
+    if most and upload_bytes(load, settings.wire) > most:
         return "upload size"
     if settings.round_seconds > 0:
         transfer = device_transfer(task, load)

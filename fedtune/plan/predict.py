@@ -106,9 +106,9 @@ def predict(
     return Prediction(
         parts=_scaled(memory_parts(peak_bytes(shapes, forms, load)), measured.bytes_factor),
         compute_seconds=plan.local_steps * step,
-        transfer_seconds=transfer_seconds(profile, load, settings.wire_itemsize),
-        download_bytes=download_bytes(load, settings.wire_itemsize),
-        upload_bytes=upload_bytes(load, settings.wire_itemsize),
+        transfer_seconds=transfer_seconds(profile, load, settings.wire),
+        download_bytes=download_bytes(load, settings.wire),
+        upload_bytes=upload_bytes(load, settings.wire),
     )
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fedtune.plan.traffic import WireCosts
 from fedtune.records import DeviceProfile, FormatName, TaskName
+
+_FLOATS = WireCosts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,7 @@ class PlanSettings:
         sequence_length: longest sample in tokens.
         checkpointing: whether activations may be recomputed to save memory.
         round_seconds: longest planned round; 0: no limit.
-        wire_itemsize: bytes of one number in a message.
+        wire: what a number costs in a message.
         dense_parameters: parameters that are trained whole (a task head).
         trainable: names of the matrices that may be trained; empty: all of them.
         task: decides whether logits have a row per token.
@@ -52,7 +55,7 @@ class PlanSettings:
     tail: bool | int = False
     checkpointing: bool = True
     round_seconds: float = 0.0
-    wire_itemsize: int = 4
+    wire: WireCosts = _FLOATS
     dense_parameters: int = 0
     trainable: tuple[str, ...] = ()
     task: TaskName = "causal-lm"

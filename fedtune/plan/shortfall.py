@@ -32,7 +32,7 @@ def shortfall(task: Task) -> PlanError:
     smallest = min(_smallest_options(task), key=lambda option: _needed(task, option))
     needed, budget = _needed(task, smallest), task.profile.budget_bytes
     if needed <= budget:
-        sent = upload_bytes(_load(task, smallest), task.settings.wire_itemsize)
+        sent = upload_bytes(_load(task, smallest), task.settings.wire)
         if 0 < task.upload_limit < sent:
             return _too_narrow(task, sent)
         return _too_slow(task)

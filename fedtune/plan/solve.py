@@ -177,8 +177,8 @@ def _device_plan(task: Task, settled: Settled, words: str) -> DevicePlan:
         first_trained_layer=load.first_trained_layer,
         peak_bytes=device_peak(task, forms, load),
         seconds=settled.seconds,
-        download_bytes=download_bytes(load, settings.wire_itemsize),
-        upload_bytes=upload_bytes(load, settings.wire_itemsize),
+        download_bytes=download_bytes(load, settings.wire),
+        upload_bytes=upload_bytes(load, settings.wire),
         binding=words,
     )
 

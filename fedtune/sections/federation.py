@@ -6,6 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
+from fedtune.coding import CodecName
 from fedtune.sections.section import Section, split_text
 
 
@@ -135,18 +136,14 @@ class AggregateSection(Section):
 class WireSection(Section):
     """How tensors travel."""
 
-    down: Literal["fp32", "fp16", "bf16", "int8", "q4"] = Field(
-        "fp32", description="form of the adapters that are sent to the devices"
+    down: CodecName = Field(
+        "fp32",
+        description="form of the adapters that are sent to the devices; `q4`, `q3`, `q2`: 4, 3 "
+        "and 2 bits in blocks of 64",
     )
-    up: Literal["fp32", "fp16", "bf16", "int8", "q4"] = Field(
-        "fp32", description="form of the updates that the devices send back"
-    )
+    up: CodecName = Field("fp32", description="form of the updates that the devices send back")
     error_feedback: bool = Field(
         True, description="a device adds what `up` rounded off to its next update"
-    )
-
-    dtype: Literal["float32", "float16"] = Field(
-        "float32", description="of the adapters in messages; float16 halves the bytes"
     )
 
 

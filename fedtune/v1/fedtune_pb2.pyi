@@ -179,7 +179,7 @@ class TrainingWay(_message.Message):
     def __init__(self, name: _Optional[str] = ..., start: _Optional[str] = ..., layer_rate_decay: _Optional[float] = ..., flops_share: _Optional[float] = ..., allora_eta: _Optional[float] = ..., channels: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class TrainInstruction(_message.Message):
-    __slots__ = ("run", "round", "base_digest", "plan", "optimizer", "seed", "tensors_digest", "evaluate", "scale", "labels", "wire_dtype", "scaling")
+    __slots__ = ("run", "round", "base_digest", "plan", "optimizer", "seed", "tensors_digest", "evaluate", "scale", "labels", "codec", "scaling", "error_feedback")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -190,8 +190,9 @@ class TrainInstruction(_message.Message):
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
-    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     SCALING_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FEEDBACK_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     base_digest: str
@@ -202,9 +203,10 @@ class TrainInstruction(_message.Message):
     evaluate: bool
     scale: float
     labels: _containers.RepeatedScalarFieldContainer[str]
-    wire_dtype: str
+    codec: str
     scaling: str
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., base_digest: _Optional[str] = ..., plan: _Optional[_Union[DevicePlan, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSpec, _Mapping]] = ..., seed: _Optional[int] = ..., tensors_digest: _Optional[str] = ..., evaluate: _Optional[bool] = ..., scale: _Optional[float] = ..., labels: _Optional[_Iterable[str]] = ..., wire_dtype: _Optional[str] = ..., scaling: _Optional[str] = ...) -> None: ...
+    error_feedback: bool
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., base_digest: _Optional[str] = ..., plan: _Optional[_Union[DevicePlan, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSpec, _Mapping]] = ..., seed: _Optional[int] = ..., tensors_digest: _Optional[str] = ..., evaluate: _Optional[bool] = ..., scale: _Optional[float] = ..., labels: _Optional[_Iterable[str]] = ..., codec: _Optional[str] = ..., scaling: _Optional[str] = ..., error_feedback: _Optional[bool] = ...) -> None: ...
 
 class TrainReport(_message.Message):
     __slots__ = ("run", "round", "device", "base_digest", "samples", "tokens", "metrics", "tensors_digest")

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fedtune.coding import CodecName
 from fedtune.errors import ProtocolError, RefusedUpdateError
 from fedtune.records import (
     AdapterUpdate,
     DevicePlan,
+    Dispatch,
     FloatArray,
     LoraFactors,
     MatrixShape,
@@ -35,6 +37,8 @@ def check_update(
     dense_shapes: Mapping[str, Shape],
     max_norm: float,
     scale: Scale = 1.0,
+    codec: CodecName = "fp32",
+    sent: Dispatch | None = None,
 ) -> AdapterUpdate:
     """Turn a device's report and bytes into an update that can be joined.
 
@@ -51,6 +55,8 @@ def check_update(
         max_norm: largest Frobenius norm of one matrix's `scale * b @ a`, and of one dense
             parameter. One device with huge values would otherwise own the weighted mean.
         scale: of the LoRA pairs.
+        codec: that the device was to send its tensors in.
+        sent: what the device started from, of which any codec but `fp32` holds the change.
 
     Raises:
         RefusedUpdateError: anything differs; the message says what was expected and found.
@@ -63,8 +69,10 @@ def check_update(
             "they were changed or cut on the way"
         )
     try:
-        arrays = PackedTensors(tensors, update_shapes(plan, shapes, dense_shapes))
-        factors, dense = update_from_tensors(arrays, plan, scale)
+        expected = update_shapes(plan, shapes, dense_shapes)
+        arrays = PackedTensors(tensors, expected, codec=codec)
+        since = None if codec == "fp32" else sent
+        factors, dense = update_from_tensors(arrays, plan, scale, since)
         _check_norms(device, factors, dense, max_norm)  # reads every value
     except RefusedUpdateError:
         raise

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
+from fedtune.coding import CODECS, CodecName
 from fedtune.records import (
     ChannelChoice,
     DevicePlan,
@@ -24,7 +25,6 @@ from fedtune.records import (
 )
 from fedtune.v1 import fedtune_pb2 as pb
 from fedtune.wire import fields
-from fedtune.wire.packing import WireDtype
 from fedtune.wire.plans import (
     decode_site_report,
     encode_site_report,
@@ -111,7 +111,8 @@ class TrainInstruction:
         evaluate: measure held-out loss before training.
         scale: of the LoRA pairs beside the message, by their rank.
         labels: class names of the whole fleet, in index order; empty unless classifying.
-        wire_dtype: of the tensors to send back.
+        codec: of the tensors to send back.
+        error_feedback: make up for what the codec took from the device's earlier updates.
     """
 
     run: str
@@ -124,7 +125,8 @@ class TrainInstruction:
     evaluate: bool = True
     scale: LoraScale = _ONE
     labels: tuple[str, ...] = ()
-    wire_dtype: WireDtype = "float32"
+    codec: CodecName = "fp32"
+    error_feedback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +235,8 @@ def encode_train_instruction(instruction: TrainInstruction) -> bytes:
         evaluate=instruction.evaluate,
         scale=instruction.scale.value,
         labels=instruction.labels,
-        wire_dtype=instruction.wire_dtype,
+        codec=instruction.codec,
+        error_feedback=instruction.error_feedback,
         scaling=instruction.scale.scaling,
     )
     return message.SerializeToString(deterministic=True)
@@ -257,9 +260,8 @@ def decode_train_instruction(data: bytes) -> TrainInstruction:
         evaluate=message.evaluate,
         scale=_scale(message.scale, message.scaling),
         labels=fields.texts(message.labels, "labels"),
-        wire_dtype=cast(
-            WireDtype, fields.one_of(message.wire_dtype, "wire_dtype", get_args(WireDtype))
-        ),
+        codec=cast(CodecName, fields.one_of(message.codec, "codec", CODECS)),
+        error_feedback=message.error_feedback,
     )
 
 

@@ -3,6 +3,9 @@
 `<matrix>.a` (rank, in) and `<matrix>.b` (out, rank) are trained factors, `<matrix>.tail_a` and
 `<matrix>.tail_b` frozen directions of the global adapter, `dense.<name>` a parameter that is
 trained whole.
+
+An update in `fp32` holds the values that a device ends with; in any other codec it holds what they
+changed by since they were sent, so that what rounding takes is a share of the change.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Float
 
+from fedtune.coding import CodecName
 from fedtune.errors import ProtocolError
 from fedtune.records import (
     DevicePlan,
@@ -22,32 +27,34 @@ from fedtune.records import (
     Scale,
     scale_of,
 )
+from fedtune.wire.allotment import Weighted, allot
 from fedtune.wire.packing import (
+    Packed,
     Shape,
-    WireDtype,
     pack_tensors,
     packed_shapes,
-    round_to_wire,
     tensors_digest,
     unpack_tensors,
 )
 
 __all__ = [
     "Shape",
-    "WireDtype",
+    "as_received",
+    "column_norms",
+    "direction_norms",
     "dispatch_from_tensors",
     "dispatch_shapes",
     "dispatch_tensors",
+    "pack_dispatch",
     "pack_tensors",
     "packed_shapes",
-    "round_dispatch",
-    "round_to_wire",
     "tensors_digest",
     "unpack_dispatch",
     "unpack_tensors",
     "update_from_tensors",
     "update_shapes",
     "update_tensors",
+    "weighted_pair",
 ]
 
 
@@ -76,26 +83,67 @@ def _named(factors: Mapping[str, LoraFactors], a: str, b: str) -> dict[str, Floa
     return tensors
 
 
-def round_dispatch(dispatch: Dispatch, dtype: WireDtype) -> Dispatch:
-    """The dispatch as the device will read it: every value rounded to the wire's dtype.
+def pack_dispatch(dispatch: Dispatch, codec: CodecName) -> bytes:
+    """A dispatch as it travels; its larger directions get more bits, where the codec has few.
 
     Raises:
-        ProtocolError: a value is not finite, or does not fit the dtype.
+        ProtocolError: a value is not finite, or does not fit the codec.
     """
+    weighted: dict[str, Weighted] = {}
+    for pairs, kind in ((dispatch.trained, ""), (dispatch.tail, "tail_")):
+        for name, pair in pairs.items():
+            size = np.square(pair.scale * direction_norms(pair))
+            weighted |= weighted_pair(name, pair, size, size, kind, needed=not kind)
+    return pack_tensors(dispatch_tensors(dispatch), codec, allot(weighted, codec))
 
-    def rounded(factors: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
-        return {
-            name: LoraFactors(
-                round_to_wire(pair.a, dtype), round_to_wire(pair.b, dtype), pair.scale
-            )
-            for name, pair in factors.items()
-        }
 
-    return Dispatch(
-        trained=rounded(dispatch.trained),
-        tail=rounded(dispatch.tail),
-        dense={name: round_to_wire(value, dtype) for name, value in dispatch.dense.items()},
-    )
+def direction_norms(pair: LoraFactors) -> Float[np.ndarray, " rank"]:
+    """Norm of each direction's product of a column of B with a row of A."""
+    return np.asarray(column_norms(pair.b) * column_norms(pair.a.T))
+
+
+def column_norms(array: FloatArray) -> Float[np.ndarray, " columns"]:
+    """In float64, which no float32 number overflows when it is squared."""
+    return np.asarray(np.linalg.norm(array.astype(np.float64), axis=0))
+
+
+def weighted_pair(
+    name: str,
+    pair: LoraFactors,
+    weights_a: Float[np.ndarray, " rank"],
+    weights_b: Float[np.ndarray, " rank"],
+    kind: str = "",
+    *,
+    needed: bool,
+) -> dict[str, Weighted]:
+    """What the directions of one matrix count; without a square factor, which has no longer side.
+
+    Args:
+        kind: of the tensors' names: empty or `tail_`.
+        needed: no row of A may go.
+    """
+    found = {}
+    if pair.a.shape[0] < pair.a.shape[1]:
+        found[f"{name}.{kind}a"] = Weighted(weights_a, pair.a.shape[1], needed)
+    if pair.b.shape[1] < pair.b.shape[0]:
+        found[f"{name}.{kind}b"] = Weighted(weights_b, pair.b.shape[0])
+    return found
+
+
+def as_received(
+    packed: Packed, dispatch: Dispatch, plan: DevicePlan, scale: Scale = 1.0
+) -> Dispatch:
+    """A dispatch as the device will read it out of its bytes, rounded by their codec.
+
+    Args:
+        packed: what `pack_dispatch` wrote.
+        scale: as it is told to the device.
+
+    Raises:
+        ProtocolError: the bytes are not those of the dispatch.
+    """
+    shapes = {name: value.shape for name, value in dispatch_tensors(dispatch).items()}
+    return dispatch_from_tensors(unpack_tensors(packed, shapes), plan, scale)
 
 
 # ---------------------------------------------------------------- shapes
@@ -167,7 +215,7 @@ def _known(shapes: Mapping[str, MatrixShape], matrix: str) -> MatrixShape:
 
 
 def unpack_dispatch(
-    data: bytes,
+    data: Packed,
     plan: DevicePlan,
     shapes: Mapping[str, MatrixShape],
     dense_shapes: Mapping[str, Shape],
@@ -203,20 +251,29 @@ def dispatch_from_tensors(
 
 
 def update_from_tensors(
-    tensors: Mapping[str, FloatArray], plan: DevicePlan, scale: Scale = 1.0
+    tensors: Mapping[str, FloatArray],
+    plan: DevicePlan,
+    scale: Scale = 1.0,
+    since: Dispatch | None = None,
 ) -> tuple[Mapping[str, LoraFactors], Mapping[str, FloatArray]]:
     """Trained factors by matrix, and dense parameters by name; shapes are already checked.
 
     Both are read from `tensors` when they are asked for.
+
+    Args:
+        since: what the tensors are the change of; None: they are the values themselves.
     """
     ranks = plan.ranks()
 
     def pair(name: str) -> LoraFactors:
         a, b = tensors[f"{name}.a"], tensors[f"{name}.b"]
+        if since is not None:
+            a, b = since.trained[name].a + a, since.trained[name].b + b
         return LoraFactors(a, b, scale_of(scale, ranks[name]))
 
     def parameter(name: str) -> FloatArray:
-        return np.asarray(tensors[f"dense.{name}"])
+        value = np.asarray(tensors[f"dense.{name}"])
+        return value if since is None else since.dense[name] + value
 
     names = [name.removeprefix("dense.") for name in tensors if name.startswith("dense.")]
     return ReadOnAsking(list(ranks), pair), ReadOnAsking(names, parameter)

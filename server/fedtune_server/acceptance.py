@@ -67,6 +67,8 @@ def accept_kept(
         dense_shapes=fleet.dense_shapes,
         max_norm=terms.max_norm,
         scale=terms.scale,
+        codec=terms.up,
+        sent=sent.dispatch,
     )
     weight = _weight(update, fleet.reports[device], terms.weights)
     return Contribution(weight, sent.dispatch, update)

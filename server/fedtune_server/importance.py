@@ -145,9 +145,7 @@ def calibrate(
 ) -> Calibration:
     """Let the devices of these plans measure; what cannot be used is left out with its reason."""
     started = time.perf_counter()
-    packed = pack_tensors(
-        {f"dense.{name}": value for name, value in terms.heads.items()}, "float32"
-    )
+    packed = pack_tensors({f"dense.{name}": value for name, value in terms.heads.items()}, "fp32")
     orders = {plan.device: _order(plan, terms, packed, fleet.labels) for plan in plans}
     emit(Event("leaves_device", {"stage": "calibration", "tensors": _leaving(terms)}))
     contents = {

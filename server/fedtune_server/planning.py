@@ -16,6 +16,7 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from fedtune.aggregate.directions import TailUse
+from fedtune.coding import coded_bytes
 from fedtune.plan.calibration import StepMeasurement
 from fedtune.plan.calibration import calibrate as class_factors
 from fedtune.plan.describe import plan_rows
@@ -74,7 +75,7 @@ class Planning:
         self._folder, self._emit, self._measure = folder, emit, measure
         self._profiles = [report.profile for report in fleet.reports.values()]
         dense_parameters = sum(int(np.prod(shape)) for shape in fleet.dense_shapes.values())
-        self._settings = plan_settings(config, dense_parameters, tail)
+        self._settings = plan_settings(config, dense_parameters, tail, shapes.matrices)
         self._listed_bytes = 0
         held = {name: report.train_samples for name, report in fleet.reports.items()}
         # All that a fleet is planned with goes in here: whoever plans anew calls the same.
@@ -152,7 +153,11 @@ class Planning:
         self._listed_bytes = largest.upload_bytes
         shapes = update_shapes(largest, self._shapes.by_name(), self._fleet.dense_shapes)
         tensors = [
-            {"name": name, "shape": list(shape), "bytes": 4 * int(np.prod(shape))}
+            {
+                "name": name,
+                "shape": list(shape),
+                "bytes": coded_bytes(self._config.wire.up, shape),
+            }
             for name, shape in sorted(shapes.items())
         ]
         self._emit(Event("leaves_device", {"stage": "round", "tensors": tensors}))

@@ -101,7 +101,8 @@ def train(
                 evaluate=evaluate,
                 scale=terms.scale,
                 labels=fleet.labels,
-                wire_dtype=terms.wire_dtype,
+                codec=terms.up,
+                error_feedback=terms.error_feedback,
             )
         )
 

@@ -9,14 +9,13 @@ import numpy as np
 
 from fedtune.aggregate.rules import Rule
 from fedtune.records import DevicePlan, Dispatch, GlobalAdapter
-from fedtune.wire.packing import pack_tensors
-from fedtune.wire.tensors import dispatch_tensors, round_dispatch
+from fedtune.wire.tensors import as_received, pack_dispatch
 from fedtune_server.terms import RoundTerms
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """One device's packed start of a round, as it is and as it travels."""
+    """One device's start of a round: as the device reads it out of its bytes, and those bytes."""
 
     dispatch: Dispatch
     packed: bytes
@@ -25,7 +24,7 @@ class Sent:
 def prepare(
     rule: Rule, adapter: GlobalAdapter, plans: Sequence[DevicePlan], terms: RoundTerms, round: int
 ) -> dict[str, Sent]:
-    """What each device starts from, rounded to the wire's dtype.
+    """What each device starts from, rounded by the codec `down`.
 
     The generator starts alike for every device, so that fresh directions nest over ranks; devices
     whose matrices have the same ranks share one start.
@@ -46,5 +45,5 @@ def start_of(
     """What one device starts from; equal adapters and plans give equal bytes."""
     rng = np.random.default_rng([terms.seed, round])
     dispatch = rule.dispatch(adapter, plan, scale=terms.scale, rng=rng)
-    dispatch = round_dispatch(dispatch, terms.wire_dtype)
-    return Sent(dispatch, pack_tensors(dispatch_tensors(dispatch), terms.wire_dtype))
+    packed = pack_dispatch(dispatch, terms.down)
+    return Sent(as_received(packed, dispatch, plan, terms.scale), packed)

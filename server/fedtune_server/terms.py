@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedtune.aggregate.defences import Defence
+from fedtune.coding import CodecName
 from fedtune.records import LoraScale, MatrixShape
-from fedtune.wire.packing import WireDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,8 @@ class RoundTerms:
     Attributes:
         weights: how much a device counts: by the `samples` that its site holds (FedAvg's n_k), by
             the `tokens` that carried loss in its round, or `uniform`.
+        down, up: codecs of what devices are sent, and of what they send back.
+        error_feedback: devices make up for what `up` took from their earlier updates.
         max_norm: largest Frobenius norm that one matrix of an update may have.
         defence: whose update counts, of those that are good.
     """
@@ -25,10 +27,12 @@ class RoundTerms:
     base_digest: str
     shapes: Mapping[str, MatrixShape]
     scale: LoraScale
-    wire_dtype: WireDtype
+    down: CodecName
+    up: CodecName
     weights: str
     minimum_devices: int
     deadline_s: float
     seed: int
+    error_feedback: bool = False
     max_norm: float = 1e4
     defence: Defence = field(default_factory=Defence)

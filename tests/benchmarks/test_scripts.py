@@ -45,6 +45,14 @@ def test_large_fleets_are_planned_in_time() -> None:
     assert found["milp_gain"] > 0
 
 
+def test_three_bits_both_ways_take_a_ninth_of_the_bytes() -> None:
+    found = json.loads(run("bytes.py", "--quick", "--json").splitlines()[-1])
+    assert found["bytes_ratio"] > 8.5
+    assert abs(found["loss_gap"]) < 0.02
+    assert found["q2/q2: bytes_ratio"] > 12
+    assert 1.9 < found["fp16/fp16: bytes_ratio"] < 2.0
+
+
 @pytest.mark.parametrize("contender", ["fedtune/", "graph/", "bitsandbytes/"])
 def test_the_gpu_benchmark_runs_on_a_cpu(contender: str) -> None:
     lines = run("gpu.py", "--smoke", "--only", contender).splitlines()

@@ -36,6 +36,7 @@ PAGES = (
     "devices-and-plans",
     "aggregation",
     "defences",
+    "traffic",
     "simulation",
     "exports",
     "run-folder",

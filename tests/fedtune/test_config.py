@@ -138,7 +138,7 @@ def test_an_effective_config_reads_back_the_same(write: Write, tmp_path: Path) -
         (["lora.targets=5"], "lora.targets = 5: expected a list, or a text with commas"),
         (["lora.targets=[]"], "lora.targets = []: expected at least 1 of them"),
         (["model.path="], "model.path = '': expected a text"),
-        (["wire.dtype=fp8"], "wire.dtype = 'fp8': expected 'float32' or 'float16'"),
+        (["wire.up=fp8"], "wire.up = 'fp8': expected 'fp32', 'fp16', 'bf16'"),
         (["fleet.laptop.format=fp8"], "fleet.laptop.format = 'fp8': expected 'fp32', 'bf16'"),
         (["fleet.laptop.memory=8 XB"], "= '8 XB': expected a size such as '8 GB' or '512 MiB'"),
         (["fleet={}"], "fleet = {}: expected at least 1 of them"),
@@ -146,6 +146,10 @@ def test_an_effective_config_reads_back_the_same(write: Write, tmp_path: Path) -
         (["lora.rank-max=4"], "unknown key lora.rank-max; did you mean rank_max?"),
         (["lorra.rank=4"], "unknown key lorra; did you mean lora?"),
         (["data.alpha=1"], "unknown key data.alpha; did you mean data.partition.alpha?"),
+        (
+            ["wire.up=q3", "simulation.backend=ray"],
+            "wire.up = 'q3' with wire.error_feedback goes with simulation.backend = 'inprocess'",
+        ),
         (["wire.colour=1"], "unknown key wire.colour; valid keys: down"),
         (["fleet.laptop.memry=1"], "unknown key fleet.laptop.memry; did you mean memory?"),
         (["fleet.board.count=1"], "missing key fleet.board.memory; budget of one training"),
@@ -290,7 +294,7 @@ def test_unreadable_run_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_long_value_is_cut_in_the_refusal(write: Write) -> None:
-    assert len(refusal(write(SMALL), f"wire.dtype={'x' * 5000}")) < 200
+    assert len(refusal(write(SMALL), f"wire.down={'x' * 5000}")) < 200
 
 
 def test_a_tree_of_plain_values_is_a_config() -> None:

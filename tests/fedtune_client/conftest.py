@@ -75,7 +75,7 @@ class Desk:
             if m.name in plan.ranks()
         }
         dense = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in self.dense}
-        return pack_tensors(update_tensors(factors, dense), "float32")
+        return pack_tensors(update_tensors(factors, dense), "fp32")
 
     def order(
         self, plan: DevicePlan, packed: bytes, round: int = 1, **changes: Any

@@ -13,12 +13,12 @@ import torch
 
 import fedtune_client.agent as agent_module
 from fedtune.errors import ModelError, ProtocolError
-from fedtune.records import ComputeName, DeviceProfile, GraphUse
+from fedtune.records import ComputeName, DevicePlan, DeviceProfile, Dispatch, GraphUse
 from fedtune.train.compute import compute_dtype
 from fedtune.train.round import train_round
 from fedtune.wire.messages import OptimizerSpec
 from fedtune.wire.packing import pack_tensors, tensors_digest, unpack_tensors
-from fedtune.wire.tensors import update_shapes
+from fedtune.wire.tensors import unpack_dispatch, update_from_tensors, update_shapes
 from fedtune_client.agent import Agent
 
 Desk = Any  # tests/fedtune_client/conftest.py; test folders are not importable packages
@@ -101,6 +101,51 @@ def test_a_round_returns_the_planned_tensors_and_says_what_it_did(desk: Desk) ->
     sent, back = unpack_tensors(packed, shapes), unpack_tensors(returned, shapes)
     assert all(not np.array_equal(back[name], sent[name]) for name in shapes)
     assert {"held_out_loss", "held_out_units", "train_loss", "seconds"} <= report.metrics.keys()
+
+
+def test_an_update_in_few_bits_and_what_the_device_keeps_make_up_what_it_has_trained(
+    desk: Desk,
+) -> None:
+    """The same start and samples in two orders: in the exact one, and in 2 bits."""
+    plan = desk.plan("east")
+    packed = desk.tensors(plan)
+    sent = unpack_dispatch(packed, plan, agent_module._matrix_shapes(desk.folder), {})
+    agent = desk.agent()
+    exact = agent.train(desk.order(plan, packed, round=1), packed)[1]
+    order = desk.order(plan, packed, round=1, codec="q2", error_feedback=True)
+    coarse = agent.train(order, packed)[1]
+    assert len(coarse) < 0.5 * len(exact)
+    lost = agent._feedback(order).at(2)
+    assert lost.factors.keys() == plan.ranks().keys()
+    for name in plan.ranks():
+        trained = _product(exact, plan, desk, name, None)
+        found = _product(coarse, plan, desk, name, sent)
+        gap, kept = trained - found, lost.factors[name]
+        # The pair has the trained rank; what the rank leaves out of the gap is all that is gone.
+        rest = np.linalg.norm(gap - kept.scale * (kept.b @ kept.a))
+        assert rest < 0.8 * np.linalg.norm(gap)
+
+
+def test_a_round_that_is_asked_again_gives_the_same_update(desk: Desk) -> None:
+    agent, plan = desk.agent(), desk.plan("east")
+    packed = desk.tensors(plan)
+    orders = [desk.order(plan, packed, round=n, codec="q2", error_feedback=True) for n in (1, 2, 2)]
+    first, second, again = (agent.train(order, packed)[1] for order in orders)
+    assert second == again
+    alone = desk.agent().train(orders[1], packed)[1]
+    assert second != alone  # it made up for the first round
+    elsewhere = replace(orders[1], run="run-2")
+    assert agent.train(elsewhere, packed)[1] == alone
+    off = replace(orders[1], error_feedback=False)
+    assert desk.agent().train(off, packed)[1] != first
+
+
+def _product(
+    packed: bytes, plan: DevicePlan, desk: Desk, name: str, since: Dispatch | None
+) -> np.ndarray:
+    shapes = update_shapes(plan, agent_module._matrix_shapes(desk.folder), {})
+    factors, _ = update_from_tensors(unpack_tensors(packed, shapes), plan, 1.0, since)
+    return np.asarray(factors[name].b @ factors[name].a)
 
 
 def test_a_plan_of_shorter_samples_cuts_them_and_drops_those_that_teach_nothing(desk: Desk) -> None:
@@ -277,7 +322,7 @@ def test_tensors_of_another_plan_are_refused(desk: Desk, refuse: Callable[..., N
     shapes = update_shapes(plan, agent_module._matrix_shapes(desk.folder), {})
     arrays = {n: np.zeros(shape, np.float32) for n, shape in shapes.items()}
     arrays[f"{name}.a"] = np.zeros((1, 32), np.float32)
-    refuse(words, plan=plan, packed=pack_tensors(arrays, "float32"))
+    refuse(words, plan=plan, packed=pack_tensors(arrays, "fp32"))
 
 
 # ---------------------------------------------------------------- dtypes and the optimiser's state

@@ -44,7 +44,7 @@ SEED = 7
 def order_of(desk: Desk, plan: DevicePlan, **changes: Any) -> tuple[CalibrationInstruction, bytes]:
     rng = np.random.default_rng(0)
     heads = {f"dense.{n}": rng.normal(0, 0.1, s).astype(np.float32) for n, s in desk.dense}
-    packed = pack_tensors(heads, "float32")
+    packed = pack_tensors(heads, "fp32")
     fields: dict[str, Any] = {
         "method": "spectrum",
         "rank": 2,

@@ -60,14 +60,14 @@ class Alone:
     def held_out_loss(self, rank: int) -> float:
         """Of the adapter as it is, as a device of that rank computes it."""
         plan = self.plan(rank)
-        packed = pack_tensors(dispatch_tensors(self.sent(rank, 99)), "float32")
+        packed = pack_tensors(dispatch_tensors(self.sent(rank, 99)), "fp32")
         order = replace(self.desk.evaluation(plan, packed), scale=SCALE)
         return float(self.agent.evaluate(order, packed).metrics["held_out_loss"])
 
     def play(self, rank: int, round: int) -> float:
         """One round; returns the held-out loss that the device starts it with."""
         plan, sent = self.plan(rank), self.sent(rank, round)
-        packed = pack_tensors(dispatch_tensors(sent), "float32")
+        packed = pack_tensors(dispatch_tensors(sent), "fp32")
         optimizer = OptimizerSpec(learning_rate=0.02, final_learning_rate=0.02, keep=True)
         order = self.desk.order(plan, packed, round, optimizer=optimizer, scale=SCALE)
         report, tensors = self.agent.train(order, packed)

@@ -21,10 +21,11 @@ from fedtune.wire.calibration import (
     decode_calibration_instruction,
     encode_calibration_report,
 )
+from fedtune.wire.feedback import encode_update
 from fedtune.wire.flower import CALIBRATE, EVALUATE, PROFILE, TRAIN, from_record, to_record
 from fedtune.wire.messages import EvaluateReport, TrainInstruction, TrainReport
-from fedtune.wire.packing import pack_tensors, tensors_digest
-from fedtune.wire.tensors import unpack_dispatch, update_tensors
+from fedtune.wire.packing import tensors_digest
+from fedtune.wire.tensors import unpack_dispatch
 from fedtune_server.fleet import Fleet, gather_fleet
 from fedtune_server.open_round import OpenRounds
 from fedtune_server.simulation.grid import FaultHook, InProcessGrid
@@ -143,7 +144,7 @@ class FakeFleet:
             matrix: LoraFactors(pair.a, pair.b + added, pair.scale)
             for matrix, pair in sent.trained.items()
         }
-        tensors = pack_tensors(update_tensors(factors, sent.dense), "float32")
+        tensors, _ = encode_update(sent, factors, sent.dense, order.codec)
         said = TrainReport(
             run=order.run,
             round=order.round,

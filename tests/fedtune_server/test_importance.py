@@ -56,7 +56,7 @@ class Device:
             name: np.full(shape, self._values[name.rpartition(".")[0]], np.float32)
             for name, shape in shapes.items()
         }
-        packed = pack_tensors(sums, "float32")
+        packed = pack_tensors(sums, "fp32")
         asked = 4 * order.batches if order.method else 0
         report = CalibrationReport(
             run=order.run,
@@ -146,7 +146,7 @@ def test_devices_measure_under_a_plan_that_fits_them(
 
 
 def test_the_plan_follows_the_report(fleet: FakeFleet, play: Play, tree: Any) -> None:
-    tree["fleet"]["any"]["upload"] = 4 * 20 + 8  # one rank of one matrix
+    tree["fleet"]["any"]["upload"] = 4 * 20 + 24  # one rank of one matrix, and a header
     tree["run"]["devices_per_round"] = 1
     ranks = []
     for up, down in ((9.0, 1.0), (1.0, 9.0)):

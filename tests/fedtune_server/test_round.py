@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from fedtune.aggregate.rules import Rule, make_rule
+from fedtune.coding import CODECS
 from fedtune.errors import ProtocolError, RoundError
-from fedtune.records import DevicePlan, GlobalAdapter, LoraScale, MatrixPlan
+from fedtune.records import Contribution, DevicePlan, GlobalAdapter, LoraScale, MatrixPlan
 from fedtune.wire.flower import EVALUATE, TRAIN
-from fedtune.wire.messages import OptimizerSpec
+from fedtune.wire.messages import OptimizerSpec, encode_train_instruction
 from fedtune.wire.packing import pack_tensors, tensors_digest
+from fedtune.wire.tensors import unpack_dispatch
 from fedtune_server.evaluation import evaluate
 from fedtune_server.round import Outcome, train
 from fedtune_server.starts import prepare
@@ -33,7 +35,8 @@ class Table:
         self.start: GlobalAdapter = self.rule.start(fake.shapes.matrices, {})
         fields: dict[str, Any] = {
             "scale": LoraScale(2.0),
-            "wire_dtype": "float32",
+            "down": "fp32",
+            "up": "fp32",
             "weights": "uniform",
             "minimum_devices": 1,
             "deadline_s": 30.0,
@@ -116,15 +119,75 @@ def test_fresh_directions_nest_over_ranks_and_change_over_rounds(fleet_of: Fleet
     assert not np.allclose(later.a, small.a)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_coordinator_keeps_what_the_device_will_read(fleet_of: FleetOf, dtype: str) -> None:
-    table = Table(fleet_of("a"), wire_dtype=dtype)
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_coordinator_keeps_what_the_device_will_read(fleet_of: FleetOf, codec: str) -> None:
+    table = Table(fleet_of("a"), down=codec)
     sent = prepare(table.rule, table.start, table.plans(), table.terms, 1)["a"]
-    a = sent.dispatch.trained[UP].a
-    np.testing.assert_array_equal(a, a.astype(dtype).astype(np.float32))
-    values = sum(p.a.size + p.b.size for p in sent.dispatch.trained.values())
-    assert len(sent.packed) >= values * np.dtype(dtype).itemsize
-    assert len(sent.packed) < values * np.dtype(dtype).itemsize + 1000
+    read = unpack_dispatch(sent.packed, table.plan("a"), table.terms.shapes, {}, LoraScale(2.0))
+    kept, found = sent.dispatch.trained[UP], read.trained[UP]
+    np.testing.assert_array_equal(kept.a, found.a)
+    np.testing.assert_array_equal(kept.b, found.b)
+    assert kept.scale == found.scale
+
+
+@pytest.mark.parametrize(("down", "up"), [("q3", "fp32"), ("fp32", "q2"), ("int8", "q4")])
+def test_rounds_in_few_bits_join_to_the_dense_formula(
+    fleet_of: FleetOf, down: str, up: str
+) -> None:
+    """G + sum of p (s B A - P), with B A as it arrived and P as the device read it."""
+    table = Table(fleet_of("a", "b"), down=down, up=up)
+    table.start, _ = table.train()
+    seen: list[Contribution] = []
+    rule = table.rule
+    before = product(table.start)
+
+    class Watched:
+        tail, name = rule.tail, rule.name
+        dispatch, start = rule.dispatch, rule.start
+
+        def join(self, adapter: GlobalAdapter, good: Sequence[Contribution]) -> GlobalAdapter:
+            seen.extend(good)
+            return rule.join(adapter, good)
+
+    table.rule = Watched()  # type: ignore[assignment]
+    joined, _ = table.train(round=2)
+    change = sum(
+        0.5 * pair.scale * (pair.b.astype(float) @ pair.a - sent.b.astype(float) @ sent.a)
+        for pair, sent in ((c.update.factors[UP], c.sent.trained[UP]) for c in seen)
+    )
+    assert np.linalg.norm(change) > 1e-3
+    np.testing.assert_allclose(product(joined), before + change, atol=1e-6)
+    if up == "fp32":  # then A comes back as it was read, and devices add 0.01 and 0.02 to B
+        added = zip((0.01, 0.02), seen, strict=True)
+        ones = np.ones((12, 2))
+        moved = sum(size * ones @ c.update.factors[UP].a.astype(float) for size, c in added)
+        np.testing.assert_allclose(change, moved, atol=1e-6)
+
+
+def test_an_update_in_another_codec_than_asked_is_refused(fleet_of: FleetOf) -> None:
+    table = Table(fleet_of("a", "b"), up="q4")
+    table.fake.spoil["b"] = _with(_packed(1.0))
+    table.train()
+    (refused,) = table.fake.all("device_refused")
+    assert "expected codec q4, got fp32" in str(refused["reason"])
+
+
+def test_flower_adds_about_two_hundred_bytes_to_a_message(fleet_of: FleetOf) -> None:
+    """What docs/traffic.md says of it: the size on the wire less our body and packed tensors."""
+    table = Table(fleet_of("a"))
+    with table.fake.grid() as grid:
+        fleet = table.fake.gather(grid)
+        asked, answered = grid.bytes_down, grid.bytes_up
+        train(
+            grid, fleet, table.rule, table.start, table.plans(), OptimizerSpec(), table.terms,
+            1, table.fake.open_rounds, evaluate=True, emit=table.fake.events.append,
+        )  # fmt: skip
+        down, up = grid.bytes_down - asked, grid.bytes_up - answered
+    (order,) = table.fake.orders
+    (reported,) = table.fake.all("device_reported")
+    body = len(encode_train_instruction(order))
+    assert 150 < down - body - reported["download_bytes"] < 250
+    assert up - reported["upload_bytes"] < 700
 
 
 # ---------------------------------------------------------------- joining
@@ -219,7 +282,7 @@ def test_too_few_updates_fail_the_round(fleet_of: FleetOf) -> None:
 def _packed(value: float) -> bytes:
     """Tensors of the planned shapes, all of one value; packed by hand, as nan cannot be."""
     good = pack_tensors(
-        {f"{UP}.a": np.ones((2, 8), np.float32), f"{UP}.b": np.ones((12, 2), np.float32)}, "float32"
+        {f"{UP}.a": np.ones((2, 8), np.float32), f"{UP}.b": np.ones((12, 2), np.float32)}
     )
     one, other = np.float32(1).tobytes(), np.float32(value).tobytes()
     return good.replace(one, other)

@@ -31,6 +31,7 @@ from fedtune.plan.cost import (
     upload_bytes,
     workspace_bytes,
 )
+from fedtune.plan.traffic import WireCosts
 from fedtune.records import (
     BACKBONE_FORMATS,
     DevicePlan,
@@ -112,8 +113,9 @@ def test_a_trained_number_takes_16_bytes_and_a_frozen_one_4() -> None:
 
 
 def test_a_message_lies_in_memory_as_it_came_and_as_float32() -> None:
-    assert message_bytes(LOAD, 4) == 4 * 1300
-    assert message_bytes(LOAD, 2) == (2 + 4) * 1300
+    assert message_bytes(LOAD, WireCosts()) == 4 * 1300
+    assert message_bytes(LOAD, WireCosts(down=2)) == (2 + 4) * 1300
+    assert message_bytes(LOAD, WireCosts(feedback=True)) == 4 * (1300 + 2 * 1000)
 
 
 def llama(**changes: object) -> ModelShapes:
@@ -419,7 +421,8 @@ def test_an_output_matrix_of_its_own_is_computed_with_once() -> None:
 
 def test_the_tail_is_downloaded_and_never_uploaded() -> None:
     load = replace(LOAD, dense_parameters=10)
-    assert download_bytes(load, 2) == 2 * (1000 + 300 + 10)
-    assert upload_bytes(load, 2) == 2 * (1000 + 10)
-    assert transfer_seconds(profile(), load, 2) == pytest.approx(2 * 2320 / 1e4)
-    assert transfer_seconds(profile(link_bytes_per_s=0.0), load, 2) == 0.0
+    wire = WireCosts(down=2, up=0.53, header_bytes=7)
+    assert download_bytes(load, wire) == 7 + 2 * (1000 + 300 + 10)
+    assert upload_bytes(load, wire) == 7 + 536
+    assert transfer_seconds(profile(), load, wire) == pytest.approx((14 + 2620 + 536) / 1e4)
+    assert transfer_seconds(profile(link_bytes_per_s=0.0), load, wire) == 0.0

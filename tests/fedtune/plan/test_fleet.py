@@ -153,7 +153,7 @@ def test_a_tail_costs_a_slow_device_no_step_or_a_quarter_of_the_round() -> None:
     alone = plans([slow_link], replace(run, makespan_weight=0.0))["slow"]
     span, plan = makespan(found), found["slow"]
     sides = {m.name: m.out_features + m.in_features for m in TINY.matrices}
-    tail = sum(m.tail_rank * sides[m.name] for m in plan.matrices) * run.wire_itemsize
+    tail = sum(m.tail_rank * sides[m.name] for m in plan.matrices) * run.wire.down
     assert plan.local_steps < 10
     assert tail / 3e5 <= 0.25 * span * 1.1
     assert max(m.tail_rank for m in plan.matrices) < max(m.tail_rank for m in alone.matrices)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from math import ceil
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from fedtune.errors import PlanError
 from fedtune.plan.cost import Load, PeakBytes, peak_bytes
 from fedtune.plan.settings import Pins, PlanSettings
 from fedtune.plan.solve import plan_fleet
+from fedtune.plan.traffic import WireCosts
 from fedtune.records import (
     BACKBONE_FORMATS,
     DevicePlan,
@@ -154,7 +156,7 @@ runs = st.builds(
     tail=st.sampled_from([False, True, 3]),
     checkpointing=st.just(True),
     round_seconds=st.sampled_from([0.0, 0.5, 2.0]),
-    wire_itemsize=st.sampled_from([2, 4]),
+    wire=st.sampled_from([WireCosts(), WireCosts(2.0, 0.5, 40)]),
 )
 
 
@@ -165,8 +167,8 @@ def test_the_predicted_peak_never_exceeds_the_budget(budget: int, run: PlanSetti
     trained, tail = sums(plan)
     assert plan.peak_bytes == parts(plan, TINY).total <= budget
     assert plan.batch_size % plan.micro_batch == 0
-    assert plan.download_bytes == (trained + tail) * run.wire_itemsize
-    assert plan.upload_bytes == trained * run.wire_itemsize
+    assert plan.download_bytes == ceil((trained + tail) * run.wire.down) + run.wire.header_bytes
+    assert plan.upload_bytes == ceil(trained * run.wire.up) + run.wire.header_bytes
     layers = {TINY.by_name()[name].layer for name in plan.ranks()}
     assert plan.first_trained_layer == min(layers)
     if run.round_seconds:

@@ -132,7 +132,7 @@ def test_the_pair_never_leaves_the_device(tiny_llama: Path, shapes: ModelShapes)
     for rank in (0, 4):
         plan = plan_of(shapes, rank)
         result = train(backbone_of(tiny_llama, plan), plan, start(shapes, plan))
-        packed = pack_tensors(update_tensors(result.factors, result.dense), "float32")
+        packed = pack_tensors(update_tensors(result.factors, result.dense), "fp32")
         sent_back.append(packed_shapes(packed))
         assert packed_shapes(packed) == update_shapes(plan, shapes.by_name(), {})
     assert sent_back[0] == sent_back[1]

@@ -108,7 +108,7 @@ def test_bytes_that_are_no_message_are_refused() -> None:
 @pytest.mark.parametrize("method", MEASURED_METHODS)
 def test_good_sums_are_taken(method: MeasuredMethod) -> None:
     sent = tensors(method)
-    packed = pack_tensors(sent, "float32")
+    packed = pack_tensors(sent, "fp32")
     order = replace(ORDER, method=method)
     found = check_calibration(report(packed, method=method), packed, order, MATRICES)
     assert found.keys() == sent.keys()
@@ -117,7 +117,7 @@ def test_good_sums_are_taken(method: MeasuredMethod) -> None:
 
 
 def test_a_measured_step_alone_needs_no_tensors() -> None:
-    packed = pack_tensors({}, "float32")
+    packed = pack_tensors({}, "fp32")
     nothing = {"samples": 0, "units": 0, "tokens": 0, "passes": 0, "method": None}
     order = replace(ORDER, method=None)
     assert check_calibration(report(packed, **nothing), packed, order, MATRICES) == {}
@@ -140,7 +140,7 @@ def test_a_measured_step_alone_needs_no_tensors() -> None:
 )
 def test_a_report_that_is_not_of_what_was_asked_is_refused(changes: Any, words: str) -> None:
     with pytest.raises(RefusedUpdateError, match=words):
-        checked(pack_tensors(tensors(), "float32"), **changes)
+        checked(pack_tensors(tensors(), "fp32"), **changes)
 
 
 @pytest.mark.parametrize("kind", ["missing", "extra", "shape", "nan", "cut"])
@@ -160,7 +160,7 @@ def test_tensors_that_are_not_as_asked_are_refused(kind: str) -> None:
         sent["x"] = np.zeros(1, np.float32)
     elif kind == "shape":
         sent[name] = sent[name].T
-    packed = pack_tensors(sent, "float32")
+    packed = pack_tensors(sent, "fp32")
     if kind == "nan":
         packed = packed[:-4] + np.float32(np.nan).tobytes()
     elif kind == "cut":

@@ -30,7 +30,7 @@ def packed(value: float = 0.5, rank: int = 2, bias: float = 1.0) -> bytes:
         np.full((rank, 4), value, dtype=np.float32), np.full((6, rank), value, dtype=np.float32)
     )
     dense = {"bias": np.full(3, bias, dtype=np.float32)}
-    return pack_tensors(update_tensors({"q": pair}, dense), "float32")
+    return pack_tensors(update_tensors({"q": pair}, dense), "fp32")
 
 
 def report(data: bytes) -> TrainReport:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedtune.coding import CODECS, CodecName
 from fedtune.errors import ProtocolError
 from fedtune.records import (
     DevicePlan,
@@ -17,10 +18,10 @@ from fedtune.records import (
     MatrixShape,
 )
 from fedtune.wire.tensors import (
+    as_received,
     dispatch_shapes,
     dispatch_tensors,
     pack_tensors,
-    round_dispatch,
     unpack_dispatch,
     unpack_tensors,
     update_from_tensors,
@@ -79,11 +80,15 @@ def same(left: Dispatch, right: Dispatch) -> None:
 
 
 @pytest.mark.parametrize("tail", [{}, {"q": 3, "k": 2}, {"q": 1}, {"k": 1}])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_device_reads_exactly_the_rounded_dispatch(tail: dict[str, int], dtype: str) -> None:
-    sent = round_dispatch(dispatch(tail), dtype)
-    data = pack_tensors(dispatch_tensors(dispatch(tail)), dtype)
-    same(unpack_dispatch(data, PLAN, SHAPES, DENSE, scale=2.0), sent)
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_device_reads_exactly_what_the_coordinator_keeps(
+    tail: dict[str, int], codec: CodecName
+) -> None:
+    data = pack_tensors(dispatch_tensors(dispatch(tail)), codec)
+    kept = as_received(data, dispatch(tail), PLAN, 2.0)
+    same(unpack_dispatch(data, PLAN, SHAPES, DENSE, scale=2.0), kept)
+    if codec == "fp32":
+        same(kept, dispatch(tail))
 
 
 def test_names_of_a_dispatch_are_those_of_the_protocol() -> None:
@@ -114,7 +119,7 @@ def test_expected_shapes_follow_the_plan() -> None:
 
 def test_an_update_is_the_same_after_its_way() -> None:
     sent = dispatch({})
-    data = pack_tensors(update_tensors(sent.trained, sent.dense), "float32")
+    data = pack_tensors(update_tensors(sent.trained, sent.dense), "fp32")
     tensors = unpack_tensors(data, update_shapes(PLAN, SHAPES, DENSE))
     trained, dense = update_from_tensors(tensors, PLAN, 2.0)
     same(Dispatch(trained=trained, dense=dense), sent)
@@ -123,11 +128,11 @@ def test_an_update_is_the_same_after_its_way() -> None:
 def test_device_and_coordinator_read_the_same_scale_out_of_a_rank() -> None:
     """On q two directions are trained, on k none; a tail has the scale of its matrix."""
     scale = LoraScale(2.0, "rank-stabilised")
-    packed = pack_tensors(dispatch_tensors(dispatch({"q": 3, "k": 1})), "float32")
+    packed = pack_tensors(dispatch_tensors(dispatch({"q": 3, "k": 1})), "fp32")
     found = unpack_dispatch(packed, PLAN, SHAPES, DENSE, scale)
     assert found.trained["q"].scale == found.tail["q"].scale == pytest.approx(2.0 / 2**0.5)
     assert found.trained["v"].scale == found.tail["k"].scale == 2.0
-    data = pack_tensors(update_tensors(found.trained, found.dense), "float32")
+    data = pack_tensors(update_tensors(found.trained, found.dense), "fp32")
     tensors = unpack_tensors(data, update_shapes(PLAN, SHAPES, DENSE))
     trained, _ = update_from_tensors(tensors, PLAN, scale)
     assert {n: f.scale for n, f in trained.items()} == {
@@ -143,7 +148,7 @@ def test_device_and_coordinator_read_the_same_scale_out_of_a_rank() -> None:
     ],
 )
 def test_a_tail_beyond_the_plan_is_refused(tail: dict[str, int], words: str) -> None:
-    data = pack_tensors(dispatch_tensors(dispatch(tail)), "float32")
+    data = pack_tensors(dispatch_tensors(dispatch(tail)), "fp32")
     with pytest.raises(ProtocolError, match=words):
         unpack_dispatch(data, PLAN, SHAPES, DENSE)
 
@@ -151,14 +156,14 @@ def test_a_tail_beyond_the_plan_is_refused(tail: dict[str, int], words: str) -> 
 def test_a_tail_without_its_other_half_is_refused() -> None:
     tensors = dispatch_tensors(dispatch({"k": 2}))
     for gone, words in (("k.tail_b", "k.tail_b is missing"), ("k.tail_a", "'k.tail_b' besides")):
-        data = pack_tensors({n: t for n, t in tensors.items() if n != gone}, "float32")
+        data = pack_tensors({n: t for n, t in tensors.items() if n != gone}, "fp32")
         with pytest.raises(ProtocolError, match=words):
             unpack_dispatch(data, PLAN, SHAPES, DENSE)
 
 
 def test_a_trained_rank_other_than_planned_is_refused() -> None:
     sent = replace(dispatch({}), trained={"q": factors("q", 1), "v": factors("v", 1)})
-    data = pack_tensors(dispatch_tensors(sent), "float32")
+    data = pack_tensors(dispatch_tensors(sent), "fp32")
     with pytest.raises(ProtocolError, match=r"tensor q.a: expected shape \(2, 4\), got \(1, 4\)"):
         unpack_dispatch(data, PLAN, SHAPES, DENSE)
 
@@ -168,6 +173,10 @@ def test_a_plan_for_another_model_is_refused() -> None:
         update_shapes(PLAN, {"v": SHAPES["v"]}, {})
 
 
-def test_rounding_a_rounded_dispatch_changes_nothing() -> None:
-    once = round_dispatch(dispatch({"q": 2}), "float16")
-    same(round_dispatch(once, "float16"), once)
+def test_an_update_of_changes_is_read_as_values() -> None:
+    sent = dispatch({})
+    tensors = update_tensors(sent.trained, sent.dense)
+    trained, dense = update_from_tensors(tensors, PLAN, 2.0, since=sent)
+    np.testing.assert_array_equal(trained["q"].a, 2 * sent.trained["q"].a)
+    np.testing.assert_array_equal(trained["v"].b, 2 * sent.trained["v"].b)
+    np.testing.assert_array_equal(dense["score.weight"], 2.0)

@@ -289,7 +289,7 @@ def test_a_coordinator_and_its_devices_run_to_the_end(workers: int) -> None:
         assert tensors is not None
         value = unpack_tensors(tensors, SHAPES)["x"] * 2
         factor = context.run_config["factor"]
-        packed = pack_tensors({"x": value * np.float32(factor)}, "float32")
+        packed = pack_tensors({"x": value * np.float32(factor)}, "fp32")
         return Message(to_record(TRAIN, body, packed), reply_to=message)
 
     server = ServerApp()
@@ -298,7 +298,7 @@ def test_a_coordinator_and_its_devices_run_to_the_end(workers: int) -> None:
     def main(grid: Grid, context: Context) -> None:
         value = np.ones(3, dtype=np.float32)
         for round in range(3):
-            record = to_record(TRAIN, b"", pack_tensors({"x": value}, "float32"))
+            record = to_record(TRAIN, b"", pack_tensors({"x": value}, "fp32"))
             messages = [
                 Message(record, dst_node_id=node, message_type=TRAIN, group_id=str(round))
                 for node in grid.get_node_ids()
