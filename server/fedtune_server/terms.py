@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedtune.records import LoraScale, MatrixShape
 from fedtune.wire.packing import WireDtype
+from fedtune_server.policy import RoundPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,9 @@ class RoundTerms:
     Attributes:
         weights: how much a device counts: by the `samples` that its site holds (FedAvg's n_k), by
             the `tokens` that carried loss in its round, or `uniform`.
+        deadline_s: of what devices are asked beside rounds, in real seconds; and of rounds, unless
+            their policy says otherwise.
+        policy: when a round closes, and what becomes of late updates.
         max_norm: largest Frobenius norm that one matrix of an update may have.
     """
 
@@ -29,3 +33,9 @@ class RoundTerms:
     deadline_s: float
     seed: int
     max_norm: float = 1e4
+    policy: RoundPolicy = RoundPolicy()
+
+    @property
+    def round_deadline_s(self) -> float:
+        """Longest that a round waits, in seconds of its clock."""
+        return self.deadline_s if self.policy.deadline_s is None else self.policy.deadline_s
