@@ -50,6 +50,7 @@ class Asking:
         """Ask the devices of an attempt, none of which is at work or has its update counted."""
         self._attempt, round = attempt, self._collected.round
         self.now = set()
+        self._flights.expire()
         busy = self._flights.devices
         if attempt == 0:
             count = max(0, self._draw.count - len(busy)) if self._wide else self._draw.count
@@ -63,17 +64,20 @@ class Asking:
             fields = {"round": round, "attempt": attempt + 1, "devices": list(chosen)}
             self._emit(Event("round_repeated", {**fields, "good": len(self._collected.good)}))
         self._ask(chosen)
-        if self._wide:
-            asked = self._draw.count or len(self._plans)
-        else:
-            asked = len(self.all)
-        self._enough = self._terms.policy.enough(asked, self._terms.minimum_devices)
+        if attempt == 0:
+            asked = self._concurrency if self._wide else len(chosen)
+            self._enough = self._terms.policy.enough(asked, self._terms.minimum_devices)
+
+    @property
+    def _concurrency(self) -> int:
+        """Devices at work at the same time where rounds do not wait."""
+        return self._draw.count or len(self._plans)
 
     def refill(self) -> None:
         """Give the work of a device that has answered to the next, where rounds do not wait."""
         if not self._wide or self.over():
             return
-        wanted = (self._draw.count or len(self._plans)) - len(self._flights.devices)
+        wanted = self._concurrency - len(self._flights.devices)
         if wanted > 0:
             self._ask(self._chosen(wanted))
 
@@ -81,9 +85,9 @@ class Asking:
         """Whether the round need not wait for more."""
         good = self._collected.good
         if self._wide:
-            return len(good) >= self._enough or not self._flights.devices
+            return len(good) >= self._enough or self._flights.over(good)
         if not self.now:  # nobody was free; those that are late can still make up the minimum
-            return len(good) >= self._terms.minimum_devices or not self._flights.devices
+            return len(good) >= self._terms.minimum_devices or self._flights.over(good)
         own = self._collected.own
         return len(own) >= self._enough or not self._flights.of_round(self._collected.round)
 

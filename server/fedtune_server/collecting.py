@@ -99,10 +99,12 @@ def _arriving(
             poll_s = FIRST_POLL_S
             yield found
         elif not in_time:
-            return
+            break
         else:
             clock.wait(poll_s, end)
             poll_s = min(poll_s * 1.5, LONGEST_POLL_S)
+    while (found := flights.next(grid, flights.devices, pull=False)) is not None:
+        yield found  # no update; it is not to wait for the next round, which may never come
 
 
 def _judge(

@@ -60,6 +60,9 @@ _HEAD_STD = 0.02
 _ASK_AGAIN_S = 60.0
 """Longest wait for the new profiles of devices that refused their plans; a site answers at once."""
 
+_REAL_DEADLINE_S = 3600.0
+"""Longest wait for a device in a simulation whose rounds go by a virtual clock."""
+
 _REPORTED_PACKAGES = ("fedtune", "flwr", "numpy", "torch", "transformers", "bitsandbytes")
 
 
@@ -102,7 +105,7 @@ class Coordinator:
             wire_dtype=config.wire.dtype,
             weights=config.aggregate.weights,
             minimum_devices=config.run.minimum_devices,
-            deadline_s=config.run.round_deadline_s * patience,
+            deadline_s=_deadline_s(config, clock) * patience,
             seed=config.run.seed,
             policy=_policy(config, clock),
         )
@@ -342,6 +345,12 @@ class Coordinator:
         meta = {"base_digest": self._shapes.digest}
         write_checkpoint(self._folder.checkpoints, state.adapter, state.server, meta)
         prune_checkpoints(self._folder.checkpoints, self._config.outputs.keep_checkpoints)
+
+
+def _deadline_s(config: RunConfig, clock: Clock | None) -> float:
+    """Longest wait for what devices are asked beside rounds; those may go by another clock."""
+    virtual = clock is not None and clock.virtual
+    return _REAL_DEADLINE_S if virtual else config.run.round_deadline_s
 
 
 def _policy(config: RunConfig, clock: Clock | None) -> RoundPolicy:

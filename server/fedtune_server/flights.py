@@ -55,9 +55,14 @@ class Flights:
 
     @property
     def devices(self) -> frozenset[str]:
-        """Devices that have not answered, or whose answer has not been taken."""
-        pending = [*self._open.values(), *(flight for flight, _ in self._landed)]
-        return frozenset(flight.device for flight in pending)
+        """Devices that are at work, or whose update has not been taken."""
+        landed = (flight for flight, answer in self._landed if not answer.failure)
+        return frozenset(flight.device for flight in (*self._open.values(), *landed))
+
+    def over(self, skip: Collection[str] = ()) -> bool:
+        """Whether nothing more can come, but from some devices."""
+        failed = any(answer.failure for _, answer in self._landed)
+        return not failed and self.devices <= frozenset(skip)
 
     def of_round(self, round: int) -> list[Flight]:
         """Flights of a round that are not over, by their devices' names."""
@@ -91,7 +96,7 @@ class Flights:
         further one to the same message is a failure of its own.
 
         Args:
-            skip: devices whose answers have to wait.
+            skip: devices whose updates have to wait; what is no update does not wait.
             pull: whether to look for answers that have come since.
         """
         now = self.clock.now()
@@ -105,8 +110,8 @@ class Flights:
         return found
 
     def _take(self, skip: Collection[str]) -> tuple[Flight, Answer] | None:
-        for position, (flight, _) in enumerate(self._landed):
-            if flight.device not in skip:
+        for position, (flight, answer) in enumerate(self._landed):
+            if answer.failure or flight.device not in skip:
                 return self._landed.pop(position)
         return None
 
@@ -123,6 +128,10 @@ class Flights:
                 flight = answered[message_id] = self._open.pop(message_id)
                 answer = read_answer(flight.device, flight.node, reply, TRAIN)
                 self._landed.append((flight, answer))
+
+    def expire(self) -> None:
+        """Give up those whose time is over: their devices are free, as far as one can know."""
+        self._expire(self.clock.now())
 
     def _expire(self, now: float) -> None:
         for message_id, flight in list(self._open.items()):

@@ -128,7 +128,7 @@ def train(
         )  # fmt: skip
         if len(collected.good) >= terms.minimum_devices:
             break
-        if attempt == terms.policy.repeats or not (asking.now or flights.devices):
+        if attempt == terms.policy.repeats or (not asking.now and flights.over()):
             raise RoundError(
                 f"round {round} needs updates of {terms.minimum_devices} devices, got "
                 f"{len(collected.good)} good and {collected.refused} refused; see the reasons "

@@ -21,8 +21,8 @@ class Draw:
     Attributes:
         count: devices of a round; 0: all that may take part.
         seed: of the draw; equal seeds, rounds and turns give equal devices.
-        sampling: `fair`: who was left out longest goes first, and the seed decides among equals;
-            `uniform`: by draw.
+        sampling: `fair`: who was left out longest goes first, among equals who took part least
+            often, and among those the seed decides; `uniform`: by draw.
         turns: device -> how often it took part before the round.
         caps: device -> rounds in which it takes part at most; devices that it does not name, or
             names with 0, have no limit.
@@ -73,5 +73,9 @@ class Draw:
         order = np.random.default_rng([self.seed, round, 3, attempt]).permutation(len(names))
         drawn = [names[index] for index in order]
         if self.sampling == "fair":
-            drawn.sort(key=lambda name: self.turns.get(name, _NEVER).last)  # stable: ties by draw
+            drawn.sort(key=self._turn)  # stable: ties go by the draw
         return drawn[:count]
+
+    def _turn(self, name: str) -> tuple[int, int]:
+        turns = self.turns.get(name, _NEVER)
+        return turns.last, turns.taken

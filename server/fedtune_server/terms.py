@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedtune.records import LoraScale, MatrixShape
 from fedtune.wire.packing import WireDtype
@@ -33,7 +33,7 @@ class RoundTerms:
     deadline_s: float
     seed: int
     max_norm: float = 1e4
-    policy: RoundPolicy = RoundPolicy()
+    policy: RoundPolicy = field(default_factory=RoundPolicy)
 
     @property
     def round_deadline_s(self) -> float:
