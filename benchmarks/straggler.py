@@ -14,9 +14,10 @@ more than 5 times the median), or Pareto with exponent 1 (one in 20 more than 10
 - async: it closes after three updates of any round, and devices get new work at once (FedBuff).
 
 Training is real, and the clock is virtual: seconds are those that the fleet would take. Modes whose
-rounds join fewer updates get more rounds, so that all join about as many. Held out: every 24th line of test.jsonl, loss per response token of the merged model; the
-target is the highest of the lowest losses of a seed's runs, so each gets there, and the time is
-straight between two measurements. Learning rate 1e-2, constant, for all.
+rounds join fewer updates get more rounds, so that all join about as many. Held out: every 24th line
+of test.jsonl, loss per response token of the merged model; the target is the highest of the lowest
+losses of a seed's runs, so each gets there, and the time is straight between two measurements.
+Learning rate 1e-2, constant, for all.
 
 `--quick` takes six devices, three rounds of all, one seed, and Pareto delays.
 """

@@ -210,6 +210,7 @@ _PLAIN: dict[str, Callable[[RunProgress, Event], str]] = {
     "site_excluded": _notice_line,
     "calibration_refused": _notice_line,
     "device_refused": _notice_line,
+    "round_repeated": _notice_line,
     "warning": _notice_line,
     "round_finished": _round_line,
     "replanned": _replanned_line,

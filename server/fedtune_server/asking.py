@@ -61,8 +61,13 @@ class Asking:
             self._emit(Event("round_started", {"round": round, "devices": list(chosen)}))
         else:
             chosen = self._chosen(self._missing())
-            fields = {"round": round, "attempt": attempt + 1, "devices": list(chosen)}
-            self._emit(Event("round_repeated", {**fields, "good": len(self._collected.good)}))
+            fields = {
+                "round": round,
+                "attempt": attempt + 1,
+                "devices": list(chosen),
+                "good": len(self._collected.good),
+            }
+            self._emit(Event("round_repeated", fields))
         self._ask(chosen)
         if attempt == 0:
             asked = self._concurrency if self._wide else len(chosen)

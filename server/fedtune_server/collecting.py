@@ -144,5 +144,5 @@ def _refuse(flight: Flight, answer: Answer, reason: str, collected: Collected, e
             collected.failed.add(flight.device)
     elif answer.failure:
         reason = f"its work of round {flight.round}: {reason}"
-    fields = {"round": collected.round, "device": flight.device, "staleness": staleness}
-    emit(Event("device_refused", {**fields, "reason": reason}))
+    fields = {"round": collected.round, "device": flight.device, "reason": reason}
+    emit(Event("device_refused", fields))

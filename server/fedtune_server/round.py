@@ -146,7 +146,7 @@ def train(
         "late": late,
         "folded": len(collected.good) - len(collected.own),
         "held_out_loss": held_out,
-        "train_loss": _mean(collected.own, "train_loss", "train_units"),
+        "train_loss": _mean(collected.in_order, "train_loss", "train_units"),
         "seconds": time.perf_counter() - started,
         "virtual_seconds": clock.now() - began if clock.virtual else None,
         "planned_seconds": asking.planned_seconds,

@@ -34,6 +34,7 @@ PAGES = (
     "data",
     "devices-and-plans",
     "aggregation",
+    "rounds",
     "simulation",
     "exports",
     "run-folder",
