@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
@@ -25,26 +26,34 @@ def delays(name: DelayName, spread: float, seed: int) -> Callable[[Message], flo
 
     What else a device is asked, it answers at once.
     """
+    asked: Counter[tuple[str, int]] = Counter()
 
     def delay(message: Message) -> float | None:
         if message.metadata.message_type != TRAIN:
             return None
         body, _ = from_record(message.content, TRAIN)
         order = decode_train_instruction(body)
-        device = order.plan.device
-        return order.plan.seconds * factor(name, spread, seed, device, order.round)
+        device, round = order.plan.device, order.round
+        asked[device, round] += 1
+        times = asked[device, round]
+        return order.plan.seconds * factor(name, spread, seed, device, round, times)
 
     return delay
 
 
-def factor(name: DelayName, spread: float, seed: int, device: str, round: int) -> float:
+def factor(
+    name: DelayName, spread: float, seed: int, device: str, round: int, times: int = 1
+) -> float:
     """How many times its predicted seconds a device takes in a round; the median is 1.
 
     `lognormal`: exp(spread z), z standard normal. `pareto`: the chance of more than x falls as
     x^(-1/spread); from a spread of 1 on it has no mean.
+
+    Args:
+        times: that the device has been asked in the round, this one included.
     """
     own = int.from_bytes(hashlib.sha256(device.encode("utf-8")).digest()[:8], "big")
-    rng = np.random.default_rng([seed, round, 4, own])
+    rng = np.random.default_rng([seed, round, 4, own, *([times] if times > 1 else [])])
     if name == "lognormal":
         return math.exp(spread * rng.normal())
     return float((2.0 * (1.0 - rng.random())) ** -spread)

@@ -165,7 +165,8 @@ def test_a_device_takes_its_planned_seconds_times_a_factor_of_device_and_round(
     delay = delays("lognormal", 1.0, seed=3)
     found = delay(order("east", 4, 10.0))
     assert found == 10.0 * factor("lognormal", 1.0, 3, "east", 4)
-    assert found == delay(order("east", 4, 10.0))
+    assert found != delay(order("east", 4, 10.0))  # asked again in the same round
+    assert found == delays("lognormal", 1.0, seed=3)(order("east", 4, 10.0))
     others = [delay(order("east", 5, 10.0)), delay(order("west", 4, 10.0))]
     assert len({found, *others, delays("lognormal", 1.0, seed=4)(order("east", 4, 10.0))}) == 4
     question = Message(to_record(PROFILE, b""), dst_node_id=1000, message_type=PROFILE)
