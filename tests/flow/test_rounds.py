@@ -74,12 +74,12 @@ def test_rounds_that_do_not_wait_take_less_time_and_the_loss_falls(
 
 def test_a_deadline_counts_virtual_seconds(slow: Tree, play: Play) -> None:
     slow["rounds"] = {"late": "refuse"}
-    slow["run"] |= {"round_deadline_s": 0.04, "rounds": 3}
+    slow["run"] |= {"round_deadline_s": 0.06, "rounds": 3}
     played = play(slow)
     rounds = played.all("round_finished")
-    assert max(f["virtual_seconds"] for f in rounds) == pytest.approx(0.04)
+    assert max(f["virtual_seconds"] for f in rounds) == pytest.approx(0.06)
     reasons = {f["reason"] for f in played.all("device_refused")}
-    assert reasons == {"no answer within 0.04 s"}
+    assert reasons == {"no answer within 0.06 s"}
     assert sum(f["refused"] + f["reported"] for f in rounds) == 12
 
 
