@@ -152,7 +152,8 @@ def test_a_round_closes_when_a_share_has_reported(
 
 
 def test_a_share_that_rounds_up_by_a_hair_is_not_one_device_more() -> None:
-    assert RoundPolicy(close_fraction=0.7).enough(10, 1) == 7
+    assert 0.07 * 100 > 7
+    assert RoundPolicy(close_fraction=0.07).enough(100, 1) == 7
     assert RoundPolicy(close_fraction=0.1).enough(4, 1) == 1
     assert RoundPolicy(close_fraction=0.1).enough(4, 3) == 3
     assert RoundPolicy(close_count=9).enough(4, 1) == 4
@@ -245,6 +246,15 @@ def test_a_device_that_never_answers_is_refused_once_and_then_asked_again(
     assert refused["reason"] == "its work of round 1: no answer within 20 s"
     asked = [f["devices"] for f in table.fake.all("round_started")]
     assert asked == [["a", "b"], ["a"], ["a"], ["a", "b"]]
+
+
+def test_a_device_whose_time_is_over_between_rounds_is_asked_again(fleet_of: FleetOf) -> None:
+    policy = RoundPolicy(late="fold", staleness_limit=1)
+    table = Table(fleet_of(*"ab"), policy, {("b", 1): float("inf")}, deadline_s=10.0)
+    table.play(1)
+    table.clock.wait(0.0, 25.0)  # the join takes its time
+    table.play(1)
+    assert table.asked(2) == ["a", "b"]
 
 
 def test_a_late_update_that_is_no_good_is_refused(fleet_of: FleetOf) -> None:
@@ -373,6 +383,19 @@ def test_devices_that_failed_are_asked_again_last(fleet_of: FleetOf) -> None:
         table.play(1)
     assert [f["devices"] for f in fake.all("round_repeated")] == [["a"]] * 3
     assert [o.plan.device for o in fake.orders].count("b") == 1
+
+
+def test_a_device_that_failed_once_and_then_reported_has_not_failed(fleet_of: FleetOf) -> None:
+    fake = fleet_of(*"ab")
+
+    def fail_once(said: Any, tensors: bytes) -> Any:
+        if len(fake.orders) == 1:
+            raise ProtocolError("no power")
+        return said, tensors
+
+    fake.spoil["a"] = fail_once
+    (outcome,) = Table(fake, RoundPolicy(), minimum=2).play(1)
+    assert (outcome.failed, outcome.asked) == ((), ("a", "b"))
 
 
 def test_no_repeats_fail_at_once(fleet_of: FleetOf) -> None:
