@@ -93,8 +93,8 @@ class Asking:
             return len(good) >= self._enough or self._flights.over(good)
         if not self.now:  # nobody was free; those that are late can still make up the minimum
             return len(good) >= self._terms.minimum_devices or self._flights.over(good)
-        own = self._collected.own
-        return len(own) >= self._enough or not self._flights.of_round(self._collected.round)
+        own, round = self._collected.own_count, self._collected.round
+        return own >= self._enough or not self._flights.any_of(round)
 
     def take_new_plans(self, plan_anew: PlanAnew | None) -> None:
         """Take new plans, if there are any, before the next attempt."""
@@ -119,7 +119,7 @@ class Asking:
         if not self._draw.count:
             return 0
         pending = len(self._flights.of_round(self._collected.round))
-        return max(1, self._draw.count - len(self._collected.own) - pending)
+        return max(1, self._draw.count - self._collected.own_count - pending)
 
     def _chosen(self, count: int) -> tuple[str, ...]:
         """Devices that are free, and whose update would be a new one.

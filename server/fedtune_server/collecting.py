@@ -43,6 +43,11 @@ class Collected:
         return [each for each in self.in_order if each.update.round == self.round]
 
     @property
+    def own_count(self) -> int:
+        """How many those are; asked after every answer, so it sorts nothing."""
+        return sum(each.update.round == self.round for each in self.good.values())
+
+    @property
     def in_order(self) -> list[Contribution]:
         """All updates, by their devices' names."""
         return [self.good[name] for name in sorted(self.good)]

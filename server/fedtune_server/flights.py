@@ -7,7 +7,7 @@ given more.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from flwr.app import RecordDict
@@ -64,10 +64,17 @@ class Flights:
         failed = any(answer.failure for _, answer in self._landed)
         return not failed and self.devices <= frozenset(skip)
 
+    def any_of(self, round: int) -> bool:
+        """Whether a flight of a round is not over."""
+        return any(flight.round == round for flight in self._pending())
+
     def of_round(self, round: int) -> list[Flight]:
         """Flights of a round that are not over, by their devices' names."""
-        pending = [*self._open.values(), *(flight for flight, _ in self._landed)]
-        return sorted((f for f in pending if f.round == round), key=lambda f: f.device)
+        return sorted((f for f in self._pending() if f.round == round), key=lambda f: f.device)
+
+    def _pending(self) -> Iterator[Flight]:
+        yield from self._open.values()
+        yield from (flight for flight, _ in self._landed)
 
     def send(
         self,
