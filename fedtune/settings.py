@@ -87,6 +87,8 @@ class RunConfig(Section):
                 f"data.max_tokens = {self.data.max_tokens}"
             )
         self._check_wire()
+        self._check_rounds()
+        self._check_turns()
         classifying = self.model.task == "sequence-classification"
         if classifying != (self.data.format == "text-label"):
             raise ValueError(
@@ -223,6 +225,56 @@ class RunConfig(Section):
                 f"wire.up = {self.wire.up!r} with wire.error_feedback goes with "
                 "simulation.backend = 'inprocess': 'ray' moves devices between processes, and what "
                 "they keep would stay behind; set wire.error_feedback to false"
+            )
+
+    def _check_rounds(self) -> None:
+        """Refuse rounds that could not close, or times that nobody could tell."""
+        rounds, asked = self.rounds, self.run.devices_per_round or self.devices
+        least = self.run.minimum_devices
+        if rounds.close_count and not least <= rounds.close_count <= asked:
+            raise ValueError(
+                f"rounds.close_count = {rounds.close_count}: expected a count from "
+                f"run.minimum_devices = {least} to {asked}, the devices of a round"
+            )
+        if rounds.mode == "async":
+            self._check_async()
+        simulation = self.simulation
+        timed = (simulation.backend, simulation.clock) == ("inprocess", "virtual")
+        if simulation.delay != "none" and not timed:
+            raise ValueError(
+                f"simulation.delay = {simulation.delay!r} goes with simulation.backend = "
+                f"'inprocess' and simulation.clock = 'virtual', found {simulation.backend!r} and "
+                f"{simulation.clock!r}"
+            )
+
+    def _check_async(self) -> None:
+        rounds = self.rounds
+        if self.aggregate.rule != "delta":
+            raise ValueError(
+                "rounds.mode 'async' goes with aggregate.rule = 'delta', found "
+                f"{self.aggregate.rule!r}: only differences to older adapters can be joined exactly"
+            )
+        if rounds.late == "refuse":
+            raise ValueError(
+                "rounds.mode 'async' goes with rounds.late = 'fold', found 'refuse': most of its "
+                "updates are late"
+            )
+        if rounds.close_count == 0 and rounds.close_fraction == 1.0:
+            raise ValueError(
+                "rounds.mode 'async' needs rounds.close_count, or a rounds.close_fraction below 1, "
+                "to say after how many updates a round closes"
+            )
+
+    def _check_turns(self) -> None:
+        """Refuse limits on the devices' rounds that leave too few for the last one."""
+        if any(each.rounds_max == 0 for each in self.fleet.values()):
+            return
+        turns = sum(each.count * each.rounds_max for each in self.fleet.values())
+        wanted = self.run.rounds * self.run.minimum_devices
+        if turns < wanted:
+            raise ValueError(
+                f"fleet.*.rounds_max lets devices take part {turns} times, expected at least "
+                f"{wanted}: run.rounds x run.minimum_devices; raise it or play fewer rounds"
             )
 
     @property

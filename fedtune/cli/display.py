@@ -193,6 +193,8 @@ def _round_line(progress: RunProgress, event: Event) -> str:
     parts.append(f"{fields.get('reported')} reported")
     if fields.get("refused"):
         parts.append(f"{fields.get('refused')} refused")
+    if fields.get("late"):
+        parts.append(f"{fields.get('late')} late")
     down, up = number(fields, "download_bytes") or 0, number(fields, "upload_bytes") or 0
     parts.append(f"{bytes_text(down)} down, {bytes_text(up)} up")
     parts.append(seconds_text(number(fields, "seconds") or 0))
@@ -224,6 +226,7 @@ _PLAIN: dict[str, Callable[[RunProgress, Event], str]] = {
     "site_excluded": _notice_line,
     "calibration_refused": _notice_line,
     "device_refused": _notice_line,
+    "round_repeated": _notice_line,
     "warning": _notice_line,
     "alarm": _last_notice_line,
     "round_finished": _round_line,

@@ -31,7 +31,13 @@ _WIDE = (
     "limited by",
 )
 _NARROW = ("devices", "backbone", "rank", "memory", "time", "limited by")
-_STYLES = {"waiting": "dim", "training": "cyan", "reported": "green", "refused": "red"}
+_STYLES = {
+    "waiting": "dim",
+    "training": "cyan",
+    "reported": "green",
+    "refused": "red",
+    "late": "yellow",
+}
 
 
 def headline(progress: RunProgress) -> RenderableType:
@@ -59,7 +65,7 @@ def device_table(progress: RunProgress) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     rows = list(progress.rows.values())
     if len(rows) > _MOST_ROWS:
-        order = {"training": 0, "refused": 1, "reported": 2, "waiting": 3}
+        order = {"training": 0, "refused": 1, "reported": 2, "late": 3, "waiting": 4}
         rows.sort(key=lambda row: order[row.state])
     for row in rows[:_MOST_ROWS]:
         table.add_row(*_device_cells(row))

@@ -19,7 +19,7 @@ class DeviceRow:
     """One device in the current round."""
 
     name: str
-    state: Literal["waiting", "training", "reported", "refused"] = "waiting"
+    state: Literal["waiting", "training", "reported", "refused", "late"] = "waiting"
     loss_before: float | None = None
     train_loss: float | None = None
     moved_bytes: float | None = None
@@ -134,6 +134,23 @@ def _device_refused(progress: RunProgress, fields: Mapping[str, object]) -> None
     progress.mark_training()
 
 
+def _device_late(progress: RunProgress, fields: Mapping[str, object]) -> None:
+    name = one_line(fields.get("device"))
+    progress.rows.setdefault(name, DeviceRow(name)).state = "late"
+
+
+def _round_repeated(progress: RunProgress, fields: Mapping[str, object]) -> None:
+    names = fields.get("devices")
+    asked = [one_line(name) for name in names] if isinstance(names, (list, tuple)) else []
+    for name in asked:
+        progress.rows[name] = DeviceRow(name)
+    progress.note(
+        f"round {fields.get('round')} is played again with {', '.join(asked) or 'nobody new'}: "
+        f"{fields.get('good')} updates are good so far"
+    )
+    progress.mark_training()
+
+
 def _replanned(progress: RunProgress, fields: Mapping[str, object]) -> None:
     progress.note(
         f"after round {fields.get('round')}, {one_line(fields.get('device'))} planned anew: "
@@ -206,6 +223,8 @@ _HANDLERS = {
     "round_started": _round_started,
     "device_reported": _device_reported,
     "device_refused": _device_refused,
+    "device_late": _device_late,
+    "round_repeated": _round_repeated,
     "round_finished": _round_finished,
     "replanned": _replanned,
     "evaluated": _evaluated,

@@ -51,7 +51,7 @@ class RoundsSection(Section):
     late: Literal["fold", "refuse"] = Field(
         "fold",
         description="`fold`: an update that comes after its round has closed counts in a later "
-        "one, by its staleness; `refuse`: it does not",
+        "one, by its staleness (`aggregate.rule` `delta`; others refuse); `refuse`: it does not",
     )
     staleness_limit: int = Field(
         2, ge=1, le=1000, description="rounds by which an update may be late and still count"

@@ -79,14 +79,26 @@ def _weight(update: AdapterUpdate, report: SiteReport, by: str) -> float:
     return float(weights[by])
 
 
-def reported(update: AdapterUpdate, download_bytes: int, upload_bytes: int) -> Event:
-    """Tells of an update that was good."""
+def reported(
+    update: AdapterUpdate,
+    download_bytes: int,
+    upload_bytes: int,
+    round: int | None = None,
+    staleness: int = 0,
+) -> Event:
+    """Tells of an update that was good.
+
+    Args:
+        round: in which it counts; default: the one that it answers.
+        staleness: rounds that it came late.
+    """
     metrics = update.metrics
     return Event(
         "device_reported",
         {
-            "round": update.round,
+            "round": update.round if round is None else round,
             "device": update.device,
+            "staleness": staleness,
             "loss_before": metrics.get("held_out_loss"),
             "train_loss": metrics.get("train_loss"),
             "samples": update.samples,

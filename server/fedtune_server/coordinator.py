@@ -21,6 +21,7 @@ from fedtune.aggregate.defences import Defence
 from fedtune.aggregate.rules import make_rule
 from fedtune.aggregate.server_step import ServerStep, apply_server_step
 from fedtune.records import (
+    DevicePlan,
     DeviceProfile,
     Event,
     FloatArray,
@@ -33,6 +34,7 @@ from fedtune.settings import RunConfig
 from fedtune.wire.checkpoint import prune_checkpoints, write_checkpoint
 from fedtune.wire.file_digests import checkpoint_saved
 from fedtune.wire.messages import OptimizerSpec, TaskSpec
+from fedtune_server.clock import Clock
 from fedtune_server.defend import check_root
 from fedtune_server.distortion import Measure
 from fedtune_server.evaluation import evaluate
@@ -40,15 +42,17 @@ from fedtune_server.fleet import (
     Emit,
     Fleet,
     ask_again,
-    choose_devices,
     gather_fleet,
     wait_for_nodes,
 )
+from fedtune_server.flights import Flights
 from fedtune_server.open_round import OpenRounds
 from fedtune_server.planning import Planning
+from fedtune_server.policy import RoundPolicy
 from fedtune_server.replan import Replanner
 from fedtune_server.round import Outcome, train
 from fedtune_server.run_folder import RunFolder
+from fedtune_server.sampling import Draw
 from fedtune_server.schedule import learning_rate
 from fedtune_server.state import RunState, with_turns
 from fedtune_server.terms import RoundTerms
@@ -58,6 +62,9 @@ _HEAD_STD = 0.02
 
 _ASK_AGAIN_S = 60.0
 """Longest wait for the new profiles of devices that refused their plans; a site answers at once."""
+
+_REAL_DEADLINE_S = 3600.0
+"""Longest wait for a device in a simulation whose rounds go by a virtual clock."""
 
 _REPORTED_PACKAGES = ("fedtune", "flwr", "numpy", "torch", "transformers", "bitsandbytes")
 
@@ -74,6 +81,7 @@ class Coordinator:
             devices take turns on one machine.
         measure: called for the distortion table if a plan can use one and the config names none;
             None where the base is not at hand.
+        clock: that rounds go by; default: this machine's.
     """
 
     def __init__(
@@ -84,10 +92,12 @@ class Coordinator:
         emit: Emit,
         patience: float = 1.0,
         measure: Measure | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._config, self._shapes, self._folder, self._emit = config, shapes, folder, emit
         self._measure = measure
         self._open_rounds = OpenRounds(folder.open_rounds)
+        self._flights = Flights(clock)
         self._run_id = f"{config.run.name}-{os.urandom(4).hex()}"
         self._step = server_step(config)
         self._rule = make_rule(config.aggregate.rule, self._step.join_cap, seed=config.run.seed)
@@ -101,9 +111,10 @@ class Coordinator:
             error_feedback=config.wire.error_feedback,
             weights=config.aggregate.weights,
             minimum_devices=config.run.minimum_devices,
-            deadline_s=config.run.round_deadline_s * patience,
+            deadline_s=_deadline_s(config, clock) * patience,
             seed=config.run.seed,
             defence=Defence(**config.defence.model_dump()),
+            policy=_policy(config, clock),
         )
 
     def run(self, grid: Grid, devices: int) -> GlobalAdapter:
@@ -205,8 +216,7 @@ class Coordinator:
         config = self._config
         number = state.round + 1
         self._folder.write_status("running", state.round)
-        chosen = choose_devices(fleet.names, config.run.devices_per_round, config.run.seed, number)
-        plans = [state.plans[name] for name in chosen]
+        plans = [state.plans[name] for name in fleet.names]
         outcome = train(
             grid,
             fleet,
@@ -219,6 +229,9 @@ class Coordinator:
             self._open_rounds,
             evaluate=self._measures(number),
             emit=self._emit,
+            draw=self._draw(fleet, state),
+            flights=self._flights,
+            plan_anew=lambda failed: self._plan_failed(grid, fleet, replanner, failed, number),
         )
         adapter, server = self._server_step(state, outcome.joined)
         if config.plan.replan and number < config.run.rounds:
@@ -229,15 +242,41 @@ class Coordinator:
             adapter=adapter,
             server=server,
             plans=dict(replanner.plans),
-            turns=with_turns(state.turns, chosen, number),
+            turns=with_turns(state.turns, outcome.asked, number),
             held_out_loss_before=(
                 outcome.held_out_loss if number == 1 else state.held_out_loss_before
             ),
-            planned_seconds=state.planned_seconds + max(plan.seconds for plan in plans),
+            planned_seconds=state.planned_seconds + outcome.planned_seconds,
         )
         self._checkpoint(state)
-        self._open_rounds.close(number)
+        for played in outcome.rounds:
+            self._open_rounds.close(played)
         return state
+
+    def _draw(self, fleet: Fleet, state: RunState) -> Draw:
+        config = self._config
+        caps = {
+            name: config.fleet[report.profile.device_class].rounds_max
+            for name, report in fleet.reports.items()
+            if report.profile.device_class in config.fleet
+        }
+        count, seed = config.run.devices_per_round, config.run.seed
+        return Draw(count, seed, config.rounds.sampling, state.turns, caps)
+
+    def _plan_failed(
+        self,
+        grid: Grid,
+        fleet: Fleet,
+        replanner: Replanner,
+        failed: tuple[str, ...],
+        number: int,
+    ) -> Mapping[str, DevicePlan]:
+        """Plans for a round that is played again, because too many devices refused theirs."""
+        if self._config.plan.replan:
+            deadline_s = min(self._terms.deadline_s, _ASK_AGAIN_S)
+            now = ask_again(grid, fleet, failed, self._task(), deadline_s)
+            replanner.after_round(number, {}, now)
+        return replanner.plans
 
     def _server_step(
         self, state: RunState, joined: GlobalAdapter
@@ -320,6 +359,27 @@ def server_step(config: RunConfig) -> ServerStep:
         beta2=settings.beta2,
         adaptivity=settings.adaptivity,
         keep_dropped=settings.keep_dropped,
+    )
+
+
+def _deadline_s(config: RunConfig, clock: Clock | None) -> float:
+    """Longest wait for what devices are asked beside rounds; those may go by another clock."""
+    virtual = clock is not None and clock.virtual
+    return _REAL_DEADLINE_S if virtual else config.run.round_deadline_s
+
+
+def _policy(config: RunConfig, clock: Clock | None) -> RoundPolicy:
+    """When rounds close. Only differences can be folded into a later round exactly."""
+    rounds = config.rounds
+    return RoundPolicy(
+        mode=rounds.mode,
+        close_count=rounds.close_count,
+        close_fraction=rounds.close_fraction,
+        late=rounds.late if config.aggregate.rule == "delta" else "refuse",
+        staleness_limit=rounds.staleness_limit,
+        staleness_power=rounds.staleness_power,
+        repeats=rounds.repeats,
+        deadline_s=config.run.round_deadline_s if clock is not None and clock.virtual else None,
     )
 
 

@@ -7,7 +7,6 @@ device that comes back late is told so by Flower, and every wait has an end.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,11 +15,9 @@ from flwr.serverapp import Grid
 
 from fedtune.errors import ProtocolError
 from fedtune.wire.flower import from_record
+from fedtune_server.clock import FIRST_POLL_S, LONGEST_POLL_S, RealClock
 from fedtune_server.flwr_compat import readable_reason
 
-_FIRST_POLL_S, _LONGEST_POLL_S = 0.002, 1.0
-_LAST_STRETCH_S = 0.05
-"""Before the deadline, waits are short again, so that no answer that is there goes unseen."""
 _MAX_REASON = 300
 
 
@@ -57,7 +54,33 @@ def exchange(
         kind: Flower message type; also the kind that the answer's record must have.
         group: shown by Flower beside the message; the round.
     """
-    end = time.monotonic() + deadline_s
+    clock = RealClock()
+    end = clock.now() + deadline_s
+    waiting = post(grid, contents, nodes, kind=kind, group=group, ttl_s=deadline_s)
+    poll_s = FIRST_POLL_S
+    while waiting and clock.now() < end:
+        replies = list(grid.pull_messages(list(waiting)))
+        for reply in replies:
+            device = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if device is not None:
+                yield read_answer(device, nodes[device], reply, kind)
+        poll_s = FIRST_POLL_S if replies else min(poll_s * 1.5, LONGEST_POLL_S)
+        if waiting:
+            clock.wait(poll_s, end)
+    for device in waiting.values():
+        yield silent_answer(device, deadline_s)
+
+
+def post(
+    grid: Grid,
+    contents: Mapping[str, RecordDict],
+    nodes: Mapping[str, int],
+    *,
+    kind: str,
+    group: str,
+    ttl_s: float,
+) -> dict[str, str]:
+    """Send each device its message, in the order of their names; message id -> device."""
     order = sorted(contents)
     messages = [
         Message(
@@ -65,32 +88,32 @@ def exchange(
             dst_node_id=nodes[device],
             message_type=kind,
             group_id=group,
-            ttl=deadline_s,
+            ttl=ttl_s,
         )
         for device in order
     ]
-    waiting = dict(zip(grid.push_messages(messages), order, strict=True))
-    poll_s = _FIRST_POLL_S
-    while waiting and time.monotonic() < end:
-        replies = list(grid.pull_messages(list(waiting)))
-        for reply in replies:
-            device = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if device is not None:
-                yield _answer(device, reply, kind)
-        poll_s = _FIRST_POLL_S if replies else min(poll_s * 1.5, _LONGEST_POLL_S)
-        if waiting:
-            before_last_stretch = end - _LAST_STRETCH_S - time.monotonic()
-            time.sleep(min(poll_s, max(_FIRST_POLL_S, before_last_stretch)))
-    for device in waiting.values():
-        yield Answer(device, failure=f"no answer within {deadline_s:g} s", silent=True)
+    return dict(zip(grid.push_messages(messages), order, strict=True))
 
 
-def _answer(device: str, reply: Message, kind: str) -> Answer:
+def read_answer(device: str, node: int, reply: Message, kind: str) -> Answer:
+    """What a reply says, whatever it holds.
+
+    Args:
+        node: that was asked; what another node sends is no answer.
+    """
     if reply.has_error():
         reason = readable_reason(reply.error.reason) or f"Flower error code {reply.error.code}"
         return Answer(device, failure=reason[:_MAX_REASON])
+    source = reply.metadata.src_node_id
+    if source != node:
+        return Answer(device, failure=f"expected an answer of node {node}, got one of {source}")
     try:
         body, tensors = from_record(reply.content, kind)
     except ProtocolError as error:
         return Answer(device, failure=str(error))
     return Answer(device, body, tensors)
+
+
+def silent_answer(device: str, waited_s: float) -> Answer:
+    """Stands for the answer that did not come."""
+    return Answer(device, failure=f"no answer within {waited_s:g} s", silent=True)

@@ -1,4 +1,4 @@
-"""One round: send every device its work, check what comes back, join what is good."""
+"""One round: send devices their work, check what comes back, join what is good."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.aggregate.rules import Rule
-from fedtune.errors import ProtocolError, RoundError
+from fedtune.errors import RoundError
 from fedtune.records import Contribution, DevicePlan, Event, GlobalAdapter
 from fedtune.wire.flower import TRAIN, to_record
 from fedtune.wire.messages import OptimizerSpec, TrainInstruction, encode_train_instruction
 from fedtune.wire.packing import tensors_digest
-from fedtune_server.acceptance import accept, reported
+from fedtune_server.asking import Asking, PlanAnew
+from fedtune_server.collecting import Collected, collect
 from fedtune_server.defend import defend
 from fedtune_server.evaluation import weighted
-from fedtune_server.exchange import exchange
 from fedtune_server.fleet import Emit, Fleet
+from fedtune_server.flights import Flights
 from fedtune_server.open_round import OpenRounds
-from fedtune_server.starts import Sent, prepare
+from fedtune_server.sampling import Draw
+from fedtune_server.starts import prepare
 from fedtune_server.terms import RoundTerms
 
 
@@ -32,31 +33,20 @@ class Outcome:
     Attributes:
         joined: the adapter with all good updates in it.
         held_out_loss: of the adapter before the round; None: not measured.
-        metrics: device -> what it measured; of good updates only.
+        metrics: device -> what it measured; of good updates only, and of this round.
         failed: devices that answered with an error instead of an update.
+        asked: devices that the round gave work to.
+        rounds: those whose updates are in it.
+        planned_seconds: of the slowest device asked, by its plan.
     """
 
     joined: GlobalAdapter
     held_out_loss: float | None
     metrics: Mapping[str, Mapping[str, float]]
     failed: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Collected:
-    """What came back in a round.
-
-    Attributes:
-        good: in the order of their devices' names.
-        refused: updates that were not good, or did not come.
-        failed: as in `Outcome`.
-        upload_bytes: of all tensors that came.
-    """
-
-    good: Sequence[Contribution]
-    refused: int
-    failed: tuple[str, ...]
-    upload_bytes: int
+    asked: tuple[str, ...] = ()
+    rounds: tuple[int, ...] = ()
+    planned_seconds: float = 0.0
 
 
 def train(
@@ -72,23 +62,36 @@ def train(
     *,
     evaluate: bool,
     emit: Emit,
+    draw: Draw | None = None,
+    flights: Flights | None = None,
+    already: Sequence[Contribution] = (),
+    plan_anew: PlanAnew | None = None,
 ) -> Outcome:
     """Play one round.
 
     Its good updates stay in `open_rounds` until the caller has saved the outcome.
 
-    A device that fails, is late, or sends anything that does not pass the checks is refused with
-    its reason; the round goes on without it.
+    A device that fails, or sends anything that does not pass the checks, is refused with its
+    reason; the round goes on without it. What comes after the round has closed goes by the policy
+    of `terms`. A round of too few good updates is played again with others, and keeps those it has.
+
+    Args:
+        plans: of all devices that may take part.
+        draw: which of them do; default: all.
+        flights: of the run, where rounds before have left some; default: a round on its own.
+        already: good updates of this round that need not be asked for.
+        plan_anew: asked for other plans before the round is played again.
 
     Raises:
-        RoundError: fewer than `terms.minimum_devices` updates were good, or the one is missing
-            that the defence compares with.
+        RoundError: fewer than `terms.minimum_devices` updates were good, however often it was
+            played; or the one is missing that the defence compares with.
     """
     started = time.perf_counter()
-    emit(Event("round_started", {"round": round, "devices": [plan.device for plan in plans]}))
-    sent = prepare(rule, adapter, plans, terms, round)
+    flights = Flights() if flights is None else flights
+    began = flights.clock.now()
+    collected = Collected(round, {each.update.device: each for each in already})
 
-    def instruction(plan: DevicePlan) -> bytes:
+    def instruction(plan: DevicePlan, packed: bytes) -> bytes:
         return encode_train_instruction(
             TrainInstruction(
                 run=terms.run,
@@ -97,7 +100,7 @@ def train(
                 plan=plan,
                 optimizer=optimizer,
                 seed=terms.seed,
-                tensors_digest=tensors_digest(sent[plan.device].packed),
+                tensors_digest=tensors_digest(packed),
                 evaluate=evaluate,
                 scale=terms.scale,
                 labels=fleet.labels,
@@ -106,69 +109,64 @@ def train(
             )
         )
 
-    contents = {p.device: to_record(TRAIN, instruction(p), sent[p.device].packed) for p in plans}
-    back = _collect(grid, fleet, contents, plans, sent, terms, round, open_rounds, emit)
-    good = back.good
-    if len(good) < terms.minimum_devices:
-        raise RoundError(
-            f"round {round} needs updates of {terms.minimum_devices} devices, got {len(good)} "
-            f"good and {back.refused} refused; see the reasons above"
-        )
-    good = defend(good, terms.defence, round, emit)
+    def send(chosen: Sequence[DevicePlan]) -> int:
+        """Give devices their work; the bytes that it takes."""
+        sent = prepare(rule, adapter, chosen, terms, round)
+        contents = {
+            p.device: to_record(TRAIN, instruction(p, sent[p.device].packed), sent[p.device].packed)
+            for p in chosen
+        }
+        ttl_s = terms.policy.ttl_s(terms.round_deadline_s)
+        by_device = {plan.device: plan for plan in chosen}
+        flights.send(grid, fleet.nodes, contents, by_device, sent, round, ttl_s)
+        return sum(len(each.packed) for each in sent.values())
+
+    asking = Asking(plans, draw or Draw(), flights, collected, terms, send, emit)
+    for attempt in range(terms.policy.repeats + 1):
+        asking.begin(attempt)
+        collect(
+            grid, flights, fleet, terms, collected, open_rounds, emit,
+            over=asking.over, after_each=asking.refill,
+        )  # fmt: skip
+        if len(collected.good) >= terms.minimum_devices:
+            break
+        if attempt == terms.policy.repeats or (not asking.now and flights.over()):
+            raise RoundError(
+                f"round {round} needs updates of {terms.minimum_devices} devices, got "
+                f"{len(collected.good)} good and {collected.refused} refused; see the reasons "
+                f"above, then start the same command again to go on from round {round - 1}"
+            )
+        asking.take_new_plans(plan_anew)
+    late = asking.name_late()
+    good = defend(collected.in_order, terms.defence, round, emit)
     joined = rule.join(adapter, good)
-    held_out = _mean(good, "held_out_loss", "held_out_units")
+    held_out = _mean(collected.own, "held_out_loss", "held_out_units")
+    clock = flights.clock
     fields = {
         "round": round,
         "reported": len(good),
-        "refused": back.refused + len(back.good) - len(good),
+        "refused": collected.refused + len(collected.good) - len(good),
+        "late": late,
+        "folded": len(collected.good) - len(collected.own),
         "held_out_loss": held_out,
-        "train_loss": _mean(good, "train_loss", "train_units"),
+        "train_loss": _mean(collected.in_order, "train_loss", "train_units"),
         "seconds": time.perf_counter() - started,
-        "planned_seconds": max(plan.seconds for plan in plans),
-        "download_bytes": sum(len(s.packed) for s in sent.values()),
-        "upload_bytes": back.upload_bytes,
+        "virtual_seconds": clock.now() - began if clock.virtual else None,
+        "planned_seconds": asking.planned_seconds,
+        "download_bytes": asking.download_bytes,
+        "upload_bytes": collected.upload_bytes,
         "dropped_energy": max(joined.dropped_energy.values(), default=0.0),
     }
     emit(Event("round_finished", fields))
-    metrics = {each.update.device: each.update.metrics for each in good}
-    return Outcome(joined, held_out, metrics, back.failed)
-
-
-def _collect(
-    grid: Grid,
-    fleet: Fleet,
-    contents: Mapping[str, RecordDict],
-    plans: Sequence[DevicePlan],
-    sent: Mapping[str, Sent],
-    terms: RoundTerms,
-    round: int,
-    open_rounds: OpenRounds,
-    emit: Emit,
-) -> _Collected:
-    """Check what comes back, and tell of each answer."""
-    by_device = {plan.device: plan for plan in plans}
-    good: list[Contribution] = []
-    failed: list[str] = []
-    refused = received = 0
-    for answer in exchange(
-        grid, contents, fleet.nodes, kind=TRAIN, group=str(round), deadline_s=terms.deadline_s
-    ):
-        received += len(answer.tensors or b"")
-        start = sent[answer.device]
-        try:
-            plan = by_device[answer.device]
-            each = accept(answer, plan, start, fleet, terms, round, open_rounds)
-        except ProtocolError as error:
-            refused += 1
-            if answer.failure and not answer.silent:
-                failed.append(answer.device)
-            fields = {"round": round, "device": answer.device, "reason": str(error)}
-            emit(Event("device_refused", fields))
-            continue
-        good.append(each)
-        emit(reported(each.update, len(start.packed), len(answer.tensors or b"")))
-    good.sort(key=lambda contribution: contribution.update.device)
-    return _Collected(good, refused, tuple(sorted(failed)), received)
+    return Outcome(
+        joined,
+        held_out,
+        {each.update.device: each.update.metrics for each in collected.own},
+        tuple(sorted(collected.failed)),
+        asked=tuple(sorted(asking.all)),
+        rounds=tuple(sorted({each.update.round for each in collected.in_order})),
+        planned_seconds=asking.planned_seconds,
+    )
 
 
 def _mean(good: Sequence[Contribution], value: str, units: str) -> float | None:

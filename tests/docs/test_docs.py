@@ -37,6 +37,7 @@ PAGES = (
     "aggregation",
     "defences",
     "traffic",
+    "rounds",
     "simulation",
     "exports",
     "run-folder",

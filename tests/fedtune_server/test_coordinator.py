@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,55 @@ def test_a_round_of_some_devices_asks_those_alone(
     assert len({tuple(s["devices"]) for s in fake.all("round_started")}) > 1
 
 
+def test_devices_take_turns_over_the_rounds_of_a_run(
+    fleet_of: FleetOf, play: Play, tree: Tree
+) -> None:
+    tree["run"] |= {"devices_per_round": 1, "rounds": 6}
+    fake = fleet_of("a", "b", "c")
+    play(fake, tree)
+    asked = [order.plan.device for order in fake.orders]
+    assert set(asked[:3]) == set(asked[3:]) == {"a", "b", "c"}
+
+
+def test_a_class_takes_part_no_more_often_than_its_section_says(
+    fleet_of: FleetOf, play: Play, tree: Tree
+) -> None:
+    tree["fleet"] = {
+        "any": {"count": 2, "memory": "1 GB"},
+        "rare": {"count": 1, "memory": "1 GB", "rounds_max": 2},
+    }
+    fake = fleet_of("a", "b", "c")
+    fake.change("b", profile=replace(fake.reports["b"].profile, device_class="rare"))
+    play(fake, tree)
+    assert [f["devices"] for f in fake.all("round_started")] == [["a", "b", "c"]] * 2 + [
+        ["a", "c"]
+    ] * 2
+
+
+@pytest.mark.parametrize(("rule", "late"), [("delta", "fold"), ("flexlora", "refuse")])
+def test_only_differences_are_folded_into_a_later_round(
+    fleet_of: FleetOf, play: Play, tree: Tree, rule: str, late: str
+) -> None:
+    tree["aggregate"] = {"rule": rule}
+    tree["rounds"] = {"close_count": 2}
+    fake = fleet_of("a", "b", "c")
+    play(fake, tree)
+    folded = sum(f["folded"] for f in fake.all("round_finished"))
+    reasons = [f["reason"] for f in fake.all("device_refused")]
+    assert (folded > 0, bool(reasons)) == ((True, False) if late == "fold" else (False, True))
+    assert all("it came after round" in reason for reason in reasons)
+
+
+def test_late_updates_are_not_kept_once_they_are_joined(
+    fleet_of: FleetOf, play: Play, tree: Tree, tmp_path: Path
+) -> None:
+    tree["rounds"] = {"close_count": 2}
+    fake = fleet_of("a", "b", "c")
+    play(fake, tree)
+    assert sum(f["folded"] for f in fake.all("round_finished")) > 0
+    assert not list((tmp_path / "open").rglob("*.tensors"))
+
+
 def test_too_few_reports_end_the_run_and_keep_the_last_round(
     fleet_of: FleetOf, play: Play, tree: Tree, tmp_path: Path
 ) -> None:
@@ -231,7 +281,7 @@ def test_too_few_reports_end_the_run_and_keep_the_last_round(
         late = message.metadata.group_id == "3" and node == 1001
         return "offline" if late else None
 
-    with pytest.raises(RoundError, match="round 3 needs updates of 3 devices, got 2 good and 1"):
+    with pytest.raises(RoundError, match="round 3 needs updates of 3 devices, got 2 good and 3"):
         play(fake, tree, offline_in_round_3)
     path = latest_checkpoint(tmp_path / "checkpoints")
     assert path is not None

@@ -78,9 +78,9 @@ def test_a_lost_device_fails_at_the_deadline_and_the_others_are_kept() -> None:
 
 def test_an_answer_shortly_before_the_deadline_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("fedtune_server.exchange.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("fedtune_server.clock.time.monotonic", lambda: clock[0])
     monkeypatch.setattr(
-        "fedtune_server.exchange.time.sleep", lambda s: clock.__setitem__(0, clock[0] + s)
+        "fedtune_server.clock.time.sleep", lambda s: clock.__setitem__(0, clock[0] + s)
     )
 
     class LateGrid:

@@ -223,6 +223,21 @@ def test_a_device_that_refuses_its_plan_is_planned_within_what_it_allows(
     assert len(ordered["b"]) == 12
 
 
+def test_a_round_that_all_devices_refuse_is_played_again_with_plans_that_fit(
+    fleet_of: FleetOf, play: Play, tree: Any
+) -> None:
+    fake = fleet_with_rates(fleet_of, "a", "b")
+    for name in "ab":
+        refuses_above(fake, name, lambda round: MEMORY if round < 3 else MEMORY * 2 // 3)
+    ordered = play(fake, tree)
+    (repeated,) = fake.all("round_repeated")
+    assert (repeated["round"], repeated["devices"], repeated["good"]) == (3, ["a", "b"], 0)
+    assert {event["device"] for event in fake.all("replanned")} == {"a", "b"}
+    assert [event["reported"] for event in fake.all("round_finished")] == [2] * 12
+    assert [len(plans) for plans in ordered.values()] == [13, 13]
+    assert all(plans[3].peak_bytes <= MEMORY * 2 // 3 for plans in ordered.values())
+
+
 def test_a_device_that_no_plan_fits_any_more_keeps_its_plan_and_the_run_goes_on(
     fleet_of: FleetOf, play: Play, tree: Any
 ) -> None:

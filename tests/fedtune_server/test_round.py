@@ -270,7 +270,10 @@ def test_a_planned_round_takes_as_long_as_its_slowest_device(fleet_of: FleetOf) 
 
 def test_too_few_updates_fail_the_round(fleet_of: FleetOf) -> None:
     table = Table(fleet_of("a", "b", "c"), minimum_devices=3, deadline_s=0.2)
-    words = "round 1 needs updates of 3 devices, got 2 good and 1 refused; see the reasons above"
+    words = (
+        "round 1 needs updates of 3 devices, got 2 good and 3 refused; see the reasons above, then "
+        "start the same command again to go on from round 0"
+    )
     with pytest.raises(RoundError, match=words):
         table.train(lost="c")
     assert table.fake.all("round_finished") == []

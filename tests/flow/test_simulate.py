@@ -266,7 +266,7 @@ def test_a_round_without_enough_devices_ends_the_run(
         raise MemoryError("no memory left")
 
     monkeypatch.setattr(Agent, "accept", fail)
-    with pytest.raises(RoundError, match="round 1 needs updates of 1 devices, got 0 good and 4"):
+    with pytest.raises(RoundError, match="round 1 needs updates of 1 devices, got 0 good and 12"):
         play(tree)
     folder = Path(tree["outputs"]["folder"])
     assert json.loads((folder / "status.json").read_text())["state"] == "failed"

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from flwr.clientapp import ClientApp
@@ -19,12 +20,15 @@ from fedtune.errors import FedtuneError
 from fedtune.records import Event, ModelShapes
 from fedtune.settings import RunConfig
 from fedtune_server.app import make_server_app
+from fedtune_server.clock import VirtualClock
 from fedtune_server.coordinator import Coordinator
 from fedtune_server.distortion import Measure
 from fedtune_server.ledger import Ledger
 from fedtune_server.metrics import MetricsWriter
 from fedtune_server.run_folder import RunFolder
-from fedtune_server.simulation.grid import Together, run_inprocess
+from fedtune_server.simulation.delayed import DelayedGrid
+from fedtune_server.simulation.delays import delays
+from fedtune_server.simulation.grid import InProcessGrid, Together, run_inprocess
 from fedtune_server.simulation.ray import run_ray
 
 Watcher = Callable[[Event], None]
@@ -76,11 +80,13 @@ def simulate(
             metrics(event)
             watch(event)
 
-        coordinator = Coordinator(config, shapes, folder, emit, _patience(config, devices), measure)
+        clock = VirtualClock() if config.simulation.delay != "none" else None
+        patience = _patience(config, devices)
+        coordinator = Coordinator(config, shapes, folder, emit, patience, measure, clock)
         try:
             for warning in warnings:
                 emit(Event("warning", {"text": warning}))
-            _play(config, coordinator, client_app, devices, together)
+            _play(config, coordinator, client_app, devices, together, clock)
             finish(folder.path, emit)
             folder.write_status("finished", reached)
         except KeyboardInterrupt:
@@ -101,6 +107,7 @@ def _play(
     client_app: ClientApp,
     devices: int,
     together: Together | None,
+    clock: VirtualClock | None,
 ) -> None:
     def job(grid: Grid) -> None:
         coordinator.run(grid, devices)
@@ -118,7 +125,21 @@ def _play(
             accelerators_per_device=_gpu_share(config),
         )
     else:
-        run_inprocess(server_app, client_app, devices, workers=1, together=together)
+        run_inprocess(
+            server_app,
+            client_app,
+            devices,
+            workers=1,
+            together=together,
+            make=InProcessGrid if clock is None else _delayed(config, clock),
+        )
+
+
+def _delayed(config: RunConfig, clock: VirtualClock) -> Callable[..., InProcessGrid]:
+    settings = config.simulation
+    assert settings.delay != "none"
+    delay = delays(settings.delay, settings.delay_spread, config.run.seed)
+    return partial(DelayedGrid, delay=delay, clock=clock)
 
 
 def _gpu_share(config: RunConfig) -> float:

@@ -262,20 +262,24 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr has no types that mypy 
         with self._changed:
             self._changed.wait(_POLL_S)
 
-    def _run_next(self, among: Iterable[str] | None = None) -> bool:
+    def _run_next(
+        self, among: Iterable[str] | None = None, beside: Iterable[str] | None = None
+    ) -> bool:
         """Let the first device that is idle and has a message do its work, if there is one.
 
         Those that can work together with it do theirs in the same pass.
 
         Args:
             among: ids of the messages that count; default: all.
+            beside: ids of those that may go in its pass; default: the same.
         """
         with self._changed:
             asked = None if among is None else frozenset(among)
             first = self._take(asked)
             if first is None:
                 return False
-            taken = [first, *self._take_alike(first, asked)]
+            alike = asked if beside is None else frozenset(beside)
+            taken = [first, *self._take_alike(first, alike)]
         try:
             if len(taken) > 1:
                 replies = self._deliver_together(taken)
@@ -329,7 +333,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr has no types that mypy 
         """Replies to messages that are answered in one pass, which may take all their time."""
         assert self._together is not None
         nodes = [message.metadata.dst_node_id for message in messages]
-        end = time.monotonic() + sum(m.metadata.ttl or DEFAULT_TTL for m in messages)
+        end = time.monotonic() + sum(self._ttl(message) for message in messages)
         arrived = [self._arrive(message) for message in messages]
         found = self._together(arrived, [self._contexts[node] for node in nodes])
         if time.monotonic() >= end:
@@ -343,7 +347,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr has no types that mypy 
 
     def _deliver(self, node: int, message: Message) -> Message | None:
         """The reply to a message, or None while it is lost."""
-        ttl = message.metadata.ttl or DEFAULT_TTL
+        ttl = self._ttl(message)
         expires = time.monotonic() + ttl
         fault = self._fault(node, message) if self._fault is not None else None
         if fault == "lost":
@@ -358,6 +362,10 @@ class InProcessGrid(Grid):  # type: ignore[misc]  # flwr has no types that mypy 
         if reply is None or time.monotonic() >= expires:
             return _expired(message)
         return reply
+
+    def _ttl(self, message: Message) -> float:
+        """Seconds that a device may take from its start on a message."""
+        return float(message.metadata.ttl or DEFAULT_TTL)
 
     def _call(self, node: int, message: Message) -> Message:
         """Run the ClientApp on one message; both ways go through bytes."""
@@ -428,6 +436,7 @@ def run_inprocess(
     run_config: Mapping[str, bool | int | float | str] | None = None,
     fault: FaultHook | None = None,
     together: Together | None = None,
+    make: Callable[..., InProcessGrid] = InProcessGrid,
 ) -> None:
     """Run a coordinator and its devices in this process, until the coordinator returns.
 
@@ -439,10 +448,11 @@ def run_inprocess(
         run_config: what coordinator and devices find in `Context.run_config`.
         fault: what befalls which message, for tests; default: nothing.
         together: lets devices work in one pass; default: they take turns.
+        make: makes the grid from all these; default: replies arrive as soon as they are there.
     """
     with (
         quiet_flower(),
-        InProcessGrid(
+        make(
             client_app,
             devices,
             workers=workers,

@@ -368,6 +368,8 @@ def test_events_with_missing_fields_do_not_stop_the_display() -> None:
         "round_started",
         "device_reported",
         "device_refused",
+        "device_late",
+        "round_repeated",
         "round_finished",
         "evaluated",
         "warning",
@@ -389,3 +391,21 @@ def test_a_run_that_replaces_another_is_shown_from_nothing() -> None:
     end = shown[shown.index("run demo-2 stopped") :]
     assert "rounds   0 of 9" in end
     assert "refused" not in end
+
+
+def test_late_devices_and_repeated_rounds_are_shown() -> None:
+    repeated = {"round": 1, "attempt": 2, "devices": ["site-1"], "good": 2}
+    events = [
+        *start(),
+        begin(1),
+        Event("device_late", {"round": 1, "device": "site-2", "seconds": 9.0}),
+        Event("round_repeated", repeated),
+    ]
+    assert "warning: round 1 is played again with site-1: 2 updates are good so far" in plain(
+        iter(events), width=200
+    )
+    display = terminal()
+    for event in events:
+        display(event)
+    assert {name: row.state for name, row in display._progress.rows.items()}["site-2"] == "late"
+    assert "late" in picture(display)
