@@ -56,7 +56,7 @@ class Hostile:
         )
         rng = np.random.default_rng([order.seed, order.round, partition])
         factors = tamper(self._attack, self._gang, order.round, sent, trained, rng)
-        bad = spoil(self._attack, pack_tensors(update_tensors(factors, {}), order.wire_dtype))
+        bad = spoil(self._attack, pack_tensors(update_tensors(factors, {}), order.codec))
         report = replace(decode_train_report(said), tensors_digest=tensors_digest(bad))
         return Message(to_record(TRAIN, encode_train_report(report), bad), reply_to=message)
 

@@ -30,7 +30,7 @@ def play(fake: Any, defence: Defence, **terms: Any) -> Outcome:
     rule = make_rule("delta", 8)
     all_terms = RoundTerms(
         run="run-1", base_digest=shapes.digest, shapes=shapes.by_name(), scale=LoraScale(2.0),
-        wire_dtype="float32", weights="uniform", minimum_devices=1, deadline_s=30.0, seed=0,
+        down="fp32", up="fp32", weights="uniform", minimum_devices=1, deadline_s=30.0, seed=0,
         defence=defence,
     )  # fmt: skip
     plans = [
