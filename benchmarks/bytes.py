@@ -276,9 +276,9 @@ mean none. Bits by direction are what lets 2 and 3 bits suffice: when the codecs
 bits for all directions lost 2.3 % (`q4` both ways) and 2.1 % (`q3`) on seed 0.
 
 Most bytes go down, because the whole joined adapter is sent along as a frozen tail. A narrow codec
-up makes these fewer as well: rows of A that hardly moved get no bits and stay those that all devices
-share, so that the joined adapter has fewer directions in the first rounds. Not counted are Flower's
-190 bytes and the instruction with its plan, 1.8 kB (docs/traffic.md).
+up makes these fewer as well: rows of A that hardly moved get no bits and stay those that all
+devices share, so that the joined adapter has fewer directions in the first rounds. Not counted are
+Flower's 190 bytes and the instruction with its plan, 1.8 kB (docs/traffic.md).
 """
 _PREFACE = (__doc__ or "").split("\n\n", 2)[2].split("\n\n`--quick`")[0] + "\n\n"
 

@@ -152,8 +152,7 @@ def order(device: str, round: int, seconds: float) -> Message:
         TrainInstruction(
             run="run", round=round, base_digest="d" * 64, plan=plan, optimizer=OptimizerSpec(),
             seed=0, tensors_digest="0" * 64, evaluate=False, scale=LoraScale(1.0), labels=(),
-            down="fp32",
-            up="fp32",
+            codec="fp32",
         )
     )  # fmt: skip
     return Message(to_record(TRAIN, body, b""), dst_node_id=1000, message_type=TRAIN)
