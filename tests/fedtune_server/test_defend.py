@@ -78,23 +78,30 @@ def test_what_is_not_finite_never_reaches_a_defence(
     assert np.isfinite(outcome.joined.matrices[UP].product()).all()
 
 
+FLIP_B = np.repeat([1.0, -1.0], [16, 24])
+
+
 def test_an_update_that_is_left_out_is_refused_once_and_not_joined(fleet_of: FleetOf) -> None:
-    honest, hostile = fleet_of(*NAMES), fleet_of(*NAMES)
-    for fake in (honest, hostile):
-        fake.spoil["g"] = values(lambda numbers: 30 * numbers)
-    hostile.spoil["f"] = values(lambda numbers: -40 * numbers)
-    outcome = play(hostile, Defence("multi-krum", assumed_share=0.3))
-    assert set(refused(hostile)) == {"f", "g"}
-    assert refused(hostile)["f"].startswith("left out by multi-krum: its mean cosine with")
-    (finished,) = hostile.all("round_finished")
-    assert (finished["reported"], finished["refused"]) == (5, 2)
-    assert outcome.metrics.keys() == {"a", "b", "c", "d", "e"}
-    (compared,) = hostile.all("updates_compared")
+    fake = fleet_of(*NAMES)
+    fake.spoil["f"] = values(lambda numbers: FLIP_B * numbers)
+    fake.spoil["g"] = values(lambda numbers: 20 * numbers)  # too long, but it points as the others
+    outcome = play(fake, Defence("multi-krum", assumed_share=0.3))
+    assert refused(fake) == {
+        "f": "left out by multi-krum: its mean cosine with 2 near updates is -1.00, the median one "
+        "is 1.00"
+    }
+    (finished,) = fake.all("round_finished")
+    assert (finished["reported"], finished["refused"]) == (6, 1)
+    assert outcome.metrics.keys() == {"a", "b", "c", "d", "e", "g"}
+    (compared,) = fake.all("updates_compared")
     shares = {entry["device"]: entry["share"] for entry in compared["devices"]}
-    assert shares == pytest.approx(dict.fromkeys("abcde", 0.2) | {"f": 0.0, "g": 0.0})
-    play(honest, Defence())
-    assert refused(honest) == {}
-    assert honest.all("round_finished")[0]["reported"] == 7
+    assert shares == pytest.approx(dict.fromkeys("abcdeg", 1 / 6) | {"f": 0.0})
+    factors = {entry["device"]: entry["factor"] for entry in compared["devices"]}
+    assert factors["g"] < 0.01
+    others = fleet_of(*NAMES)
+    play(others, Defence())
+    assert refused(others) == {}
+    assert others.all("round_finished")[0]["reported"] == 7
 
 
 def test_every_round_of_two_updates_or_more_is_compared(fleet_of: FleetOf) -> None:
@@ -116,7 +123,7 @@ def test_every_round_of_two_updates_or_more_is_compared(fleet_of: FleetOf) -> No
 
 def test_a_trusted_sites_round_tells_of_trust(fleet_of: FleetOf) -> None:
     fake = fleet_of("a", "b", "c")
-    fake.spoil["c"] = values(lambda numbers: -numbers * np.repeat([-1, 1], [16, 24]))
+    fake.spoil["c"] = values(lambda numbers: FLIP_B * numbers)
     play(fake, Defence("root-cosine", root_site="a"))
     trusts = {e["device"]: e["trust"] for e in fake.all("updates_compared")[0]["devices"]}
     assert trusts == pytest.approx({"a": 1.0, "b": 1.0, "c": 0.0}, abs=1e-6)
