@@ -15,7 +15,7 @@ from fedtune.records import Contribution, DevicePlan, Event, GlobalAdapter
 from fedtune.wire.flower import TRAIN, to_record
 from fedtune.wire.messages import OptimizerSpec, TrainInstruction, encode_train_instruction
 from fedtune.wire.packing import tensors_digest
-from fedtune_server.acceptance import accept, reported
+from fedtune_server.acceptance import accept, accept_again, reported
 from fedtune_server.evaluation import weighted
 from fedtune_server.exchange import exchange
 from fedtune_server.fleet import Emit, Fleet
@@ -74,7 +74,8 @@ def train(
 ) -> Outcome:
     """Play one round.
 
-    Its good updates stay in `open_rounds` until the caller has saved the outcome.
+    Its good updates stay in `open_rounds` until the caller has saved the outcome; those that are
+    there from before an interruption count, and their devices are not asked again.
 
     A device that fails, is late, or sends anything that does not pass the checks is refused with
     its reason; the round goes on without it.
@@ -103,8 +104,13 @@ def train(
             )
         )
 
-    contents = {p.device: to_record(TRAIN, instruction(p), sent[p.device].packed) for p in plans}
-    back = _collect(grid, fleet, contents, plans, sent, terms, round, open_rounds, emit)
+    already = accept_again(plans, sent, fleet, terms, round, open_rounds)
+    contents = {
+        p.device: to_record(TRAIN, instruction(p), sent[p.device].packed)
+        for p in plans
+        if p.device not in already
+    }
+    back = _collect(grid, fleet, contents, already, plans, sent, terms, round, open_rounds, emit)
     good = back.good
     if len(good) < terms.minimum_devices:
         raise RoundError(
@@ -134,6 +140,7 @@ def _collect(
     grid: Grid,
     fleet: Fleet,
     contents: Mapping[str, RecordDict],
+    already: Mapping[str, tuple[Contribution, int]],
     plans: Sequence[DevicePlan],
     sent: Mapping[str, Sent],
     terms: RoundTerms,
@@ -146,6 +153,10 @@ def _collect(
     good: list[Contribution] = []
     failed: list[str] = []
     refused = received = 0
+    for device, (each, size) in already.items():
+        good.append(each)
+        received += size
+        emit(reported(each.update, len(sent[device].packed), size))
     for answer in exchange(
         grid, contents, fleet.nodes, kind=TRAIN, group=str(round), deadline_s=terms.deadline_s
     ):
