@@ -53,6 +53,7 @@ from fedtune.wire.tensors import unpack_dispatch, update_tensors
 from fedtune_client.allowance import Allowance
 from fedtune_client.calibrate import Bench, calibrate
 from fedtune_client.clock import StepClock
+from fedtune_client.round_states import RoundStates
 from fedtune_client.site import SiteSettings
 
 if TYPE_CHECKING:
@@ -127,7 +128,8 @@ class Agent:
         self._tokenizer = _tokenizer(self._folder)
         self.pad_id = pad_id(self._tokenizer)
         self._samples: dict[tuple[str, ...], tuple[SampleSet, SampleSet]] = {}
-        self._memories: dict[str, OptimizerMemory] = {}
+        self._states = RoundStates(site.state_folder)
+        self._memory: OptimizerMemory | None = None
         self._loss_scale = LossScale()
         self._allowance = Allowance(site.profile, site.measures_steps)
         # Of a process that other sites share, nobody could say whose memory it is.
@@ -231,6 +233,7 @@ class Agent:
             ProtocolError: as for `train`.
         """
         dispatch, backbone = self._accept(order, packed)
+        self._begin_round(order)
         plan = order.plan
         batches = self._train_batches(
             plan, order.labels, order.seed, (order.round - 1) * plan.local_steps, plan.local_steps
@@ -240,7 +243,7 @@ class Agent:
             backbone=backbone,
             dispatch=dispatch,
             batches=batches,
-            memory=self._memory(order) if order.optimizer.keep else None,
+            memory=self._memory,
             held_out=held_out.samples if order.evaluate else (),
         )
 
@@ -259,7 +262,11 @@ class Agent:
     def report(
         self, order: TrainInstruction, result: RoundResult, metrics: Mapping[str, float]
     ) -> tuple[TrainReport, bytes]:
-        """What goes back after a round, and the packed factors beside it."""
+        """What goes back after a round, and the packed factors beside it.
+
+        What the device carries to its next round is kept first: once the report has left, the
+        coordinator may not ask for the round again.
+        """
         tensors = pack_tensors(update_tensors(result.factors, result.dense), order.wire_dtype)
         report = TrainReport(
             run=order.run,
@@ -271,6 +278,7 @@ class Agent:
             tensors_digest=tensors_digest(tensors),
             metrics={**metrics, **_train_metrics(result), **self._peak()},
         )
+        self._end_round(order)
         return report, tensors
 
     def evaluate(self, order: EvaluateInstruction, packed: bytes) -> EvaluateReport:
@@ -330,11 +338,24 @@ class Agent:
         chosen = self._site.profile.compute if asked == "auto" else asked
         return compute_dtype(chosen, self._torch_device)
 
-    def _memory(self, order: TrainInstruction) -> OptimizerMemory:
-        """What this run's earlier rounds left of the optimiser; of other runs nothing is kept."""
-        if order.run not in self._memories:
-            self._memories = {order.run: OptimizerMemory()}
-        return self._memories[order.run]
+    def _begin_round(self, order: TrainInstruction) -> None:
+        """Start from what the rounds before this one left, though it may have been played once."""
+        found = self._states.before(order.run, order.round)
+        self._memory = None
+        if order.optimizer.keep:
+            self._memory = OptimizerMemory.from_tensors(_of("optimizer", found))
+        if self._compute == torch.float16:
+            self._loss_scale = LossScale.from_tensors(_of("loss_scale", found))
+
+    def _end_round(self, order: TrainInstruction) -> None:
+        """Keep what the next round starts from."""
+        states: dict[str, torch.Tensor] = {}
+        if self._memory is not None:
+            states |= _under("optimizer", self._memory.tensors())
+        if self._compute == torch.float16:
+            states |= _under("loss_scale", self._loss_scale.tensors())
+        if states:
+            self._states.keep(order.run, order.round, states)
 
     def _tokenised(self, labels: tuple[str, ...]) -> tuple[SampleSet, SampleSet]:
         """Training and held-out samples; done once, and once more if the labels change."""
@@ -426,6 +447,19 @@ class Agent:
         if self._site.profile.accelerator == "cpu":
             return {}
         return {"peak_bytes": float(torch.cuda.max_memory_allocated())}
+
+
+def _under(part: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One part of what a device carries, as it is named among all of it."""
+    return {f"{part}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _of(part: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The way back from `_under`."""
+    own = f"{part}/"
+    return {
+        name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)
+    }
 
 
 def held_out_metrics(found: EvaluationReport) -> dict[str, float]:

@@ -89,11 +89,11 @@ def _open(folder: Path, base: str) -> _Source:
     """Read the run's facts and its latest checkpoint, and prove that the base is the right one."""
     config = load_run_config(folder / "config.json")
     path = latest_checkpoint(folder / "checkpoints")
-    if path is None:
+    checkpoint = read_checkpoint(path) if path is not None else None
+    if checkpoint is None or checkpoint.adapter.round == 0:
         raise RunError(
             f"{folder} has no checkpoint to export; let at least one round of the run finish"
         )
-    checkpoint = read_checkpoint(path)
     base_name = base or config.model.path
     base_folder = resolve_model(base_name, config.model.revision)
     expected, found = checkpoint.meta.get("base_digest", ""), base_digest(base_folder)

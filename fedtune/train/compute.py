@@ -89,6 +89,18 @@ class LossScale:
         self.value, self._patience, self._good = value, patience, 0
         self.skipped = 0
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Where it stands, for a file."""
+        return {"value": torch.tensor(self.value), "good": torch.tensor(self._good)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LossScale:
+        """The way back from `tensors`; a first scale where there are none."""
+        scale = cls()
+        if tensors:
+            scale.value, scale._good = float(tensors["value"]), int(tensors["good"])
+        return scale
+
     def unscale(self, parameters: Sequence[Tensor]) -> bool:
         """Divide the gradients; True if all are finite and the step may be taken."""
         gradients = [p.grad for p in parameters if p.grad is not None]

@@ -13,12 +13,14 @@ import hashlib
 import json
 import os
 import threading
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
 from fedtune.errors import RunError
 from fedtune.records import Event
+from fedtune.wire.durable import writing
 from fedtune.wire.events import event_object, json_line
 
 _FIRST = "0" * 64
@@ -26,6 +28,7 @@ _OWN_KEYS = frozenset({"seq", "time", "prev", "hash"})
 _FSYNC_KINDS = frozenset(
     {
         "run_started",
+        "run_resumed",
         "planned",
         "round_finished",
         "evaluated",
@@ -45,14 +48,16 @@ class Ledger:
     removed. Threads may share a ledger.
 
     Raises:
-        RunError: the file exists and is not a ledger.
+        RunError: the file exists and is not a ledger, or cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._seq, self._prev = _continue(path)
-        self._file = path.open("ab")
+        with writing(path):
+            self._seq, self._prev = _continue(path)
+            # Unbuffered: what a full disk did not take must not come back at the next line.
+            self._file = path.open("ab", buffering=0)
 
     def append(self, event: Event) -> None:
         """Write one event.
@@ -60,6 +65,7 @@ class Ledger:
         Raises:
             ValueError: a field has the name of one of the ledger's own keys.
             TypeError: a field has no JSON form.
+            RunError: the disk is full or cannot be written; the lines before stay whole.
         """
         clash = sorted(_OWN_KEYS & set(event.fields))
         if clash:
@@ -69,13 +75,25 @@ class Ledger:
             time = datetime.now(UTC).isoformat(timespec="milliseconds")
             entry = {"seq": self._seq, "time": time} | fields | {"prev": self._prev}
             line = _sealed(entry)
-            self._file.write(line + b"\n")
-            self._file.flush()
-            if event.kind in _FSYNC_KINDS:
-                os.fsync(self._file.fileno())
+            with writing(self._path):
+                self._write(line + b"\n")
+                if event.kind in _FSYNC_KINDS:
+                    os.fsync(self._file.fileno())
             self._seq, self._prev = self._seq + 1, _sha256(line)
 
     __call__ = append
+
+    def _write(self, line: bytes) -> None:
+        """Append a line, or nothing of it."""
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with suppress(OSError):  # the next start cuts off what is left of it
+                self._file.truncate(end)
+            raise
 
     def close(self) -> None:
         """Close the file."""
@@ -112,6 +130,25 @@ def verify_ledger(path: Path) -> list[dict[str, object]]:
     if data and not data.endswith(b"\n"):
         raise RunError(f"{path} line {len(entries)}: expected a line break at its end")
     return entries
+
+
+def training_ended(path: Path) -> bool:
+    """Whether all that a ledger tells of since its last round is that the training ended.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    try:
+        lines = _lines(path.read_bytes())
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise RunError(f"ledger {path} cannot be read ({error.strerror})") from None
+    for line in reversed(lines):
+        kind = (_parsed(line) or {}).get("kind")
+        if kind in ("run_finished", "round_started", "run_started"):
+            return kind == "run_finished"
+    return False
 
 
 def _continue(path: Path) -> tuple[int, str]:

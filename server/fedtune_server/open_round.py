@@ -2,9 +2,10 @@
 
     open/round-0007/asked.json  3f2a...body  3f2a...tensors
 
-`asked.json` says whom the round asked. Two files per device: the packed tensors, and the body of the answer, both as they came; the body is
-written last, so an answer is there once its body is. The tensors are mapped in: a thousand updates
-take no more memory than one, and a coordinator that was killed finds them again.
+`asked.json` says whom the round asked. Two files hold what a device answered: the packed tensors,
+and the body of the answer, both as they came; the body is written last, so an answer is there once
+its body is. The tensors are mapped in: a thousand updates take no more memory than one, and a
+coordinator that was killed finds them again.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class OpenRounds:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
-            raise RunError(f"{path} is damaged; delete its folder to ask the devices anew") from None
+            raise RunError(
+                f"{path} is damaged; delete its folder to ask the devices anew"
+            ) from None
 
     def keep(self, round: int, device: str, body: bytes, tensors: bytes) -> Kept:
         """Write an answer to the disk, and give it back as it lies there.
@@ -113,7 +116,11 @@ class OpenRounds:
     def kept(self, round: int, devices: Iterable[str]) -> dict[str, Kept]:
         """Answers of some devices to a round that are on the disk, in the devices' order."""
         paths = {device: self._path(round, device) for device in devices}
-        return {device: self._read(path) for device, path in paths.items() if path.exists()}
+        return {
+            device: self._read(path)
+            for device, path in paths.items()
+            if path.exists() and path.with_suffix(_TENSORS).exists()
+        }
 
     def close(self, round: int) -> None:
         """Remove what is kept of a round, now that what it led to is saved."""

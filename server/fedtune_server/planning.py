@@ -54,7 +54,6 @@ from fedtune_server.importance import (
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.state import Known
 
-
 _IMPORTANCE, _DISTORTION = "importance.json", "distortion.json"
 
 

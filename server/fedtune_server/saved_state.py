@@ -8,7 +8,8 @@ devices of a class, are written once.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedtune.errors import RunError
@@ -19,13 +20,25 @@ from fedtune.records import (
     MatrixPlan,
     SiteReport,
 )
-from fedtune.wire.checkpoint import Checkpoint, as_written
+from fedtune.wire.checkpoint import Checkpoint, as_written, find_checkpoint
 from fedtune_server.drift import Standing
 from fedtune_server.state import Held, Known, RunState, Turns
 
 _LAYOUT = 1
 _Tree: TypeAlias = dict[str, Any]
 """A JSON object: its values are of many types, and a record checks its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Where a run goes on from.
+
+    Attributes:
+        skipped: why each newer checkpoint is not used, newest first; one line each.
+    """
+
+    state: RunState
+    skipped: tuple[str, ...] = ()
 
 
 def state_checkpoint(state: RunState, base_digest: str) -> Checkpoint:
@@ -71,6 +84,18 @@ def saved_state(checkpoint: Checkpoint, base_digest: str) -> RunState:
             f"the checkpoint of round {checkpoint.adapter.round} was written by another version of "
             f"fedtune ({error}); go on with that version, or start anew with --overwrite"
         ) from None
+
+
+def find_state(folder: Path, base_digest: str) -> Saved | None:
+    """The state in the newest checkpoint of a folder that is whole; None where none was written.
+
+    Raises:
+        RunError: none is whole, or as for `saved_state`.
+    """
+    found = find_checkpoint(folder)
+    if found is None:
+        return None
+    return Saved(saved_state(found.checkpoint, base_digest), found.skipped)
 
 
 def _state(checkpoint: Checkpoint, tree: _Tree) -> RunState:
