@@ -104,9 +104,7 @@ class Coordinator:
         self._measure = measure
         self._open_rounds = OpenRounds(folder.open_rounds)
         self._saved = saved
-        folder.run = (
-            saved.run if saved else folder.run or f"{config.run.name}-{os.urandom(4).hex()}"
-        )
+        folder.run = folder.run or f"{config.run.name}-{os.urandom(4).hex()}"
         self._run_id = folder.run
         self._rule = make_rule(config.aggregate.rule, config.lora.rank_cap, seed=config.run.seed)
         self._terms = RoundTerms(

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,20 +77,20 @@ class Ledger:
             entry = {"seq": self._seq, "time": time} | fields | {"prev": self._prev}
             line = _sealed(entry)
             with writing(self._path):
-                self._write(line + b"\n")
-                if event.kind in _FSYNC_KINDS:
-                    os.fsync(self._file.fileno())
+                self._write(line + b"\n", durably=event.kind in _FSYNC_KINDS)
             self._seq, self._prev = self._seq + 1, _sha256(line)
 
     __call__ = append
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, line: bytes, durably: bool) -> None:
         """Append a line, or nothing of it."""
         end = os.fstat(self._file.fileno()).st_size
         try:
             rest = memoryview(line)
             while rest:
                 rest = rest[self._file.write(rest) :]
+            if durably:
+                os.fsync(self._file.fileno())
         except OSError:
             with suppress(OSError):  # the next start cuts off what is left of it
                 self._file.truncate(end)
@@ -138,17 +139,29 @@ def training_ended(path: Path) -> bool:
     Raises:
         RunError: the file cannot be read.
     """
+    last = _last_of(path, ("run_finished", "round_started", "run_started"))
+    return last.get("kind") == "run_finished"
+
+
+def last_run(path: Path) -> str:
+    """Id of the run that a ledger tells of; empty where it tells of none.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    return str(_last_of(path, ("run_started", "run_resumed")).get("run", ""))
+
+
+def _last_of(path: Path, kinds: Collection[str]) -> dict[str, object]:
+    """The last line of one of these kinds; empty where there is none."""
     try:
         lines = _lines(path.read_bytes())
     except FileNotFoundError:
-        return False
+        return {}
     except OSError as error:
         raise RunError(f"ledger {path} cannot be read ({error.strerror})") from None
-    for line in reversed(lines):
-        kind = (_parsed(line) or {}).get("kind")
-        if kind in ("run_finished", "round_started", "run_started"):
-            return kind == "run_finished"
-    return False
+    parsed = (_parsed(line) or {} for line in reversed(lines))
+    return next((line for line in parsed if line.get("kind") in kinds), {})
 
 
 def _continue(path: Path) -> tuple[int, str]:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-
-from tensorboardX import SummaryWriter
 
 from fedtune.records import Event
 from fedtune.wire.durable import write_durably, writing
 from fedtune.wire.events import event_object, json_line
+from fedtune_server.curves import Curves
 
 _KINDS = frozenset({"device_reported", "device_refused", "round_finished", "evaluated"})
 _Add = Callable[[str, object, int], None]
@@ -42,12 +42,7 @@ class MetricsWriter:
         with writing(metrics):
             _cut(metrics, after)
             self._file = metrics.open("a", encoding="utf-8", newline="\n")
-        # TensorBoard leaves out what older files have at this step and beyond.
-        purge_step = None if after is None else after + 1
-        with writing(tensorboard):
-            self._board = SummaryWriter(
-                logdir=str(tensorboard), purge_step=purge_step, write_to_disk=True
-            )
+        self._curves = Curves(tensorboard, None if after is None else after + 1)
 
     def __call__(self, event: Event) -> None:
         """Write what an event says in numbers; other events are ignored.
@@ -66,8 +61,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close all files."""
-        self._file.close()
-        self._board.close()
+        with suppress(OSError):  # what a full disk did not take was told of when it was written
+            self._file.close()
+        self._curves.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -82,7 +78,7 @@ class MetricsWriter:
 
     def _add(self, tag: str, value: object, step: int) -> None:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            self._board.add_scalar(tag, float(value), step)
+            self._curves.add(tag, float(value), step)
 
 
 def _cut(path: Path, after: int | None) -> None:

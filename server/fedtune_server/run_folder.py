@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +23,7 @@ from fedtune.settings import RunConfig
 from fedtune.wire.durable import write_durably, writing
 from fedtune.wire.events import plain
 from fedtune_server.folder_lock import FolderLock
+from fedtune_server.ledger import last_run
 from fedtune_server.same_run import first_difference, written_config
 
 RunState = Literal["running", "finished", "interrupted", "failed"]
@@ -196,10 +196,12 @@ class RunFolder:
             )
 
     def _take_over(self) -> None:
-        """Go on from the status that the last coordinator left."""
-        with suppress(RunError):
+        """Go on from the status that the last coordinator left; the ledger knows its run, too."""
+        try:
             status = self.read_status()
             self.run, self.reached = status.run, status.round
+        except RunError:
+            self.run = last_run(self.ledger)
 
     def _begin(self) -> None:
         for below in (self.checkpoints, self.exports):

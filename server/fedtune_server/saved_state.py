@@ -42,7 +42,7 @@ class Saved:
 
 
 def state_checkpoint(state: RunState, base_digest: str) -> Checkpoint:
-    """What is written of a state; equal states give equal checkpoints."""
+    """What is written of a state; two runs of one seed write the same, whatever they are called."""
     tables: dict[tuple[MatrixPlan, ...], int] = {}
     plans = {name: _plan_tree(plan, tables) for name, plan in state.plans.items()}
     tree = {
@@ -57,11 +57,11 @@ def state_checkpoint(state: RunState, base_digest: str) -> Checkpoint:
         "held_out_loss_before": state.held_out_loss_before,
         "planned_seconds": state.planned_seconds,
     }
-    meta = {"base_digest": base_digest, "run": state.run, "state": json.dumps(tree)}
+    meta = {"base_digest": base_digest, "state": json.dumps(tree)}
     return Checkpoint(state.adapter, state.server, meta)
 
 
-def saved_state(checkpoint: Checkpoint, base_digest: str) -> RunState:
+def saved_state(checkpoint: Checkpoint, base_digest: str, run: str) -> RunState:
     """The state that a checkpoint holds.
 
     Raises:
@@ -78,7 +78,7 @@ def saved_state(checkpoint: Checkpoint, base_digest: str) -> RunState:
         tree = json.loads(meta["state"])
         if tree["layout"] != _LAYOUT:
             raise ValueError(f"its layout is {tree['layout']!r}")
-        return _state(checkpoint, tree)
+        return _state(checkpoint, tree, run)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
             f"the checkpoint of round {checkpoint.adapter.round} was written by another version of "
@@ -86,7 +86,7 @@ def saved_state(checkpoint: Checkpoint, base_digest: str) -> RunState:
         ) from None
 
 
-def find_state(folder: Path, base_digest: str) -> Saved | None:
+def find_state(folder: Path, base_digest: str, run: str) -> Saved | None:
     """The state in the newest checkpoint of a folder that is whole; None where none was written.
 
     Raises:
@@ -95,10 +95,10 @@ def find_state(folder: Path, base_digest: str) -> Saved | None:
     found = find_checkpoint(folder)
     if found is None:
         return None
-    return Saved(saved_state(found.checkpoint, base_digest), found.skipped)
+    return Saved(saved_state(found.checkpoint, base_digest, run), found.skipped)
 
 
-def _state(checkpoint: Checkpoint, tree: _Tree) -> RunState:
+def _state(checkpoint: Checkpoint, tree: _Tree, run: str) -> RunState:
     tables = [tuple(MatrixPlan(**matrix) for matrix in table) for table in tree["matrices"]]
     known = Known(
         reports={name: _report(report) for name, report in tree["reports"].items()},
@@ -106,7 +106,7 @@ def _state(checkpoint: Checkpoint, tree: _Tree) -> RunState:
         digests=tree["digests"],
     )
     return RunState(
-        run=checkpoint.meta["run"],
+        run=run,
         adapter=as_written(checkpoint.adapter),
         server={name: as_written(state) for name, state in checkpoint.extra.items()},
         plans={

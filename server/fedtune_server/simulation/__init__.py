@@ -68,7 +68,7 @@ def simulate(
     """
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder.enter(config.folder, config, overwrite=overwrite))
-        saved = find_state(folder.checkpoints, shapes.digest)
+        saved = find_state(folder.checkpoints, shapes.digest, folder.run)
         ended = saved is not None and _ended(saved, config, folder)
         after = saved.state.round if saved is not None else None
         ledger = stack.enter_context(Ledger(folder.ledger))
@@ -116,7 +116,7 @@ def _announce(
         Event(
             "run_resumed",
             {
-                "run": saved.state.run,
+                "run": folder.run,
                 "folder": str(folder.path),
                 "round": saved.state.round,
                 "rounds": config.run.rounds,
