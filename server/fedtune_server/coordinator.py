@@ -145,6 +145,7 @@ class Coordinator:
 
     def _begin(self, grid: Grid, devices: int) -> _Prepared:
         """Gather the fleet, plan it, and save that."""
+        self._folder.write_status("running", 0)  # from here on the run has its id
         self._announce(devices)
         self._open_rounds.forget_all_but(None)
         fleet = self._gather(grid, devices)
