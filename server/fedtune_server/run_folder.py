@@ -24,7 +24,7 @@ from fedtune.wire.durable import write_durably, writing
 from fedtune.wire.events import plain
 from fedtune_server.folder_lock import FolderLock
 from fedtune_server.ledger import last_run
-from fedtune_server.same_run import first_difference, written_config
+from fedtune_server.same_run import first_difference, notes, written_config
 
 RunState = Literal["running", "finished", "interrupted", "failed"]
 
@@ -83,12 +83,14 @@ class RunFolder:
     Attributes:
         run: the run's id, once it has one.
         reached: last round that was joined and saved.
+        notes: what a person should know of how the run goes on, one line each.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.run = ""
         self.reached = 0
+        self.notes: tuple[str, ...] = ()
         self._lock: FolderLock | None = None
 
     @classmethod
@@ -168,6 +170,7 @@ class RunFolder:
         difference = first_difference(written, config) if written is not None else None
         if difference is None and written is not None:
             self._refuse_finished(config.run.rounds)
+            self.notes = notes(written, config)
             return True
         if self._holds_nothing_to_lose():
             return False

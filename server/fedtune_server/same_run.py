@@ -69,6 +69,17 @@ def first_difference(written: RunConfig, asked: RunConfig) -> Difference | None:
     return None
 
 
+def notes(written: RunConfig, asked: RunConfig) -> tuple[str, ...]:
+    """What a person should know of keys that may differ, and do."""
+    before, after, schedule = written.run.rounds, asked.run.rounds, asked.train.schedule
+    if before == after or schedule == "constant":
+        return ()
+    return (
+        f"run.rounds was {before} and is {after}: from here on the learning rate is that of a "
+        f"{schedule} schedule of {after} rounds",
+    )
+
+
 def _flat(tree: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
     """Dotted keys and values of a tree, in its order; an empty table is a value."""
     for name, value in tree.items():

@@ -37,6 +37,7 @@ PAGES = (
     "simulation",
     "exports",
     "run-folder",
+    "resume",
 )
 """The pages with blocks to run."""
 

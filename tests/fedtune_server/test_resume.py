@@ -8,16 +8,18 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedtune.config import parse_run_config
-from fedtune.errors import RunError
+from fedtune.errors import RoundError, RunError
 from fedtune.export.ledger_facts import read_ledger
-from fedtune.records import Event
+from fedtune.records import DeviceProfile, Event
 from fedtune.wire import durable
+from fedtune.wire.events import plain
 from fedtune_server.ledger import verify_ledger
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.simulation import simulate
@@ -301,6 +303,15 @@ def test_a_finished_run_goes_on_when_it_gets_more_rounds(runs: Runs, whole: byte
         runs.start({"run": {"rounds": 3}})
 
 
+def test_more_rounds_move_the_line_of_the_learning_rate_and_a_warning_says_so(runs: Runs) -> None:
+    runs.tree["train"]["schedule"] = "linear"
+    runs.start({"run": {"rounds": 2}})
+    assert only(runs.start(), "warning")["text"] == (
+        "run.rounds was 2 and is 4: from here on the learning rate is that of a linear schedule of "
+        "4 rounds"
+    )
+
+
 def test_another_configuration_is_another_run(runs: Runs) -> None:
     with pytest.raises(Killed):
         runs.start(spoil=dies(3, "b"))
@@ -341,7 +352,6 @@ def test_a_device_that_does_not_come_back_is_missed_and_the_run_goes_on(runs: Ru
 def test_a_run_that_failed_goes_on_with_the_same_command(runs: Runs, whole: bytes) -> None:
     """Its last word is a failed round, and the round is played again when the devices are back."""
     runs.tree["run"]["minimum_devices"] = 3
-    whole_of_three = Runs.checkpoint
 
     def spoil(fake: Any) -> None:
         def refuse(said: Any, tensors: bytes) -> Any:
@@ -349,14 +359,69 @@ def test_a_run_that_failed_goes_on_with_the_same_command(runs: Runs, whole: byte
 
         fake.spoil["b"] = refuse
 
-    from fedtune.errors import RoundError
-
     with pytest.raises(RoundError, match="round 3 needs updates of 3 devices"):
         runs.start(spoil=spoil)
     assert RunFolder(runs.folder).read_status().state == "failed"
     runs.start()
     assert runs.asked()[0] == (3, "b")
-    assert whole_of_three(runs).read_bytes() == whole
+    assert runs.checkpoint().read_bytes() == whole
+
+
+# ---------------------------------------------------------------- what the plan rests on
+
+
+def _slow(fake: Any, name: str, factor: float) -> None:
+    """Let all devices have rates, and one be slower than they say."""
+    for each in fake.names:
+        rates = {"matmul_flops_per_s": {"fp32": 1e6}, "memory_bandwidth_bytes_per_s": 1e9}
+        fake.change(each, profile=DeviceProfile(each, "any", 1, 60_000, **rates))
+
+    def add(said: Any, tensors: bytes) -> Any:
+        return replace(said, metrics={**said.metrics, "step_seconds": factor * 0.32}), tensors
+
+    fake.spoil[name] = add
+
+
+def test_a_device_that_drifts_is_planned_anew_in_the_same_round_with_an_interruption(
+    fleet_of: FleetOf, tmp_path: Path
+) -> None:
+    """What two rounds in a row must agree on is known after the process has ended between them."""
+    plan: Tree = {
+        "plan": {"round_seconds": 4.0, "steps": "equal"},
+        "train": {"local_steps": 10, "evaluate_every": 0},
+    }
+    whole, runs = (Runs(fleet_of, tmp_path / name) for name in ("whole", "killed"))
+    expected = only(whole.start(plan, lambda fake: _slow(fake, "b", 3.0)), "replanned")
+    assert (expected["round"], expected["device"]) == (2, "b")
+    for round in (2, 3):  # once while it is still watched, once after it was planned anew
+
+        def spoil(fake: Any, round: int = round) -> None:
+            _slow(fake, "b", 3.0)
+            dies(round, "c")(fake)
+
+        with pytest.raises(Killed):
+            runs.start(plan, spoil)
+    runs.start(plan, lambda fake: _slow(fake, "b", 3.0))
+    told = [
+        {key: line[key] for key in expected}
+        for line in verify_ledger(runs.folder / "ledger.jsonl")
+        if line["kind"] == "replanned"
+    ]
+    assert told == [plain(expected)]
+    assert runs.checkpoint().read_bytes() == whole.checkpoint().read_bytes()
+
+
+def test_the_importance_that_the_plan_was_made_with_must_still_be_there(runs: Runs) -> None:
+    drawn: Tree = {"importance": {"method": "random"}}
+    with pytest.raises(Killed):
+        runs.start(drawn, dies(2, "b"))
+    path = runs.folder / "importance.json"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("0.", "0.1", 1), encoding="utf-8")
+    with pytest.raises(RunError, match=r"importance.json is not the one that the run was planned"):
+        runs.start(drawn)
+    path.write_text(text, encoding="utf-8")
+    assert only(runs.start(drawn), "run_resumed")["round"] == 1
 
 
 # ---------------------------------------------------------------- disks that do not take it

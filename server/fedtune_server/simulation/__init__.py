@@ -84,7 +84,7 @@ def simulate(
         try:
             if saved is not None:
                 _announce(saved, config, folder, devices, emit)
-            for warning in warnings:
+            for warning in (*folder.notes, *warnings):
                 emit(Event("warning", {"text": warning}))
             if not ended:
                 _play(config, coordinator, client_app, devices, together)
