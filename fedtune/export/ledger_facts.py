@@ -189,10 +189,12 @@ def _go_on(facts: LedgerFacts, resumed: Line, finished: Line) -> None:
     """Leave out what was told of rounds that are played again from here.
 
     Args:
-        finished: the `run_finished` after the last round, if there is one: only exports are left.
+        finished: the `run_finished` after the last round, if there is one.
     """
     joined = int(number(resumed, "round") or 0)
-    facts.status, facts.ending = ("finished", finished) if finished else ("not finished", resumed)
+    exports_alone = bool(finished) and joined >= (number(resumed, "rounds") or 0)
+    facts.status = "finished" if exports_alone else "not finished"
+    facts.ending = finished if exports_alone else resumed
     facts.rounds = {r: line for r, line in facts.rounds.items() if r <= joined}
     facts.evaluations = {r: line for r, line in facts.evaluations.items() if r <= joined}
     facts.reports = {key: line for key, line in facts.reports.items() if key[0] <= joined}

@@ -14,7 +14,8 @@ import time
 from io import FileIO
 from pathlib import Path
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event as BoardEvent
+from tensorboardX.proto.event_pb2 import SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
@@ -41,16 +42,16 @@ class Curves:
             self._file = (folder / name).open("ab", buffering=0)
         except OSError as error:
             self._end(error)
-        self._write(Event(wall_time=time.time(), file_version=_VERSION))
+        self._write(BoardEvent(wall_time=time.time(), file_version=_VERSION))
         if first_step is not None:
             start = SessionLog(status=SessionLog.START)
-            self._write(Event(step=first_step, file_version=_VERSION))
-            self._write(Event(step=first_step, session_log=start))
+            self._write(BoardEvent(step=first_step, file_version=_VERSION))
+            self._write(BoardEvent(step=first_step, session_log=start))
 
     def add(self, tag: str, value: float, step: int) -> None:
         """Add a point to a curve."""
         point = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-        self._write(Event(step=step, wall_time=time.time(), summary=point))
+        self._write(BoardEvent(step=step, wall_time=time.time(), summary=point))
 
     def close(self) -> None:
         """Close the file."""
@@ -58,7 +59,7 @@ class Curves:
             self._file.close()
             self._file = None
 
-    def _write(self, event: Event) -> None:
+    def _write(self, event: BoardEvent) -> None:
         """Append a record: length, its checksum, the event, its checksum."""
         if self._file is None:
             return
