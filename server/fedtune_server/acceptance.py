@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from fedtune.errors import ProtocolError, RefusedUpdateError
 from fedtune.records import AdapterUpdate, Contribution, DevicePlan, Event, SiteReport
 from fedtune.wire.check import check_update
@@ -72,32 +70,6 @@ def accept_kept(
     )
     weight = _weight(update, fleet.reports[device], terms.weights)
     return Contribution(weight, sent.dispatch, update)
-
-
-def accept_again(
-    plans: Sequence[DevicePlan],
-    sent: Mapping[str, Sent],
-    fleet: Fleet,
-    terms: RoundTerms,
-    round: int,
-    open_rounds: OpenRounds,
-) -> dict[str, tuple[Contribution, int]]:
-    """Answers that came before the coordinator was interrupted, each with its tensors' bytes.
-
-    They are checked as if they came now; one that does not pass is dropped, and its device is
-    asked again.
-    """
-    by_device = {plan.device: plan for plan in plans}
-    found = {}
-    for device, kept in open_rounds.kept(round, sorted(by_device)).items():
-        try:
-            plan, start = by_device[device], sent[device]
-            each = accept_kept(kept, device, plan, start, fleet, terms, round)
-        except ProtocolError:
-            open_rounds.drop(round, device)
-            continue
-        found[device] = each, len(kept.tensors)
-    return found
 
 
 def _weight(update: AdapterUpdate, report: SiteReport, by: str) -> float:

@@ -55,6 +55,7 @@ from fedtune_server.run_folder import RunFolder
 from fedtune_server.saved_state import Saved, state_checkpoint
 from fedtune_server.schedule import learning_rate
 from fedtune_server.state import RunState, with_turns
+from fedtune_server.taken_up import take_up
 from fedtune_server.terms import RoundTerms
 
 _HEAD_STD = 0.02
@@ -258,6 +259,9 @@ class Coordinator:
             self._open_rounds,
             evaluate=self._measures(number),
             emit=self._emit,
+            already=take_up(
+                self._rule, state.adapter, plans, fleet, self._terms, number, self._open_rounds
+            ),
         )
         adapter, server = self._server_step(state, outcome.joined)
         if config.plan.replan and number < config.run.rounds:

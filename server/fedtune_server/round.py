@@ -15,12 +15,13 @@ from fedtune.records import Contribution, DevicePlan, Event, GlobalAdapter
 from fedtune.wire.flower import TRAIN, to_record
 from fedtune.wire.messages import OptimizerSpec, TrainInstruction, encode_train_instruction
 from fedtune.wire.packing import tensors_digest
-from fedtune_server.acceptance import accept, accept_again, reported
+from fedtune_server.acceptance import accept, reported
 from fedtune_server.evaluation import weighted
 from fedtune_server.exchange import exchange
 from fedtune_server.fleet import Emit, Fleet
 from fedtune_server.open_round import OpenRounds
 from fedtune_server.starts import Sent, prepare
+from fedtune_server.taken_up import NOTHING, TakenUp
 from fedtune_server.terms import RoundTerms
 
 
@@ -46,7 +47,7 @@ class _Collected:
     """What came back in a round.
 
     Attributes:
-        good: in the order of their devices' names.
+        good: in the order in which they came.
         refused: updates that were not good, or did not come.
         failed: as in `Outcome`.
         upload_bytes: of all tensors that came.
@@ -71,20 +72,25 @@ def train(
     *,
     evaluate: bool,
     emit: Emit,
+    already: TakenUp = NOTHING,
 ) -> Outcome:
     """Play one round.
 
-    Its good updates stay in `open_rounds` until the caller has saved the outcome; those that are
-    there from before an interruption count, and their devices are not asked again.
+    Its good updates stay in `open_rounds` until the caller has saved the outcome.
 
     A device that fails, is late, or sends anything that does not pass the checks is refused with
     its reason; the round goes on without it.
+
+    Args:
+        already: what came before an interruption, and need not be asked for.
 
     Raises:
         RoundError: fewer than `terms.minimum_devices` updates were good.
     """
     started = time.perf_counter()
     emit(Event("round_started", {"round": round, "devices": [plan.device for plan in plans]}))
+    for event in already.events:
+        emit(event)
     sent = prepare(rule, adapter, plans, terms, round)
 
     def instruction(plan: DevicePlan) -> bytes:
@@ -104,14 +110,14 @@ def train(
             )
         )
 
-    already = accept_again(plans, sent, fleet, terms, round, open_rounds)
+    there = {each.update.device for each in already.good}
     contents = {
         p.device: to_record(TRAIN, instruction(p), sent[p.device].packed)
         for p in plans
-        if p.device not in already
+        if p.device not in there
     }
-    back = _collect(grid, fleet, contents, already, plans, sent, terms, round, open_rounds, emit)
-    good = back.good
+    back = _collect(grid, fleet, contents, plans, sent, terms, round, open_rounds, emit)
+    good = sorted([*already.good, *back.good], key=lambda contribution: contribution.update.device)
     if len(good) < terms.minimum_devices:
         raise RoundError(
             f"round {round} needs updates of {terms.minimum_devices} devices, got {len(good)} "
@@ -128,7 +134,7 @@ def train(
         "seconds": time.perf_counter() - started,
         "planned_seconds": max(plan.seconds for plan in plans),
         "download_bytes": sum(len(s.packed) for s in sent.values()),
-        "upload_bytes": back.upload_bytes,
+        "upload_bytes": already.upload_bytes + back.upload_bytes,
         "dropped_energy": max(joined.dropped_energy.values(), default=0.0),
     }
     emit(Event("round_finished", fields))
@@ -140,7 +146,6 @@ def _collect(
     grid: Grid,
     fleet: Fleet,
     contents: Mapping[str, RecordDict],
-    already: Mapping[str, tuple[Contribution, int]],
     plans: Sequence[DevicePlan],
     sent: Mapping[str, Sent],
     terms: RoundTerms,
@@ -153,10 +158,6 @@ def _collect(
     good: list[Contribution] = []
     failed: list[str] = []
     refused = received = 0
-    for device, (each, size) in already.items():
-        good.append(each)
-        received += size
-        emit(reported(each.update, len(sent[device].packed), size))
     for answer in exchange(
         grid, contents, fleet.nodes, kind=TRAIN, group=str(round), deadline_s=terms.deadline_s
     ):
@@ -174,7 +175,6 @@ def _collect(
             continue
         good.append(each)
         emit(reported(each.update, len(start.packed), len(answer.tensors or b"")))
-    good.sort(key=lambda contribution: contribution.update.device)
     return _Collected(good, refused, tuple(sorted(failed)), received)
 
 

@@ -145,6 +145,10 @@ def test_answers_of_the_open_round_count_and_their_devices_are_not_asked_again(
     }
     assert kinds(events)["planned"] == kinds(events)["run_started"] == 0
     assert kinds(events)["device_reported"] == 6
+    started = next(i for i, event in enumerate(events) if event.kind == "round_started")
+    assert [e.fields.get("device") for e in events[started + 1 : started + 4]] == ["a", "b", "c"]
+    uploads = [e.fields["upload_bytes"] for e in events if e.kind == "round_finished"]
+    assert uploads[0] == uploads[1] > 0
     assert runs.checkpoint().read_bytes() == whole
     assert RunFolder(runs.folder).read_status().state == "finished"
     assert not any((runs.folder / "open").iterdir())
