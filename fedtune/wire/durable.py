@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from fedtune.errors import RunError
 
@@ -26,7 +29,7 @@ _REMEDIES = {
     errno.EACCES: f"give this user the right to write there, {_AGAIN}",
     errno.EPERM: f"give this user the right to write there, {_AGAIN}",
 }
-_CHECK_DISK = f"check its disk, {_AGAIN}"
+_OS_ERROR = re.compile(r"I/O error: (?P<words>.*) \(os error (?P<number>\d+)\)")
 
 
 @contextmanager
@@ -34,13 +37,22 @@ def writing(path: Path) -> Iterator[None]:
     """Say of a write that fails which file it was for, and what to do.
 
     Raises:
-        RunError: in place of an OSError.
+        RunError: in place of an OSError, and of a SafetensorError that comes from one.
     """
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, _CHECK_DISK)
-        raise RunError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
+        raise _not_written(path, error.errno or 0, error.strerror or str(error)) from error
+    except SafetensorError as error:
+        found = _OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        raise _not_written(path, int(found["number"]), found["words"]) from error
+
+
+def _not_written(path: Path, number: int, words: str) -> RunError:
+    remedy = _REMEDIES.get(number, f"check its disk, {_AGAIN}")
+    return RunError(f"{path} cannot be written ({words}); {remedy}")
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -458,6 +458,17 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_nothing_is_lost(
     assert runs.checkpoint().read_bytes() == whole
 
 
+def test_a_disk_that_is_too_small_for_the_exports_keeps_the_run(runs: Runs) -> None:
+    def full(folder: Path, emit: Callable[[Event], None]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    runs.finish = full
+    with pytest.raises(RunError, match=r"exports cannot be written \(No space left.*free some sp"):
+        runs.start()
+    runs.finish = _no_exports
+    assert [event.kind for event in runs.start()] == ["run_resumed", "exported"]
+
+
 def test_a_second_coordinator_is_refused_and_the_first_loses_nothing(runs: Runs) -> None:
     tried: list[str] = []
 

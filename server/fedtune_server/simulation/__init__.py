@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from fedtune.errors import FedtuneError, RunError
 from fedtune.records import Event, ModelShapes
 from fedtune.settings import RunConfig
+from fedtune.wire.durable import writing
 from fedtune_server.app import make_server_app
 from fedtune_server.coordinator import Coordinator, installed_versions
 from fedtune_server.distortion import Measure
@@ -88,7 +89,8 @@ def simulate(
                 emit(Event("warning", {"text": warning}))
             if not ended:
                 _play(config, coordinator, client_app, devices, together)
-            finish(folder.path, emit)
+            with writing(folder.exports):
+                finish(folder.path, emit)
             folder.write_ending("finished")
         except KeyboardInterrupt:
             _end(folder, "interrupted", Event("run_interrupted", {"round": folder.reached}), emit)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from fedtune.errors import RunError
 from fedtune.wire import durable
@@ -58,6 +59,17 @@ def test_a_failed_write_names_its_file_and_leaves_the_old_one(
         write_durably(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_safetensors_file_on_a_full_disk_is_the_same_line(tmp_path: Path) -> None:
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with (
+        pytest.raises(RunError, match=r"a cannot be written \(No space left on device\); free"),
+        writing(tmp_path / "a"),
+    ):
+        raise SafetensorError(text)
+    with pytest.raises(SafetensorError, match="header"), writing(tmp_path / "a"):
+        raise SafetensorError("Error while deserializing header")
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:
