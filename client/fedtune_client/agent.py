@@ -54,6 +54,7 @@ from fedtune.wire.tensors import unpack_dispatch
 from fedtune_client.allowance import Allowance
 from fedtune_client.calibrate import Bench, calibrate
 from fedtune_client.clock import StepClock
+from fedtune_client.round_states import RoundStates
 from fedtune_client.site import SiteSettings
 
 if TYPE_CHECKING:
@@ -128,8 +129,9 @@ class Agent:
         self._tokenizer = _tokenizer(self._folder)
         self.pad_id = pad_id(self._tokenizer)
         self._samples: dict[tuple[str, ...], tuple[SampleSet, SampleSet]] = {}
-        self._memories: dict[str, OptimizerMemory] = {}
-        self._feedbacks: dict[str, ErrorFeedback] = {}
+        self._states = RoundStates(site.state_folder)
+        self._memory: OptimizerMemory | None = None
+        self._feedback: ErrorFeedback | None = None
         self._loss_scale = LossScale()
         self._allowance = Allowance(site.profile, site.measures_steps)
         # Of a process that other sites share, nobody could say whose memory it is.
@@ -233,6 +235,7 @@ class Agent:
             ProtocolError: as for `train`.
         """
         dispatch, backbone = self._accept(order, packed)
+        self._begin_round(order)
         plan = order.plan
         batches = self._train_batches(
             plan, order.labels, order.seed, (order.round - 1) * plan.local_steps, plan.local_steps
@@ -242,7 +245,7 @@ class Agent:
             backbone=backbone,
             dispatch=dispatch,
             batches=batches,
-            memory=self._memory(order) if order.optimizer.keep else None,
+            memory=self._memory,
             held_out=held_out.samples if order.evaluate else (),
         )
 
@@ -267,6 +270,9 @@ class Agent:
     ) -> tuple[TrainReport, bytes]:
         """What goes back after a round that started from `sent`, and the packed update beside it.
 
+        What the device carries to its next round is kept first: once the report has left, the
+        coordinator may not ask for the round again.
+
         Raises:
             ProtocolError: a value is not finite, or does not fit the instruction's codec.
         """
@@ -281,23 +287,17 @@ class Agent:
             tensors_digest=tensors_digest(tensors),
             metrics={**metrics, **_train_metrics(result), **self._peak()},
         )
+        self._end_round(order)
         return report, tensors
 
     def _encoded(self, order: TrainInstruction, sent: Dispatch, result: RoundResult) -> bytes:
         """The packed update; what its codec takes is kept for the next one, if that is asked."""
-        if not order.error_feedback or order.codec == "fp32":
+        if self._feedback is None:
             return encode_update(sent, result.factors, result.dense, order.codec)[0]
-        feedback = self._feedback(order)
-        owed = feedback.at(order.round)
+        owed = self._feedback.at(order.round)
         tensors, lost = encode_update(sent, result.factors, result.dense, order.codec, owed)
-        feedback.keep(order.round, lost)
+        self._feedback.keep(order.round, lost)
         return tensors
-
-    def _feedback(self, order: TrainInstruction) -> ErrorFeedback:
-        """What this run's earlier updates left out; of other runs nothing is kept."""
-        if order.run not in self._feedbacks:
-            self._feedbacks = {order.run: ErrorFeedback()}
-        return self._feedbacks[order.run]
 
     def evaluate(self, order: EvaluateInstruction, packed: bytes) -> EvaluateReport:
         """Held-out loss with the sent adapter.
@@ -356,11 +356,30 @@ class Agent:
         chosen = self._site.profile.compute if asked == "auto" else asked
         return compute_dtype(chosen, self._torch_device)
 
-    def _memory(self, order: TrainInstruction) -> OptimizerMemory:
-        """What this run's earlier rounds left of the optimiser; of other runs nothing is kept."""
-        if order.run not in self._memories:
-            self._memories = {order.run: OptimizerMemory()}
-        return self._memories[order.run]
+    def _begin_round(self, order: TrainInstruction) -> None:
+        """Start from what the rounds before this one left, though it may have been played once."""
+        found = self._states.before(order.run, order.round)
+        self._memory = self._feedback = None
+        if order.error_feedback and order.codec != "fp32":
+            kept = {name: each.numpy() for name, each in _of("feedback", found).items()}
+            self._feedback = ErrorFeedback.from_tensors(kept) if kept else ErrorFeedback()
+        if order.optimizer.keep:
+            self._memory = OptimizerMemory.from_tensors(_of("optimizer", found))
+        if self._compute == torch.float16:
+            self._loss_scale = LossScale.from_tensors(_of("loss_scale", found))
+
+    def _end_round(self, order: TrainInstruction) -> None:
+        """Keep what the next round starts from."""
+        states: dict[str, torch.Tensor] = {}
+        if self._feedback is not None:
+            kept = {name: torch.as_tensor(each) for name, each in self._feedback.tensors().items()}
+            states |= _under("feedback", kept)
+        if self._memory is not None:
+            states |= _under("optimizer", self._memory.tensors())
+        if self._compute == torch.float16:
+            states |= _under("loss_scale", self._loss_scale.tensors())
+        if states:
+            self._states.keep(order.run, order.round, states)
 
     def _tokenised(self, labels: tuple[str, ...]) -> tuple[SampleSet, SampleSet]:
         """Training and held-out samples; done once, and once more if the labels change."""
@@ -452,6 +471,19 @@ class Agent:
         if self._site.profile.accelerator == "cpu":
             return {}
         return {"peak_bytes": float(torch.cuda.max_memory_allocated())}
+
+
+def _under(part: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One part of what a device carries, as it is named among all of it."""
+    return {f"{part}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _of(part: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The way back from `_under`."""
+    own = f"{part}/"
+    return {
+        name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)
+    }
 
 
 def held_out_metrics(found: EvaluationReport) -> dict[str, float]:

@@ -13,6 +13,7 @@ from fedtune.data.sites import Sites, open_sites
 from fedtune.devices.simulated import simulated_profiles
 from fedtune.records import ComputeName, DeviceProfile, GraphUse
 from fedtune.settings import DataSection, RunConfig
+from fedtune_client.round_states import state_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class SiteSettings:
         cuda_graph: whether training steps are recorded as CUDA graphs.
         tune_allocator: whether this process, which is the site's own, may keep freed memory.
         cache_folder: where what was made of the base is kept between processes; None: nowhere.
+        state_folder: where the device keeps what it carries from round to round; None: in memory.
         measures_steps: what a step takes on this machine, and the memory free on it, are the
             site's own; False: the device is simulated, and has what its class says.
     """
@@ -44,6 +46,7 @@ class SiteSettings:
     cuda_graph: GraphUse = "off"
     tune_allocator: bool = True
     cache_folder: Path | None = None
+    state_folder: Path | None = None
     measures_steps: bool = False
 
 
@@ -89,6 +92,7 @@ class SimulatedFleet:
             cuda_graph=config.train.cuda_graph,
             tune_allocator=config.train.tune_allocator,
             cache_folder=cache_folder(),
+            state_folder=state_folder(config.folder / "devices", name),
             measures_steps=config.simulation.clock == "measured",
         )
 

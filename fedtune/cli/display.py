@@ -173,6 +173,13 @@ def _started_line(progress: RunProgress, event: Event) -> str:
     )
 
 
+def _resumed_line(progress: RunProgress, event: Event) -> str:
+    return (
+        f"run {progress.run} goes on after round {progress.finished_rounds} of {progress.rounds}, "
+        f"folder {progress.folder}"
+    )
+
+
 def _site_line(progress: RunProgress, event: Event) -> str:
     fields = event.fields
     return (
@@ -222,6 +229,7 @@ def _evaluated_line(progress: RunProgress, event: Event) -> str:
 
 _PLAIN: dict[str, Callable[[RunProgress, Event], str]] = {
     "run_started": _started_line,
+    "run_resumed": _resumed_line,
     "site_reported": _site_line,
     "site_excluded": _notice_line,
     "calibration_refused": _notice_line,

@@ -244,6 +244,8 @@ def summary(
     for kind, reason in progress.skipped.items():
         lines.add_row(Text(kind), Text(f"not written: {reason}", style="yellow"))
     lines.add_row("folder", Text(progress.folder))
+    if progress.outcome in ("interrupted", "failed"):
+        lines.add_row("to go on", "give the same command again")
     return Group(_outcome(progress, without_end), lines)
 
 

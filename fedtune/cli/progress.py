@@ -97,6 +97,12 @@ def _run_started(progress: RunProgress, fields: Mapping[str, object]) -> None:
     progress.devices = int(number(fields, "devices") or 0)
 
 
+def _run_resumed(progress: RunProgress, fields: Mapping[str, object]) -> None:
+    _run_started(progress, fields)
+    progress.finished_rounds = int(number(fields, "round") or 0)
+    progress.note(f"goes on after round {progress.finished_rounds}")
+
+
 def _site_excluded(progress: RunProgress, fields: Mapping[str, object]) -> None:
     progress.note(f"{fields.get('device')} is left out: {fields.get('reason')}")
 
@@ -190,6 +196,7 @@ def _alarm(progress: RunProgress, fields: Mapping[str, object]) -> None:
 
 
 def _exported(progress: RunProgress, fields: Mapping[str, object]) -> None:
+    progress.outcome = "finished"  # a run whose exports alone were left says no more than this
     for name, target in (("paths", progress.exports), ("skipped", progress.skipped)):
         found = fields.get(name)
         if isinstance(found, Mapping):
@@ -218,6 +225,7 @@ def _run_failed(progress: RunProgress, fields: Mapping[str, object]) -> None:
 
 _HANDLERS = {
     "run_started": _run_started,
+    "run_resumed": _run_resumed,
     "site_excluded": _site_excluded,
     "calibration_refused": _calibration_refused,
     "round_started": _round_started,

@@ -161,14 +161,21 @@ def _parse(path: Path, lines: Sequence[str]) -> list[Line]:
 def gather(events: Sequence[Line]) -> LedgerFacts:
     """Sort events by what they are about; unknown kinds are left out."""
     facts = LedgerFacts()
+    finished: Line = {}
     for event in events:
         kind = str(event.get("kind", ""))
+        if kind in ("run_finished", "round_started"):
+            finished = event if kind == "run_finished" else {}
         if kind in _ENDINGS:
             facts.status, facts.ending = _ENDINGS[kind], event
         if kind == "run_started":
             facts.started = event
+        elif kind == "run_resumed":
+            _go_on(facts, event, finished)
         elif kind == "warning":
-            facts.warnings.append(str(event.get("text", "")))
+            text = str(event.get("text", ""))
+            if text not in facts.warnings:  # each start of a run says what its data lack
+                facts.warnings.append(text)
         elif kind == "tested":
             facts.tested = event
         elif kind == "exported":
@@ -178,6 +185,24 @@ def gather(events: Sequence[Line]) -> LedgerFacts:
             _gather_fleet(facts, kind, event)
             _gather_round(facts, kind, event)
     return facts
+
+
+def _go_on(facts: LedgerFacts, resumed: Line, finished: Line) -> None:
+    """Leave out what was told of rounds that are played again from here.
+
+    Args:
+        finished: the `run_finished` after the last round, if there is one.
+    """
+    joined = int(number(resumed, "round") or 0)
+    exports_alone = bool(finished) and joined >= (number(resumed, "rounds") or 0)
+    facts.status = "finished" if exports_alone else "not finished"
+    facts.ending = finished if exports_alone else resumed
+    facts.rounds = {r: line for r, line in facts.rounds.items() if r <= joined}
+    facts.evaluations = {r: line for r, line in facts.evaluations.items() if r <= joined}
+    facts.reports = {key: line for key, line in facts.reports.items() if key[0] <= joined}
+    facts.refusals = {key: line for key, line in facts.refusals.items() if key[0] <= joined}
+    facts.replans = {key: line for key, line in facts.replans.items() if key[0] <= joined}
+    facts.cosines = {key: each for key, each in facts.cosines.items() if key[0] <= joined}
 
 
 def _gather_fleet(facts: LedgerFacts, kind: str, event: Line) -> None:

@@ -96,11 +96,11 @@ def export_source(folder: Path, base: str = "") -> ExportSource:
     """
     config = load_run_config(folder / "config.json")
     path = latest_checkpoint(folder / "checkpoints")
-    if path is None:
+    checkpoint = read_checkpoint(path) if path is not None else None
+    if checkpoint is None or checkpoint.adapter.round == 0:
         raise RunError(
             f"{folder} has no checkpoint to export; let at least one round of the run finish"
         )
-    checkpoint = read_checkpoint(path)
     base_name = base or config.model.path
     base_folder = resolve_model(base_name, config.model.revision)
     expected, found = checkpoint.meta.get("base_digest", ""), base_digest(base_folder)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -88,6 +88,18 @@ class LossScale:
     def __init__(self, value: float = 2.0**16, patience: int = 200) -> None:
         self.value, self._patience, self._good = value, patience, 0
         self.skipped = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Where it stands, for a file."""
+        return {"value": torch.tensor(self.value), "good": torch.tensor(self._good)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LossScale:
+        """The way back from `tensors`; a first scale where there are none."""
+        scale = cls()
+        if tensors:
+            scale.value, scale._good = float(tensors["value"]), int(tensors["good"])
+        return scale
 
     def unscale(self, parameters: Sequence[Tensor]) -> bool:
         """Divide the gradients; True if all are finite and the step may be taken."""

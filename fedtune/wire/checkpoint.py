@@ -4,17 +4,17 @@ A checkpoint is a safetensors file `round-0007.safetensors` with its sha256 in a
 (`round-0007.safetensors.sha256`, in the form that `sha256sum -c` reads). Both are written to a
 temporary name, flushed to the disk and renamed, the digest first: a checkpoint exists from the
 moment its tensors have their name, and a process killed at any moment leaves either all of it or
-nothing. Equal input gives equal bytes.
+nothing. Equal input gives equal bytes. One that a disk or a hand has damaged is put aside, and the
+one before it is used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,11 @@ from safetensors.numpy import load, save
 
 from fedtune.errors import RunError
 from fedtune.records import FloatArray, GlobalAdapter, LowRank
+from fedtune.wire.durable import PARTIAL, write_durably, writing
 
 LAYOUT = "fedtune-checkpoint-1"
 _NAME = re.compile(r"round-(\d{4,})\.safetensors")
-_TEMPORARY = ".partial"
+_DAMAGED = ".damaged"
 _FACTORS = ("u", "sigma", "v")
 
 
@@ -60,13 +61,17 @@ def write_checkpoint(
 
     Returns:
         The checkpoint file.
+
+    Raises:
+        RunError: it cannot be written; the checkpoints before it stay as they are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     content = _encode(Checkpoint(adapter, extra or {}, meta or {}))
     path = folder / f"round-{adapter.round:04d}.safetensors"
     digest_line = f"{hashlib.sha256(content).hexdigest()}  {path.name}\n"
-    _write_durably(_digest_path(path), digest_line.encode())
-    _write_durably(path, content)
+    write_durably(_digest_path(path), digest_line.encode())
+    write_durably(path, content)
     return path
 
 
@@ -104,6 +109,59 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(_checkpoints(folder))]
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The newest checkpoint that is whole.
+
+    Attributes:
+        skipped: why each newer one was put aside, newest first; one line each.
+    """
+
+    checkpoint: Checkpoint
+    skipped: tuple[str, ...] = ()
+
+
+def find_checkpoint(folder: Path) -> Found | None:
+    """Read the newest checkpoint that is whole; None where no checkpoint was written.
+
+    A newer one that is not gets `.damaged` at the end of its name: nothing reads it from then on,
+    and it can still be looked at.
+
+    Raises:
+        RunError: none of those that are there is whole.
+    """
+    skipped: list[str] = []
+    for _, path in sorted(_checkpoints(folder), reverse=True):
+        try:
+            return Found(read_checkpoint(path), tuple(skipped))
+        except RunError as error:
+            skipped.append(str(error).removesuffix(f"; {_REMEDY}"))
+            with writing(path):
+                path.replace(path.with_name(path.name + _DAMAGED))
+                _digest_path(path).unlink(missing_ok=True)
+    if not skipped:
+        return None
+    raise RunError(
+        f"no checkpoint in {folder} is whole; the newest: {skipped[0]}; start anew with --overwrite"
+    )
+
+
+def as_written(adapter: GlobalAdapter) -> GlobalAdapter:
+    """The state with its arrays laid out as in a file.
+
+    Products of equal numbers in another memory layout may round otherwise: a run that goes on in
+    memory must hold what one that reads its checkpoint holds.
+    """
+    return replace(
+        adapter,
+        matrices={
+            name: LowRank(*(np.ascontiguousarray(getattr(pair, factor)) for factor in _FACTORS))
+            for name, pair in adapter.matrices.items()
+        },
+        dense={name: np.ascontiguousarray(array) for name, array in adapter.dense.items()},
+    )
+
+
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the `keep` newest checkpoints, and what a crash left half-written.
 
@@ -115,7 +173,7 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     for _, path in sorted(_checkpoints(folder))[:-keep]:
         path.unlink()
         _digest_path(path).unlink(missing_ok=True)
-    for leftover in folder.glob(f"round-*{_TEMPORARY}"):
+    for leftover in folder.glob(f"round-*{PARTIAL}"):
         leftover.unlink()
     for digest in folder.glob("round-*.safetensors.sha256"):
         if not digest.with_suffix("").exists():
@@ -135,22 +193,6 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def _digest_path(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + _TEMPORARY)
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    if os.name == "nt":  # Windows cannot open a folder to flush it
-        return
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- the layout

@@ -34,15 +34,17 @@ class Asking:
         terms: RoundTerms,
         send: Callable[[Sequence[DevicePlan]], int],
         emit: Emit,
+        already: Sequence[Event] = (),
     ) -> None:
+        """`already` tells of the updates that `collected` holds from before an interruption."""
         self._plans: Mapping[str, DevicePlan] = {plan.device: plan for plan in plans}
         self._draw, self._flights, self._collected = draw, flights, collected
-        self._terms, self._send, self._emit = terms, send, emit
+        self._terms, self._send, self._emit, self._already = terms, send, emit, already
         self._attempt = 0
         self._wide = terms.policy.mode == "async"
         self._enough = 0
         self.now: set[str] = set()
-        self.all: set[str] = set()
+        self.all: set[str] = set(collected.good)
         self.planned_seconds = 0.0
         self.download_bytes = 0
 
@@ -59,6 +61,8 @@ class Asking:
             if count or not self._draw.count:
                 chosen = self._draw.choose(free, round, count=count)
             self._emit(Event("round_started", {"round": round, "devices": list(chosen)}))
+            for event in self._already:
+                self._emit(event)
         else:
             chosen = self._chosen(self._missing())
             fields = {

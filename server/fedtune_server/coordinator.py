@@ -12,7 +12,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -24,14 +27,16 @@ from fedtune.records import (
     DevicePlan,
     DeviceProfile,
     Event,
+    FleetPlan,
     FloatArray,
     GlobalAdapter,
     LoraScale,
     ModelShapes,
+    SiteReport,
     TrainingWay,
 )
 from fedtune.settings import RunConfig
-from fedtune.wire.checkpoint import prune_checkpoints, write_checkpoint
+from fedtune.wire.checkpoint import as_written, prune_checkpoints, write_checkpoint
 from fedtune.wire.file_digests import checkpoint_saved
 from fedtune.wire.messages import OptimizerSpec, TaskSpec
 from fedtune_server.clock import Clock
@@ -42,6 +47,7 @@ from fedtune_server.fleet import (
     Emit,
     Fleet,
     ask_again,
+    find_again,
     gather_fleet,
     wait_for_nodes,
 )
@@ -53,8 +59,10 @@ from fedtune_server.replan import Replanner
 from fedtune_server.round import Outcome, train
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.sampling import Draw
+from fedtune_server.saved_state import Saved, state_checkpoint
 from fedtune_server.schedule import learning_rate
 from fedtune_server.state import RunState, with_turns
+from fedtune_server.taken_up import take_up
 from fedtune_server.terms import RoundTerms
 
 _HEAD_STD = 0.02
@@ -67,6 +75,15 @@ _REAL_DEADLINE_S = 3600.0
 """Longest wait for a device in a simulation whose rounds go by a virtual clock."""
 
 _REPORTED_PACKAGES = ("fedtune", "flwr", "numpy", "torch", "transformers", "bitsandbytes")
+
+
+class _Prepared(NamedTuple):
+    """All that rounds are played with."""
+
+    fleet: Fleet
+    planning: Planning
+    replanner: Replanner
+    state: RunState
 
 
 class Coordinator:
@@ -82,6 +99,7 @@ class Coordinator:
         measure: called for the distortion table if a plan can use one and the config names none;
             None where the base is not at hand.
         clock: that rounds go by; default: this machine's.
+        saved: the state that a run goes on from; None: it starts.
     """
 
     def __init__(
@@ -93,12 +111,15 @@ class Coordinator:
         patience: float = 1.0,
         measure: Measure | None = None,
         clock: Clock | None = None,
+        saved: Saved | None = None,
     ) -> None:
         self._config, self._shapes, self._folder, self._emit = config, shapes, folder, emit
         self._measure = measure
         self._open_rounds = OpenRounds(folder.open_rounds)
         self._flights = Flights(clock)
-        self._run_id = f"{config.run.name}-{os.urandom(4).hex()}"
+        self._saved = saved
+        folder.run = folder.run or f"{config.run.name}-{os.urandom(4).hex()}"
+        self._run_id = folder.run
         self._step = server_step(config)
         self._rule = make_rule(config.aggregate.rule, self._step.join_cap, seed=config.run.seed)
         self._terms = RoundTerms(
@@ -126,17 +147,8 @@ class Coordinator:
             RunError: no device can take part.
         """
         started = time.perf_counter()
-        self._announce(devices)
-        fleet = self._gather(grid, devices)
-        heads = self._fresh_heads(fleet)
-        planning = self._planning(fleet)
-        planning.measure(grid, self._run_id, heads, self._terms.deadline_s)
-        replanner = self._replanner(fleet, planning)
-        state = RunState(
-            run=self._run_id,
-            adapter=self._rule.start(self._shapes.matrices, heads),
-            plans=dict(replanner.plans),
-        )
+        begin = self._begin if self._saved is None else partial(self._go_on, self._saved)
+        fleet, planning, replanner, state = begin(grid, devices)
         while state.round < self._config.run.rounds:
             state = self._round(grid, fleet, planning, replanner, state)
         plans = [state.plans[name] for name in fleet.names]
@@ -149,6 +161,43 @@ class Coordinator:
         }
         self._emit(Event("run_finished", fields))
         return state.adapter
+
+    def _begin(self, grid: Grid, devices: int) -> _Prepared:
+        """Gather the fleet, plan it, and save that."""
+        self._folder.write_status("running", 0)  # from here on the run has its id
+        self._announce(devices)
+        self._open_rounds.forget_all_but(None)
+        fleet = self._gather(grid, devices)
+        heads = self._fresh_heads(fleet)
+        planning = self._planning(fleet)
+        planning.measure(grid, self._run_id, heads, self._terms.deadline_s)
+        replanner = self._replanner(fleet.reports, planning, planning.plan())
+        state = RunState(
+            run=self._run_id,
+            adapter=self._rule.start(self._shapes.matrices, heads),
+            plans=dict(replanner.plans),
+            held=replanner.held,
+            known=planning.known,
+        )
+        return _Prepared(fleet, planning, replanner, self._save(state))
+
+    def _go_on(self, saved: Saved, grid: Grid, devices: int) -> _Prepared:
+        """Find the fleet again, and stand where the saved state was."""
+        state = saved.state
+        # Answers to a round count if they began from this state, and not from one that was lost.
+        self._open_rounds.forget_all_but(None if saved.skipped else state.round + 1)
+        nodes = wait_for_nodes(grid, devices, self._terms.deadline_s)
+        known = state.known
+        fleet = find_again(
+            grid, nodes, self._task(), self._terms.deadline_s, known.reports, self._emit
+        )
+        planning = self._planning(replace(fleet, reports=known.reports))
+        planning.go_on(known, state.plans.values())
+        plan = FleetPlan(tuple(state.plans.values()))
+        replanner = self._replanner(known.reports, planning, plan)
+        replanner.go_on(state.plans, state.held)
+        self._folder.write_status("running", state.round)
+        return _Prepared(fleet, planning, replanner, state)
 
     def _announce(self, devices: int) -> None:
         config = self._config
@@ -215,7 +264,6 @@ class Coordinator:
         """Play one round, and save what it leads to."""
         config = self._config
         number = state.round + 1
-        self._folder.write_status("running", state.round)
         plans = [state.plans[name] for name in fleet.names]
         outcome = train(
             grid,
@@ -232,23 +280,27 @@ class Coordinator:
             draw=self._draw(fleet, state),
             flights=self._flights,
             plan_anew=lambda failed: self._plan_failed(grid, fleet, replanner, failed, number),
+            already=take_up(
+                self._rule, state.adapter, plans, fleet, self._terms, number, self._open_rounds
+            ),
         )
         adapter, server = self._server_step(state, outcome.joined)
         if config.plan.replan and number < config.run.rounds:
             self._replan(grid, fleet, replanner, outcome, number)
             planning.say_what_leaves(replanner.plans.values())
-        state = RunState(
-            run=state.run,
+        state = replace(
+            state,
             adapter=adapter,
             server=server,
             plans=dict(replanner.plans),
+            held=replanner.held,
             turns=with_turns(state.turns, outcome.asked, number),
             held_out_loss_before=(
                 outcome.held_out_loss if number == 1 else state.held_out_loss_before
             ),
             planned_seconds=state.planned_seconds + outcome.planned_seconds,
         )
-        self._checkpoint(state)
+        state = self._save(state)
         for played in outcome.rounds:
             self._open_rounds.close(played)
         return state
@@ -284,11 +336,12 @@ class Coordinator:
         """What the server's optimiser makes of a round, and its own states after it."""
         return apply_server_step(state.server, state.adapter, joined, self._step)
 
-    def _replanner(self, fleet: Fleet, planning: Planning) -> Replanner:
+    def _replanner(
+        self, reports: Mapping[str, SiteReport], planning: Planning, plan: FleetPlan
+    ) -> Replanner:
         config = self._config.plan
-        plan = planning.plan()
         return Replanner(
-            [report.profile for report in fleet.reports.values()],
+            [report.profile for report in reports.values()],
             plan,
             planning.again,
             self._shapes,
@@ -341,9 +394,22 @@ class Coordinator:
             ),
         )
 
+    def _save(self, state: RunState) -> RunState:
+        """Save a state; what is given back is what would be read again."""
+        state = replace(
+            state,
+            adapter=as_written(state.adapter),
+            server={name: as_written(each) for name, each in state.server.items()},
+        )
+        self._checkpoint(state)
+        self._folder.write_status("running", state.round)
+        return state
+
     def _checkpoint(self, state: RunState) -> None:
-        meta = {"base_digest": self._shapes.digest}
-        path = write_checkpoint(self._folder.checkpoints, state.adapter, state.server, meta)
+        written = state_checkpoint(state, self._shapes.digest)
+        path = write_checkpoint(
+            self._folder.checkpoints, written.adapter, written.extra, written.meta
+        )
         self._emit(checkpoint_saved(path, state.round))
         prune_checkpoints(self._folder.checkpoints, self._config.outputs.keep_checkpoints)
 

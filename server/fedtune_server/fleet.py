@@ -97,17 +97,72 @@ def gather_fleet(
         raise RunError(f"no device can take part; the last reason: {last_reason}")
     for report in reports.values():
         _announce(report, emit)
-    labels = _join_labels(reports, emit)
+    _tell_missing_labels(reports, emit)
+    return fleet_of({name: node_of[name] for name in reports}, reports)
+
+
+def fleet_of(nodes: Mapping[str, int], reports: Mapping[str, SiteReport]) -> Fleet:
+    """The fleet of some nodes; its labels and heads are those of all the reports.
+
+    Args:
+        nodes: device -> node, of the devices that are there.
+        reports: device -> what it said before the first round; of all devices of the run.
+    """
+    labels = _labels(reports)
     dense = next(iter(reports.values())).dense
     return Fleet(
-        nodes={name: node_of[name] for name in reports},
-        reports=reports,
+        nodes=nodes,
+        reports={name: report for name, report in reports.items() if name in nodes},
         labels=labels,
         dense_shapes={
             name: tuple(len(labels) if axis == 0 else axis for axis in shape)
             for name, shape in dense.items()
         },
     )
+
+
+def find_again(
+    grid: Grid,
+    nodes: Sequence[int],
+    task: TaskSpec,
+    deadline_s: float,
+    known: Mapping[str, SiteReport],
+    emit: Emit,
+) -> Fleet:
+    """The fleet of a run that goes on: those of its devices that are there.
+
+    What they said before the first round stands, since the run was planned with it; data that is
+    other than it was then is told of.
+
+    Raises:
+        RunError: none of them is there.
+    """
+    told: list[Event] = []
+    now = gather_fleet(grid, nodes, task, deadline_s, told.append)
+    for event in told:
+        if event.kind == "site_excluded":
+            emit(event)
+    for name in sorted(now.reports.keys() - known.keys()):
+        reason = f"{name} was not there when the run was planned; it can take part in the next run"
+        emit(Event("site_excluded", {"device": name, "reason": reason}))
+    for name in known.keys() & now.reports.keys():
+        if _data(now.reports[name]) != _data(known[name]):
+            text = f"the data of {name} changed while the run was interrupted; the plan stays"
+            emit(Event("warning", {"text": text}))
+    for name in sorted(known.keys() - now.reports.keys()):
+        reason = f"{name} did not come back; the run goes on without it"
+        emit(Event("site_excluded", {"device": name, "reason": reason}))
+    found = {name: now.nodes[name] for name in known if name in now.nodes}
+    if not found:
+        raise RunError(
+            f"none of the run's devices came back; expected {', '.join(list(known)[:5])}, found "
+            f"{', '.join(list(now.reports)[:5])}; start the sites under their names of before"
+        )
+    return fleet_of(found, known)
+
+
+def _data(report: SiteReport) -> tuple[object, ...]:
+    return report.train_samples, report.held_out_samples, report.train_tokens, report.labels
 
 
 def ask_again(
@@ -179,16 +234,20 @@ def _announce(report: SiteReport, emit: Emit) -> None:
         emit(Event("warning", {"text": warning}))
 
 
-def _join_labels(reports: Mapping[str, SiteReport], emit: Emit) -> tuple[str, ...]:
-    """All labels of the fleet; a site that lacks some of them is named, since that skews it."""
-    labels = tuple(sorted({label for report in reports.values() for label in report.labels}))
+def _labels(reports: Mapping[str, SiteReport]) -> tuple[str, ...]:
+    """All labels of the fleet, sorted."""
+    return tuple(sorted({label for report in reports.values() for label in report.labels}))
+
+
+def _tell_missing_labels(reports: Mapping[str, SiteReport], emit: Emit) -> None:
+    """Name each site that lacks some of the labels, since that skews it."""
+    labels = _labels(reports)
     for name, report in reports.items():
         missing = [label for label in labels if label not in report.labels]
         if missing:
             shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             text = f"{name} has no sample of {len(missing)} of {len(labels)} labels ({shown})"
             emit(Event("warning", {"text": text}))
-    return labels
 
 
 def _of_one_kind(reports: Mapping[str, SiteReport], emit: Emit) -> dict[str, SiteReport]:

@@ -8,15 +8,17 @@ before, and `loss/held_out` has the number of rounds that the measured adapter h
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from tensorboardX import SummaryWriter
-
 from fedtune.records import Event
+from fedtune.wire.durable import write_durably, writing
 from fedtune.wire.events import event_object, json_line
+from fedtune_server.curves import Curves
 
 _KINDS = frozenset({"device_reported", "device_refused", "round_finished", "evaluated"})
 _Add = Callable[[str, object, int], None]
@@ -28,27 +30,40 @@ class MetricsWriter:
     Args:
         metrics: the JSON-lines file.
         tensorboard: folder of TensorBoard's event files; is created when missing.
+        after: the round after which a run goes on: what is there of later ones is removed, since
+            they are played again; None: nothing is.
+
+    Raises:
+        RunError: the disk is full or cannot be written.
     """
 
-    def __init__(self, metrics: Path, tensorboard: Path) -> None:
-        _cut_torn_line(metrics)
-        self._file = metrics.open("a", encoding="utf-8", newline="\n")
-        self._board = SummaryWriter(logdir=str(tensorboard), write_to_disk=True)
+    def __init__(self, metrics: Path, tensorboard: Path, after: int | None = None) -> None:
+        self._path = metrics
+        with writing(metrics):
+            _cut(metrics, after)
+            self._file = metrics.open("a", encoding="utf-8", newline="\n")
+        self._curves = Curves(tensorboard, None if after is None else after + 1)
 
     def __call__(self, event: Event) -> None:
-        """Write what an event says in numbers; other events are ignored."""
+        """Write what an event says in numbers; other events are ignored.
+
+        Raises:
+            RunError: the disk is full or cannot be written.
+        """
         if event.kind not in _KINDS:
             return
-        self._file.write(json_line(event_object(event)) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json_line(event_object(event)) + "\n")
+            self._file.flush()
         add = _CURVES.get(event.kind)
         if add is not None:
             add(event.fields, self._add)
 
     def close(self) -> None:
         """Flush and close all files."""
-        self._file.close()
-        self._board.close()
+        with suppress(OSError):  # what a full disk did not take was told of when it was written
+            self._file.close()
+        self._curves.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -63,17 +78,27 @@ class MetricsWriter:
 
     def _add(self, tag: str, value: object, step: int) -> None:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            self._board.add_scalar(tag, float(value), step)
+            self._curves.add(tag, float(value), step)
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Remove a last line that was being written when the process was killed."""
-    if path.exists():
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole != len(data):
-            with path.open("r+b") as file:
-                file.truncate(whole)
+def _cut(path: Path, after: int | None) -> None:
+    """Remove a last line that was being written when the process was killed, and later rounds."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    lines = data.splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _stays(line, after)]
+    if len(kept) != len(lines):
+        write_durably(path, b"".join(kept))
+
+
+def _stays(line: bytes, after: int | None) -> bool:
+    if after is None:
+        return True
+    try:
+        return int(json.loads(line)["round"]) <= after
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _device_curves(fields: Mapping[str, object], add: _Add) -> None:

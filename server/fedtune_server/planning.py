@@ -8,6 +8,7 @@ anew between rounds is planned with the same knowledge.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from flwr.serverapp import Grid
 
 from fedtune.aggregate.directions import TailUse
 from fedtune.coding import coded_bytes
+from fedtune.errors import RunError
 from fedtune.plan.calibration import StepMeasurement
 from fedtune.plan.calibration import calibrate as class_factors
 from fedtune.plan.describe import plan_rows
@@ -38,6 +40,8 @@ from fedtune.records import (
     ModelShapes,
 )
 from fedtune.settings import RunConfig
+from fedtune.wire.distortion import read_distortion
+from fedtune.wire.importance import read_importance
 from fedtune.wire.tensors import update_shapes
 from fedtune_server.distortion import Measure, find_distortion
 from fedtune_server.fleet import Emit, Fleet, choose_devices
@@ -49,6 +53,9 @@ from fedtune_server.importance import (
     find_calibration,
 )
 from fedtune_server.run_folder import RunFolder
+from fedtune_server.state import Known
+
+_IMPORTANCE, _DISTORTION = "importance.json", "distortion.json"
 
 
 class Planning:
@@ -77,6 +84,8 @@ class Planning:
         dense_parameters = sum(int(np.prod(shape)) for shape in fleet.dense_shapes.values())
         self._settings = plan_settings(config, dense_parameters, tail, shapes.matrices)
         self._listed_bytes = 0
+        self._calibration: Mapping[str, CostCalibration] = {}
+        self._made_with: list[str] = []
         held = {name: report.train_samples for name, report in fleet.reports.items()}
         # All that a fleet is planned with goes in here: whoever plans anew calls the same.
         self._plan_fleet: Callable[..., FleetPlan] = partial(
@@ -124,9 +133,44 @@ class Planning:
         factors = self._factors(found.steps)
         if factors:
             self._emit(Event("costs_calibrated", {"classes": _shown(factors)}))
+        self._calibration = factors
+        if found.importance is not None:
+            self._made_with.append(_IMPORTANCE)
         self._plan_fleet = partial(
             self._plan_fleet, importance=found.importance, calibration=factors
         )
+
+    @property
+    def known(self) -> Known:
+        """What the plan was made with, to go on from with `go_on`."""
+        return Known(
+            reports=self._fleet.reports,
+            calibration=self._calibration,
+            digests={name: _digest(self._folder.path / name) for name in self._made_with},
+        )
+
+    def go_on(self, known: Known, plans: Collection[DevicePlan]) -> None:
+        """Take the place of a planning that made these plans.
+
+        Raises:
+            RunError: a file of the run folder that it was made with is gone or another.
+        """
+        for name, digest in known.digests.items():
+            path = self._folder.path / name
+            if not path.exists() or _digest(path) != digest:
+                raise RunError(
+                    f"{path} is not the one that the run was planned with; put it back, or start "
+                    "anew with --overwrite"
+                )
+        self._calibration, self._made_with = known.calibration, list(known.digests)
+        found: dict[str, object] = {"calibration": known.calibration}
+        if _IMPORTANCE in known.digests:
+            path = self._folder.path / _IMPORTANCE
+            found["importance"] = read_importance(path, self._shapes.digest)
+        if _DISTORTION in known.digests:
+            found["distortion"] = read_distortion(self._folder.path / _DISTORTION)
+        self._plan_fleet = partial(self._plan_fleet, **found)
+        self._listed_bytes = max(plan.upload_bytes for plan in plans)
 
     def plan(self) -> FleetPlan:
         """The fleet's plan; `plan.json` then holds it, and its events are told.
@@ -181,6 +225,7 @@ class Planning:
         )
         if table is None:
             return plan
+        self._made_with.append(_DISTORTION)
         self._plan_fleet = partial(self._plan_fleet, distortion=table)
         return self._plan_fleet(self._profiles)
 
@@ -193,6 +238,10 @@ class Planning:
                 beside = _beside(step, profile, self._shapes, self._settings)
                 found.setdefault(profile.device_class, []).append(beside)
         return class_factors(found)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _beside(

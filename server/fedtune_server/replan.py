@@ -29,6 +29,7 @@ from fedtune_server.drift import (
     reading,
 )
 from fedtune_server.plan_change import PlanChange, plan_change
+from fedtune_server.state import Held
 
 Solve = Callable[[Sequence[DeviceProfile]], FleetPlan]
 """Plans the whole fleet; raises PlanError where a device can carry no plan."""
@@ -70,9 +71,24 @@ class Replanner:
         self._own_bytes = {profile.name: profile.budget_bytes for profile in profiles}
         self._standings = {name: Standing(own) for name, own in self._own_bytes.items()}
         self._plans = plan.by_device()
-        self._hopeless: dict[str, float] = {}
+        self._hopeless = dict.fromkeys(self._profiles, 0.0)
         self._solve, self._shapes, self._threshold = solve, shapes, threshold
         self._reports, self._emit = reports, emit
+
+    @property
+    def held(self) -> Mapping[str, Held]:
+        """Device -> what is held true of it, to go on from with `go_on`."""
+        return {
+            name: Held(profile, self._standings[name], self._hopeless[name])
+            for name, profile in self._profiles.items()
+        }
+
+    def go_on(self, plans: Mapping[str, DevicePlan], held: Mapping[str, Held]) -> None:
+        """Take the place of a replanner that had these plans in force, and held this true."""
+        self._plans = dict(plans)
+        self._profiles = {name: each.profile for name, each in held.items()}
+        self._standings = {name: each.standing for name, each in held.items()}
+        self._hopeless = {name: each.hopeless_bytes for name, each in held.items()}
 
     @property
     def plans(self) -> Mapping[str, DevicePlan]:
@@ -142,7 +158,7 @@ class Replanner:
         profile: DeviceProfile | None = None,
     ) -> Due | None:
         """Hold a finding true; None if a plan for it has been looked for in vain."""
-        if finding.cause != "time" and finding.measured <= self._hopeless.get(name, 0.0):
+        if finding.cause != "time" and finding.measured <= self._hopeless[name]:
             return None
         due = Due(self._profiles[name], self._standings[name], finding, reason)
         self._standings[name] = standing
@@ -163,7 +179,7 @@ class Replanner:
             due = due | {name: self._follower(name, due) for name in fleet.keys() - due.keys()}
         for name, why in sorted(due.items()):
             before, self._plans[name] = self._plans[name], fleet[name]
-            self._hopeless.pop(name, None)
+            self._hopeless[name] = 0.0
             change = plan_change(before, fleet[name], self._profiles[name], self._shapes)
             if change:
                 self._emit(_replanned(round, name, why, change))

@@ -23,6 +23,7 @@ from fedtune_server.flights import Flights
 from fedtune_server.open_round import OpenRounds
 from fedtune_server.sampling import Draw
 from fedtune_server.starts import prepare
+from fedtune_server.taken_up import NOTHING, TakenUp
 from fedtune_server.terms import RoundTerms
 
 
@@ -64,7 +65,7 @@ def train(
     emit: Emit,
     draw: Draw | None = None,
     flights: Flights | None = None,
-    already: Sequence[Contribution] = (),
+    already: TakenUp = NOTHING,
     plan_anew: PlanAnew | None = None,
 ) -> Outcome:
     """Play one round.
@@ -79,7 +80,7 @@ def train(
         plans: of all devices that may take part.
         draw: which of them do; default: all.
         flights: of the run, where rounds before have left some; default: a round on its own.
-        already: good updates of this round that need not be asked for.
+        already: what came before an interruption, and need not be asked for.
         plan_anew: asked for other plans before the round is played again.
 
     Raises:
@@ -89,7 +90,8 @@ def train(
     started = time.perf_counter()
     flights = Flights() if flights is None else flights
     began = flights.clock.now()
-    collected = Collected(round, {each.update.device: each for each in already})
+    collected = Collected(round, {each.update.device: each for each in already.good})
+    collected.upload_bytes += already.upload_bytes
 
     def instruction(plan: DevicePlan, packed: bytes) -> bytes:
         return encode_train_instruction(
@@ -121,7 +123,7 @@ def train(
         flights.send(grid, fleet.nodes, contents, by_device, sent, round, ttl_s)
         return sum(len(each.packed) for each in sent.values())
 
-    asking = Asking(plans, draw or Draw(), flights, collected, terms, send, emit)
+    asking = Asking(plans, draw or Draw(), flights, collected, terms, send, emit, already.events)
     for attempt in range(terms.policy.repeats + 1):
         asking.begin(attempt)
         collect(
@@ -140,16 +142,17 @@ def train(
     late = asking.name_late()
     good = defend(collected.in_order, terms.defence, round, emit)
     joined = rule.join(adapter, good)
-    held_out = _mean(collected.own, "held_out_loss", "held_out_units")
+    own = [each for each in good if each.update.round == round]
+    held_out = _mean(own, "held_out_loss", "held_out_units")
     clock = flights.clock
     fields = {
         "round": round,
         "reported": len(good),
         "refused": collected.refused + len(collected.good) - len(good),
         "late": late,
-        "folded": len(collected.good) - len(collected.own),
+        "folded": len(good) - len(own),
         "held_out_loss": held_out,
-        "train_loss": _mean(collected.in_order, "train_loss", "train_units"),
+        "train_loss": _mean(good, "train_loss", "train_units"),
         "seconds": time.perf_counter() - started,
         "virtual_seconds": clock.now() - began if clock.virtual else None,
         "planned_seconds": asking.planned_seconds,
@@ -161,7 +164,7 @@ def train(
     return Outcome(
         joined,
         held_out,
-        {each.update.device: each.update.metrics for each in collected.own},
+        {each.update.device: each.update.metrics for each in own},
         tuple(sorted(collected.failed)),
         asked=tuple(sorted(asking.all)),
         rounds=tuple(sorted({each.update.round for each in collected.in_order})),

@@ -2,7 +2,7 @@
 
     config.json  plan.json  distortion.json  labels.json  status.json  ledger.jsonl  metrics.jsonl
     report.html  .lock
-    tensorboard/  checkpoints/round-0007.safetensors  exports/merged  exports/peft  ...
+    tensorboard/  checkpoints/round-0007.safetensors  open/  devices/  exports/merged  ...
 
 A file that is replaced is written to a temporary name, flushed to the disk and renamed, so that a
 reader finds the old one or the new one and never a part.
@@ -11,7 +11,6 @@ reader finds the old one or the new one and never a part.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,8 +19,12 @@ from types import TracebackType
 from typing import Literal, cast, get_args
 
 from fedtune.errors import RunError
+from fedtune.settings import RunConfig
+from fedtune.wire.durable import write_durably, writing
 from fedtune.wire.events import plain
 from fedtune_server.folder_lock import FolderLock
+from fedtune_server.ledger import last_run
+from fedtune_server.same_run import first_difference, notes, written_config
 
 RunState = Literal["running", "finished", "interrupted", "failed"]
 
@@ -39,11 +42,14 @@ _FILES = (
     "checkpoints/round-*.safetensors",
     "checkpoints/round-*.safetensors.sha256",
     "checkpoints/*.partial",
+    "checkpoints/*.damaged",
+    "*.json.partial",
     "exports/model.onnx*",
 )
-_FOLDERS = ("exports", "checkpoints", "tensorboard", "open")
+_FOLDERS = ("exports", "checkpoints", "tensorboard", "open", "devices")
 _WHOLE_FOLDERS = (
     "open/round-*",
+    "devices/*",
     "exports/merged",
     "exports/peft",
     "exports/.*.partial",
@@ -59,23 +65,60 @@ class RunStatus:
     Attributes:
         round: last round that was joined and saved; 0 before the first.
         updated: when this was written, UTC, ISO 8601.
+        run: the run's id; empty before it has one.
     """
 
     state: RunState
     round: int
     updated: str
+    run: str = ""
 
 
 class RunFolder:
     """A run's folder, held by this process until it is closed.
 
-    Use `RunFolder.create` for a new run and `RunFolder.open` to continue one; to read only, the
-    paths can be used without a lock: `RunFolder(path)`.
+    Use `RunFolder.enter` to start a run or to continue it, `RunFolder.create` for a new one; to
+    read only, the paths can be used without a lock: `RunFolder(path)`.
+
+    Attributes:
+        run: the run's id, once it has one.
+        reached: last round that was joined and saved.
+        notes: what a person should know of how the run goes on, one line each.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.run = ""
+        self.reached = 0
+        self.notes: tuple[str, ...] = ()
         self._lock: FolderLock | None = None
+
+    @classmethod
+    def enter(cls, path: Path, config: RunConfig, overwrite: bool = False) -> RunFolder:
+        """Lock the folder of a run, made anew unless it holds that run, unfinished.
+
+        `config.json` then holds the configuration. A run that ended in words before its first
+        round was saved makes place for one of another configuration.
+
+        Args:
+            overwrite: first remove what an earlier run left there, and only that.
+
+        Raises:
+            RunError: the folder holds another run, or a finished one; another coordinator uses it;
+                or it cannot be written.
+        """
+        folder = cls._locked(path)
+        try:
+            if overwrite or not folder._continues(config):
+                folder._remove_run()
+            else:
+                folder._take_over()
+            folder.write_json("config.json", config.model_dump(mode="json"))
+            folder._begin()
+        except BaseException:
+            folder.close()
+            raise
+        return folder
 
     @classmethod
     def create(cls, path: Path, overwrite: bool = False) -> RunFolder:
@@ -98,24 +141,11 @@ class RunFolder:
                     f"{path} already holds a run ({folder._described_state()}); choose another "
                     "outputs.folder, or pass --overwrite to replace it"
                 )
-            for below in (folder.checkpoints, folder.exports):
-                below.mkdir(exist_ok=True)
-            folder.write_status("running", 0)
+            folder._begin()
         except BaseException:
             folder.close()
             raise
         return folder
-
-    @classmethod
-    def open(cls, path: Path) -> RunFolder:
-        """Lock the folder of an existing run, to continue it.
-
-        Raises:
-            RunError: the folder holds no run, or another coordinator uses it.
-        """
-        if not cls(path).holds_run:
-            raise RunError(f"{path} holds no run; start one with: fedtune simulate RUN.toml")
-        return cls._locked(path)
 
     @classmethod
     def _locked(cls, path: Path) -> RunFolder:
@@ -129,6 +159,58 @@ class RunFolder:
             ) from None
         folder._lock = FolderLock.acquire(path)
         return folder
+
+    def _continues(self, config: RunConfig) -> bool:
+        """Whether the run that is here is this one; False where there is none to lose."""
+        if not self.holds_run:
+            return False
+        written = written_config(self.config)
+        if written is None and not any(self.checkpoints.glob("round-*")):
+            return False  # killed before it had written anything else
+        difference = first_difference(written, config) if written is not None else None
+        if difference is None and written is not None:
+            self._refuse_finished(config.run.rounds)
+            self.notes = notes(written, config)
+            return True
+        if self._holds_nothing_to_lose():
+            return False
+        other = f" with {difference.words()}" if difference is not None else ""
+        raise RunError(
+            f"{self.path} already holds a run ({self._described_state()}){other}; undo the change "
+            "to continue it, choose another outputs.folder, or pass --overwrite to replace it"
+        )
+
+    def _refuse_finished(self, rounds: int) -> None:
+        """Refuse to continue a run that has nothing left to do, or has gone further."""
+        try:
+            status = self.read_status()
+        except RunError:
+            return  # the checkpoints know how far it is
+        if status.round > rounds:
+            raise RunError(
+                f"{self.path} already holds a run ({self._described_state()}), more than "
+                f"run.rounds = {rounds}; raise it to {status.round} or more, or pass --overwrite "
+                "to replace the run"
+            )
+        if status.state == "finished" and status.round == rounds:
+            raise RunError(
+                f"{self.path} already holds a run ({self._described_state()}); raise run.rounds to "
+                "continue it, choose another outputs.folder, or pass --overwrite to replace it"
+            )
+
+    def _take_over(self) -> None:
+        """Go on from the status that the last coordinator left; the ledger knows its run, too."""
+        try:
+            status = self.read_status()
+            self.run, self.reached = status.run, status.round
+        except RunError:
+            self.run = last_run(self.ledger)
+
+    def _begin(self) -> None:
+        for below in (self.checkpoints, self.exports):
+            with writing(below):
+                below.mkdir(exist_ok=True)
+        self.write_status("running", self.reached)
 
     def close(self) -> None:
         """Let other coordinators use the folder."""
@@ -215,7 +297,13 @@ class RunFolder:
     def write_status(self, state: RunState, round: int) -> None:
         """Record how far the run is; all or nothing."""
         updated = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(self.status, {"state": state, "round": round, "updated": updated})
+        tree = {"state": state, "round": round, "updated": updated, "run": self.run}
+        write_json(self.status, tree)
+        self.reached = round
+
+    def write_ending(self, state: RunState) -> None:
+        """Record how this process's part of the run ended."""
+        self.write_status(state, self.reached)
 
     def read_status(self) -> RunStatus:
         """How far the run is.
@@ -226,6 +314,7 @@ class RunFolder:
         try:
             tree = json.loads(self.status.read_text(encoding="utf-8"))
             state, round, updated = tree["state"], int(tree["round"]), str(tree["updated"])
+            run = str(tree.get("run", ""))
         except OSError as error:
             raise RunError(f"{self.status} cannot be read ({error.strerror})") from None
         except (ValueError, KeyError, TypeError):
@@ -234,11 +323,12 @@ class RunFolder:
             raise RunError(
                 f"{self.status}: expected state {', '.join(get_args(RunState))}, got {state!r}"
             )
-        return RunStatus(cast(RunState, state), round, updated)
+        return RunStatus(cast(RunState, state), round, updated, run)
 
     def _holds_nothing_to_lose(self) -> bool:
         """Whether a run failed or was interrupted here before it had joined anything."""
-        if not self.status.exists() or any(self.checkpoints.glob("round-*")):
+        rounds = (path.name for path in self.checkpoints.glob("round-*"))
+        if not self.status.exists() or any(not name.startswith("round-0000.") for name in rounds):
             return False
         try:
             return self.read_status().state in ("failed", "interrupted")
@@ -269,11 +359,10 @@ class RunFolder:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a file with a JSON value; a reader finds the old one or the new one, whole."""
-    temporary = path.with_name(f"{path.name}.partial")
+    """Replace a file with a JSON value; a reader finds the old one or the new one, whole.
+
+    Raises:
+        RunError: the disk is full or cannot be written.
+    """
     text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_durably(path, text.encode("utf-8"))

@@ -41,6 +41,7 @@ PAGES = (
     "simulation",
     "exports",
     "run-folder",
+    "resume",
 )
 """The pages with blocks to run."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ class Desk:
         return TaskSpec("run-1", self.config.model.task, base_digest(self.folder), ())
 
     def site(self, partition: int = 0) -> SiteSettings:
-        return SimulatedFleet(self.config.model_dump_json())({"partition-id": partition})
+        site = SimulatedFleet(self.config.model_dump_json())({"partition-id": partition})
+        return replace(site, state_folder=None)
 
     def agent(self, partition: int = 0) -> Agent:
         return Agent(self.site(partition))

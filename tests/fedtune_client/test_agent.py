@@ -343,10 +343,32 @@ def test_a_round_gets_what_the_runs_last_one_left_of_the_optimiser(
     train(3)
     train(1, optimizer=keep, run="run-2")
     memories = [option["memory"] for option in options]
-    assert memories[0] is memories[1]
-    assert memories[0].steps[f"{plan.matrices[0].name}.a"] == 2
-    assert memories[2] is None
-    assert memories[3] is not memories[0]
+    steps = plan.local_steps
+    key = f"{plan.matrices[0].name}.a"
+    assert [memory and memory.steps[key] for memory in memories] == [steps, 2 * steps, None, steps]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("compute", ["fp32", "fp16"])
+def test_a_round_that_is_asked_for_again_gives_the_same_bytes(
+    desk: Desk, tmp_path: Path, on_disk: bool, compute: str
+) -> None:
+    folder = tmp_path / "state" if on_disk else None
+    site = replace(desk.site(), state_folder=folder, compute=compute)
+    agent, plan = Agent(site), desk.plan("east")
+    packed = desk.tensors(plan)
+
+    def train(agent: Agent, round: int) -> bytes:
+        order = replace(desk.order(plan, packed, round), optimizer=OptimizerSpec(keep=True))
+        return agent.train(order, packed)[1]
+
+    first, second, third = (train(agent, round) for round in (1, 2, 3))
+    assert train(agent, 3) == third  # its answer was lost
+    assert train(agent, 2) == second  # the coordinator went back further
+    assert train(agent, 3) == third
+    anew = Agent(site)
+    assert (train(anew, 3) == third) == on_disk
+    assert train(anew, 1) == first
 
 
 @pytest.mark.parametrize(("compute", "scaled"), [("fp32", False), ("bf16", False), ("fp16", True)])

@@ -137,7 +137,8 @@ def test_the_optimisers_memory_goes_on_over_switches_of_rank(desk: Desk) -> None
     alone = Alone(desk, tail=True)
     for round, rank in enumerate(RANKS, start=1):
         alone.play(rank, round)
-        (memory,) = alone.agent._memories.values()
+        memory = alone.agent._memory
+        assert memory is not None
         assert set(memory.steps.values()) == {4 * round}
         for name, squares in memory.squares.items():
             matrix = next(m for m in alone.matrices if name.startswith(m.name))

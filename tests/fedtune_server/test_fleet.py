@@ -12,7 +12,7 @@ from fedtune.errors import RoundError, RunError
 from fedtune.records import DeviceProfile
 from fedtune.wire.flower import PROFILE
 from fedtune.wire.messages import TaskSpec
-from fedtune_server.fleet import ask_again, choose_devices, wait_for_nodes
+from fedtune_server.fleet import ask_again, choose_devices, find_again, wait_for_nodes
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
 
@@ -183,3 +183,20 @@ def test_devices_that_are_asked_again_say_what_they_are_now(fleet_of: FleetOf) -
         task = TaskSpec("run-1", "causal-lm", fake.shapes.digest, ())
         found = ask_again(grid, fleet, ("a", "b", "c", "d"), task, 0.3)
     assert found == {"a": now}
+
+
+def test_a_run_that_goes_on_takes_back_its_own_devices_alone(fleet_of: FleetOf) -> None:
+    fake = fleet_of("a", "b", "new")
+    known = {name: replace(fake.reports[name], train_tokens=7) for name in ("a", "b")}
+    task = TaskSpec("run-1", "causal-lm", fake.shapes.digest, ())
+    with fake.grid() as grid:
+        found = find_again(grid, grid.get_node_ids(), task, 30.0, known, fake.events.append)
+        assert found.names == ("a", "b")
+        assert found.reports == known  # the plan was made with what they said then
+        (excluded,) = fake.all("site_excluded")
+        assert excluded["reason"].startswith("new was not there when the run was planned")
+        assert len(fake.all("warning")) == 2
+        with pytest.raises(RunError, match="none of the run's devices came back; expected gone, f"):
+            find_again(
+                grid, grid.get_node_ids(), task, 30.0, {"gone": known["a"]}, fake.events.append
+            )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
 from fedtune.errors import RunError
 from fedtune.records import Event
 from fedtune.wire.ledger_chain import verify_ledger
-from fedtune_server.ledger import Ledger
+from fedtune_server.ledger import Ledger, last_run, training_ended
 
 
 def write(path: Path, count: int = 4) -> None:
@@ -71,6 +74,57 @@ def test_a_line_torn_by_a_crash_is_removed_on_continuing(tmp_path: Path, torn: b
         verify_ledger(path)
     write(path, 1)
     assert [entry["seq"] for entry in verify_ledger(path)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("fault", ["write", "fsync"])
+def test_a_line_that_the_disk_does_not_take_leaves_the_chain_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    path = tmp_path / "ledger.jsonl"
+
+    class Full:
+        """A file on a disk that has room for ten more bytes."""
+
+        def __init__(self, file: BinaryIO) -> None:
+            self._file, self._room = file, 10
+
+        def write(self, data: bytes) -> int:
+            written = self._file.write(data[: self._room])
+            self._room -= written
+            if written == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return written
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+    def no_room(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Ledger(path) as ledger:
+        ledger.append(Event("round_finished", {"round": 0}))
+        with monkeypatch.context() as patch:
+            if fault == "write":
+                patch.setattr(ledger, "_file", Full(ledger._file))  # type: ignore[arg-type]
+            else:
+                patch.setattr(os, "fsync", no_room)
+            with pytest.raises(RunError, match=r"ledger.jsonl cannot be written \(No space left"):
+                ledger.append(Event("round_finished", {"round": 1}))
+        ledger.append(Event("run_failed", {"reason": "no space"}))
+    assert [entry["kind"] for entry in verify_ledger(path)] == ["round_finished", "run_failed"]
+
+
+def test_a_ledger_says_whether_the_training_ended_and_of_which_run(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    assert (training_ended(path), last_run(path)) == (False, "")
+    kinds = ["run_started", "round_started", "round_finished", "run_finished", "run_failed"]
+    ended = []
+    with Ledger(path) as ledger:
+        for kind in [*kinds, "run_resumed", "round_started", "run_interrupted"]:
+            ledger.append(Event(kind, {"run": "a-1"} if "run_r" in kind or "_st" in kind else {}))
+            ended.append(training_ended(path))
+    assert ended == [False, False, False, True, True, True, False, False]
+    assert last_run(path) == "a-1"
 
 
 def _change(lines: list[bytes]) -> list[bytes]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import RunError
-from fedtune_server import run_folder as module
+from fedtune.wire import durable
 from fedtune_server.run_folder import RunFolder, write_json
 
 LOCK = ".lock"
@@ -76,15 +76,6 @@ def test_a_folder_with_other_files_only_takes_a_run(tmp_path: Path) -> None:
         assert (tmp_path / "notes.txt").exists()
 
 
-def test_opening_needs_a_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="holds no run; start one with"):
-        RunFolder.open(tmp_path / "nothing")
-    assert not (tmp_path / "nothing").exists()
-    finished_run(tmp_path)
-    with RunFolder.open(tmp_path) as folder:
-        assert folder.read_status().state == "finished"
-
-
 def test_a_folder_that_cannot_be_made_is_an_error_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(RunError, match=r"cannot be created .* choose another outputs\.folder"):
@@ -111,7 +102,7 @@ def test_a_reader_never_sees_a_part_of_a_json_file(
     def crash(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.os, "replace", crash)
+    monkeypatch.setattr(durable.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"value": 2})
     assert json.loads(path.read_text(encoding="utf-8"))["value"] == 1

@@ -9,23 +9,28 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedtune.errors import FedtuneError
+from fedtune.errors import FedtuneError, RunError
 from fedtune.records import Event, ModelShapes
 from fedtune.settings import RunConfig
+from fedtune.wire.checkpoint import latest_checkpoint
+from fedtune.wire.durable import writing
+from fedtune.wire.file_digests import checkpoint_saved
 from fedtune_server.app import make_server_app
 from fedtune_server.clock import VirtualClock
-from fedtune_server.coordinator import Coordinator
+from fedtune_server.coordinator import Coordinator, installed_versions
 from fedtune_server.distortion import Measure
-from fedtune_server.ledger import Ledger
+from fedtune_server.ledger import Ledger, last_saved, training_ended
 from fedtune_server.metrics import MetricsWriter
 from fedtune_server.run_folder import RunFolder
+from fedtune_server.run_folder import RunState as State
+from fedtune_server.saved_state import Saved, find_state
 from fedtune_server.simulation.delayed import DelayedGrid
 from fedtune_server.simulation.delays import delays
 from fedtune_server.simulation.grid import InProcessGrid, Together, run_inprocess
@@ -47,7 +52,10 @@ def simulate(
     measure: Measure | None = None,
     together: Together | None = None,
 ) -> Path:
-    """Play a run and return its folder.
+    """Play a run, or what is left of it, and return its folder.
+
+    A folder that holds this run, unfinished, is where it goes on: after its newest round that was
+    saved, or with its exports if only they are missing.
 
     Args:
         client_app: what every simulated device runs.
@@ -55,7 +63,7 @@ def simulate(
         watch: told of every event, beside the ledger and the metrics.
         finish: called with the run folder after the last round, to write the exports; its events
             are the run's.
-        overwrite: replace a run that the folder already holds.
+        overwrite: replace a run that the folder already holds, instead of going on with it.
         warnings: to record at the start of the run.
         measure: measures the base's distortion table, if the plan can use one.
         together: lets devices of the in-process backend work in one pass.
@@ -66,39 +74,78 @@ def simulate(
         KeyboardInterrupt: on Ctrl-C, after the folder says so.
     """
     with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder.create(config.folder, overwrite=overwrite))
-        folder.write_json("config.json", config.model_dump(mode="json"))
+        folder = stack.enter_context(RunFolder.enter(config.folder, config, overwrite=overwrite))
+        saved = find_state(folder.checkpoints, shapes.digest, folder.run)
+        ended = saved is not None and _ended(saved, config, folder)
+        after = saved.state.round if saved is not None else None
         ledger = stack.enter_context(Ledger(folder.ledger))
-        metrics = stack.enter_context(MetricsWriter(folder.metrics, folder.tensorboard))
-        reached = 0
+        metrics = stack.enter_context(MetricsWriter(folder.metrics, folder.tensorboard, after))
 
         def emit(event: Event) -> None:
-            nonlocal reached
-            if event.kind == "round_finished":
-                reached = int(str(event.fields["round"]))
             ledger.append(event)
             metrics(event)
             watch(event)
 
         clock = VirtualClock() if config.simulation.delay != "none" else None
         patience = _patience(config, devices)
-        coordinator = Coordinator(config, shapes, folder, emit, patience, measure, clock)
+        coordinator = Coordinator(config, shapes, folder, emit, patience, measure, clock, saved)
         try:
-            for warning in warnings:
+            if saved is not None:
+                _announce(saved, config, folder, devices, emit)
+            for warning in (*folder.notes, *warnings):
                 emit(Event("warning", {"text": warning}))
-            _play(config, coordinator, client_app, devices, together, clock)
-            finish(folder.path, emit)
-            folder.write_status("finished", reached)
+            if not ended:
+                _play(config, coordinator, client_app, devices, together, clock)
+            with writing(folder.exports):
+                finish(folder.path, emit)
+            folder.write_ending("finished")
         except KeyboardInterrupt:
-            folder.write_status("interrupted", reached)
-            emit(Event("run_interrupted", {"round": reached}))
+            _end(folder, "interrupted", Event("run_interrupted", {"round": folder.reached}), emit)
             raise
         except BaseException as error:
-            folder.write_status("failed", reached)
             named = str(error) if isinstance(error, FedtuneError) else repr(error)
-            emit(Event("run_failed", {"reason": named}))
+            _end(folder, "failed", Event("run_failed", {"reason": named}), emit)
             raise
     return config.folder
+
+
+def _ended(saved: Saved, config: RunConfig, folder: RunFolder) -> bool:
+    """Whether only the exports are left to do."""
+    return saved.state.round >= config.run.rounds and training_ended(folder.ledger)
+
+
+def _announce(
+    saved: Saved, config: RunConfig, folder: RunFolder, devices: int, emit: Watcher
+) -> None:
+    """Say from where a run goes on, and which checkpoints were no good."""
+    for reason in saved.skipped:
+        text = f"{reason}; it is kept under a name that ends in .damaged, and the one before used"
+        emit(Event("warning", {"text": text}))
+    emit(
+        Event(
+            "run_resumed",
+            {
+                "run": folder.run,
+                "folder": str(folder.path),
+                "round": saved.state.round,
+                "rounds": config.run.rounds,
+                "devices": devices,
+                "skipped": len(saved.skipped),
+                "versions": installed_versions(),
+            },
+        )
+    )
+    newest = latest_checkpoint(folder.checkpoints)
+    if newest is not None and last_saved(folder.ledger) < saved.state.round:
+        emit(checkpoint_saved(newest, saved.state.round))  # a killed process had no time to say it
+
+
+def _end(folder: RunFolder, state: State, event: Event, emit: Watcher) -> None:
+    """Leave word of how the run ended; where the disk takes none, what ended it is said anyway."""
+    with suppress(RunError):
+        folder.write_ending(state)
+    with suppress(RunError):
+        emit(event)
 
 
 def _play(

@@ -11,6 +11,8 @@ import pytest
 from fedtune.errors import RunError
 from fedtune.records import GlobalAdapter, LowRank
 from fedtune.wire.checkpoint import (
+    as_written,
+    find_checkpoint,
     latest_checkpoint,
     prune_checkpoints,
     read_checkpoint,
@@ -144,3 +146,45 @@ def test_pruning_keeps_the_newest_and_clears_what_a_crash_left(tmp_path: Path) -
 def test_pruning_keeps_at_least_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         prune_checkpoints(tmp_path, keep=0)
+
+
+def test_the_newest_that_is_whole_is_found_and_the_others_are_put_aside(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path / "missing") is None
+    for number in (8, 9, 10, 11):
+        write_checkpoint(tmp_path, adapter(number))
+    truncate(tmp_path / "round-0011.safetensors")
+    (tmp_path / "round-0010.safetensors.sha256").unlink()
+    found = find_checkpoint(tmp_path)
+    assert found is not None
+    assert_same(found.checkpoint.adapter, adapter(9))
+    newest, before = found.skipped
+    assert "round-0011.safetensors is damaged: expected sha256" in newest
+    assert "round-0010.safetensors cannot be read" in before
+    assert sorted(path.name for path in tmp_path.glob("*.damaged")) == [
+        "round-0010.safetensors.damaged",
+        "round-0011.safetensors.damaged",
+    ]
+    assert latest_checkpoint(tmp_path) == tmp_path / "round-0009.safetensors"
+    assert not (tmp_path / "round-0011.safetensors.sha256").exists()
+    again = find_checkpoint(tmp_path)
+    assert again is not None
+    assert again.skipped == ()
+
+
+def test_if_none_is_whole_the_newest_says_why(tmp_path: Path) -> None:
+    for number in (1, 2):
+        truncate(write_checkpoint(tmp_path, adapter(number)))
+    with pytest.raises(RunError, match=r"no checkpoint in .* is whole; the newest: .*round-0002"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_state_is_laid_out_as_it_would_be_read(tmp_path: Path) -> None:
+    """An array of another layout may be summed in another order, and round otherwise."""
+    laid_out = as_written(adapter())
+    assert_same(laid_out, adapter())
+    read = read_checkpoint(write_checkpoint(tmp_path, adapter())).adapter
+    for name, pair in laid_out.matrices.items():
+        for factor in ("u", "sigma", "v"):
+            ours, theirs = getattr(pair, factor), getattr(read.matrices[name], factor)
+            assert ours.flags.c_contiguous
+            assert theirs.flags.c_contiguous
