@@ -213,7 +213,9 @@ def test_missing_sections_say_what_to_add(write: Write) -> None:
 
 
 def test_a_key_outside_its_section_is_pointed_home(write: Write) -> None:
-    assert "unknown key rounds; did you mean run.rounds?" in refusal(write("rounds = 3\n" + SMALL))
+    assert "unknown key local_steps; did you mean train.local_steps?" in refusal(
+        write("local_steps = 3\n" + SMALL)
+    )
 
 
 def test_unreadable_run_files_are_refused(tmp_path: Path) -> None:
