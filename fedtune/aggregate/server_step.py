@@ -21,6 +21,7 @@ import numpy as np
 from fedtune.aggregate.adaptive import Squares, decayed, over_root, squares_of
 from fedtune.aggregate.combination import combine, split
 from fedtune.aggregate.low_rank import Pair, pair_of_low_rank, recompress
+from fedtune.aggregate.modules import for_each
 from fedtune.errors import ConfigError
 from fedtune.records import FloatArray, GlobalAdapter, LowRank
 
@@ -113,7 +114,8 @@ def apply_server_step(
     def step(name: str) -> _SteppedMatrix:
         return _step_matrix(_moments(name, states, before, joined), rounds, settings)
 
-    stepped = {name: step(name) for name in joined.matrices}
+    names = list(joined.matrices)
+    stepped = dict(zip(names, for_each(names, step), strict=True))
     dense = {
         name: _step_dense(name, states, before, joined, rounds, settings) for name in joined.dense
     }

@@ -20,7 +20,7 @@ from fedtune.export.ledger_facts import read_ledger
 from fedtune.records import DeviceProfile, Event
 from fedtune.wire import durable
 from fedtune.wire.events import plain
-from fedtune_server.ledger import verify_ledger
+from fedtune.wire.ledger_chain import verify_ledger
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.simulation import simulate
 

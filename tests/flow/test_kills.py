@@ -19,7 +19,7 @@ import pytest
 
 from fedtune.cli.main import main
 from fedtune.export.ledger_facts import read_ledger
-from fedtune_server.ledger import verify_ledger
+from fedtune.wire.ledger_chain import verify_ledger
 from fedtune_server.run_folder import RunFolder
 
 ROUNDS = 6
