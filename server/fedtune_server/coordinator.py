@@ -20,9 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from flwr.serverapp import Grid
 
-from fedtune.aggregate.defences import Defence
 from fedtune.aggregate.rules import make_rule
-from fedtune.aggregate.server_step import ServerStep, apply_server_step
+from fedtune.aggregate.server_step import apply_server_step
 from fedtune.records import (
     DevicePlan,
     DeviceProfile,
@@ -30,15 +29,13 @@ from fedtune.records import (
     FleetPlan,
     FloatArray,
     GlobalAdapter,
-    LoraScale,
     ModelShapes,
     SiteReport,
-    TrainingWay,
 )
 from fedtune.settings import RunConfig
 from fedtune.wire.checkpoint import as_written, prune_checkpoints, write_checkpoint
 from fedtune.wire.file_digests import checkpoint_saved
-from fedtune.wire.messages import OptimizerSpec, TaskSpec
+from fedtune.wire.messages import TaskSpec
 from fedtune_server.clock import Clock
 from fedtune_server.defend import check_root
 from fedtune_server.distortion import Measure
@@ -52,27 +49,22 @@ from fedtune_server.fleet import (
     wait_for_nodes,
 )
 from fedtune_server.flights import Flights
+from fedtune_server.from_config import optimizer_spec, round_terms, server_step
 from fedtune_server.open_round import OpenRounds
 from fedtune_server.planning import Planning
-from fedtune_server.policy import RoundPolicy
 from fedtune_server.replan import Replanner
 from fedtune_server.round import Outcome, train
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.sampling import Draw
 from fedtune_server.saved_state import Saved, state_checkpoint
-from fedtune_server.schedule import learning_rate
 from fedtune_server.state import RunState, with_turns
 from fedtune_server.taken_up import take_up
-from fedtune_server.terms import RoundTerms
 
 _HEAD_STD = 0.02
 """Standard deviation of a fresh task head; the initialiser range of BERT and Llama."""
 
 _ASK_AGAIN_S = 60.0
 """Longest wait for the new profiles of devices that refused their plans; a site answers at once."""
-
-_REAL_DEADLINE_S = 3600.0
-"""Longest wait for a device in a simulation whose rounds go by a virtual clock."""
 
 _REPORTED_PACKAGES = ("fedtune", "flwr", "numpy", "torch", "transformers", "bitsandbytes")
 
@@ -122,21 +114,7 @@ class Coordinator:
         self._run_id = folder.run
         self._step = server_step(config)
         self._rule = make_rule(config.aggregate.rule, self._step.join_cap, seed=config.run.seed)
-        self._terms = RoundTerms(
-            run=self._run_id,
-            base_digest=shapes.digest,
-            shapes=shapes.by_name(),
-            scale=LoraScale(config.lora.scale, config.lora.scaling),
-            down=config.wire.down,
-            up=config.wire.up,
-            error_feedback=config.wire.error_feedback,
-            weights=config.aggregate.weights,
-            minimum_devices=config.run.minimum_devices,
-            deadline_s=_deadline_s(config, clock) * patience,
-            seed=config.run.seed,
-            defence=Defence(**config.defence.model_dump()),
-            policy=_policy(config, clock),
-        )
+        self._terms = round_terms(config, shapes, self._run_id, clock, patience)
 
     def run(self, grid: Grid, devices: int) -> GlobalAdapter:
         """Play the run to its end.
@@ -271,7 +249,7 @@ class Coordinator:
             self._rule,
             state.adapter,
             plans,
-            self._optimizer(number),
+            optimizer_spec(config, number),
             self._terms,
             number,
             self._open_rounds,
@@ -365,35 +343,6 @@ class Coordinator:
         every = self._config.train.evaluate_every
         return every > 0 and (number - 1) % every == 0
 
-    def _optimizer(self, number: int) -> OptimizerSpec:
-        train = self._config.train
-        rounds_total = self._config.run.rounds
-
-        def rate(progress: float) -> float:
-            share = train.final_learning_rate_share
-            return learning_rate(train.learning_rate, share, progress, train.schedule)
-
-        return OptimizerSpec(
-            name=train.optimizer,
-            learning_rate=rate((number - 1) / rounds_total),
-            final_learning_rate=rate(number / rounds_total),
-            weight_decay=train.weight_decay,
-            beta1=train.beta1,
-            beta2=train.beta2,
-            max_gradient_norm=train.max_gradient_norm,
-            keep=train.keep_optimizer,
-            proximal=train.proximal,
-            way=TrainingWay(
-                name=train.way,
-                start=self._config.lora.start,
-                layer_rate_decay=train.layer_rate_decay,
-                flops_share=train.flops_share,
-                allora_eta=train.allora_eta,
-                channels=train.channels,
-                seed=self._config.run.seed,
-            ),
-        )
-
     def _save(self, state: RunState) -> RunState:
         """Save a state; what is given back is what would be read again."""
         state = replace(
@@ -412,41 +361,6 @@ class Coordinator:
         )
         self._emit(checkpoint_saved(path, state.round))
         prune_checkpoints(self._folder.checkpoints, self._config.outputs.keep_checkpoints)
-
-
-def server_step(config: RunConfig) -> ServerStep:
-    """The server's optimiser as the run file has it."""
-    settings = config.aggregate
-    return ServerStep(
-        rank_cap=config.lora.rank_cap,
-        step=settings.server_step,
-        momentum=settings.momentum,
-        optimizer=settings.optimizer,
-        beta2=settings.beta2,
-        adaptivity=settings.adaptivity,
-        keep_dropped=settings.keep_dropped,
-    )
-
-
-def _deadline_s(config: RunConfig, clock: Clock | None) -> float:
-    """Longest wait for what devices are asked beside rounds; those may go by another clock."""
-    virtual = clock is not None and clock.virtual
-    return _REAL_DEADLINE_S if virtual else config.run.round_deadline_s
-
-
-def _policy(config: RunConfig, clock: Clock | None) -> RoundPolicy:
-    """When rounds close. Only differences can be folded into a later round exactly."""
-    rounds = config.rounds
-    return RoundPolicy(
-        mode=rounds.mode,
-        close_count=rounds.close_count,
-        close_fraction=rounds.close_fraction,
-        late=rounds.late if config.aggregate.rule == "delta" else "refuse",
-        staleness_limit=rounds.staleness_limit,
-        staleness_power=rounds.staleness_power,
-        repeats=rounds.repeats,
-        deadline_s=config.run.round_deadline_s if clock is not None and clock.virtual else None,
-    )
 
 
 def installed_versions() -> Mapping[str, str]:

@@ -19,7 +19,8 @@ from fedtune.config import parse_run_config
 from fedtune.errors import PlanError, RoundError
 from fedtune.wire.checkpoint import latest_checkpoint, read_checkpoint
 from fedtune.wire.flower import TRAIN
-from fedtune_server.coordinator import Coordinator, installed_versions, server_step
+from fedtune_server.coordinator import Coordinator, installed_versions
+from fedtune_server.from_config import server_step
 from fedtune_server.run_folder import RunFolder
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
