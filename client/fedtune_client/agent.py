@@ -37,11 +37,11 @@ from fedtune.records import (
 )
 from fedtune.train.allocator import keep_what_fits
 from fedtune.train.batches import stream
-from fedtune.train.compute import LossScale, compute_dtype
+from fedtune.train.compute import compute_dtype
 from fedtune.train.memory import OptimizerMemory
 from fedtune.train.round import RoundResult, mount, train_round, unmount
 from fedtune.wire.calibration import CalibrationInstruction, CalibrationReport
-from fedtune.wire.feedback import ErrorFeedback, encode_update
+from fedtune.wire.feedback import encode_update
 from fedtune.wire.messages import (
     EvaluateInstruction,
     EvaluateReport,
@@ -53,8 +53,8 @@ from fedtune.wire.packing import tensors_digest
 from fedtune.wire.tensors import unpack_dispatch
 from fedtune_client.allowance import Allowance
 from fedtune_client.calibrate import Bench, calibrate
+from fedtune_client.carried import Carried
 from fedtune_client.clock import StepClock
-from fedtune_client.round_states import RoundStates
 from fedtune_client.site import SiteSettings
 
 if TYPE_CHECKING:
@@ -129,10 +129,7 @@ class Agent:
         self._tokenizer = _tokenizer(self._folder)
         self.pad_id = pad_id(self._tokenizer)
         self._samples: dict[tuple[str, ...], tuple[SampleSet, SampleSet]] = {}
-        self._states = RoundStates(site.state_folder)
-        self._memory: OptimizerMemory | None = None
-        self._feedback: ErrorFeedback | None = None
-        self._loss_scale = LossScale()
+        self._carried = Carried(site.state_folder)
         self._allowance = Allowance(site.profile, site.measures_steps)
         # Of a process that other sites share, nobody could say whose memory it is.
         self._idle_bytes = 0 if site.shares_backbone else resident_bytes() or 0
@@ -189,7 +186,7 @@ class Agent:
             batches=self._train_batches(order.plan, order.labels, order.seed, 0, order.batches),
             task=self._task,
             pad_id=self.pad_id,
-            loss_scale=self._loss_scale if self._compute == torch.float16 else None,
+            loss_scale=self._carried.loss_scale if self._half else None,
         )
         return calibrate(order, bench, self._idle_bytes if self._site.measures_steps else None)
 
@@ -214,7 +211,7 @@ class Agent:
             task=self._task,
             pad_id=self.pad_id,
             memory=work.memory,
-            loss_scale=self._loss_scale if self._compute == torch.float16 else None,
+            loss_scale=self._carried.loss_scale if self._half else None,
             cuda_graph=self._graph_use(order.plan),
             after_step=clock,
         )
@@ -235,7 +232,7 @@ class Agent:
             ProtocolError: as for `train`.
         """
         dispatch, backbone = self._accept(order, packed)
-        self._begin_round(order)
+        self._carried.begin(order, self._half)
         plan = order.plan
         batches = self._train_batches(
             plan, order.labels, order.seed, (order.round - 1) * plan.local_steps, plan.local_steps
@@ -245,7 +242,7 @@ class Agent:
             backbone=backbone,
             dispatch=dispatch,
             batches=batches,
-            memory=self._memory,
+            memory=self._carried.optimizer,
             held_out=held_out.samples if order.evaluate else (),
         )
 
@@ -287,16 +284,17 @@ class Agent:
             tensors_digest=tensors_digest(tensors),
             metrics={**metrics, **_train_metrics(result), **self._peak()},
         )
-        self._end_round(order)
+        self._carried.end(order)
         return report, tensors
 
     def _encoded(self, order: TrainInstruction, sent: Dispatch, result: RoundResult) -> bytes:
         """The packed update; what its codec takes is kept for the next one, if that is asked."""
-        if self._feedback is None:
+        feedback = self._carried.feedback
+        if feedback is None:
             return encode_update(sent, result.factors, result.dense, order.codec)[0]
-        owed = self._feedback.at(order.round)
+        owed = feedback.at(order.round)
         tensors, lost = encode_update(sent, result.factors, result.dense, order.codec, owed)
-        self._feedback.keep(order.round, lost)
+        feedback.keep(order.round, lost)
         return tensors
 
     def evaluate(self, order: EvaluateInstruction, packed: bytes) -> EvaluateReport:
@@ -350,36 +348,15 @@ class Agent:
         return torch.device(self._site.profile.accelerator)
 
     @property
+    def _half(self) -> bool:
+        return self._compute == torch.float16
+
+    @property
     def _compute(self) -> torch.dtype:
         asked = self._site.compute
         # The plan counts with what the profile said; measured anew it could come out otherwise.
         chosen = self._site.profile.compute if asked == "auto" else asked
         return compute_dtype(chosen, self._torch_device)
-
-    def _begin_round(self, order: TrainInstruction) -> None:
-        """Start from what the rounds before this one left, though it may have been played once."""
-        found = self._states.before(order.run, order.round)
-        self._memory = self._feedback = None
-        if order.error_feedback and order.codec != "fp32":
-            kept = {name: each.numpy() for name, each in _of("feedback", found).items()}
-            self._feedback = ErrorFeedback.from_tensors(kept) if kept else ErrorFeedback()
-        if order.optimizer.keep:
-            self._memory = OptimizerMemory.from_tensors(_of("optimizer", found))
-        if self._compute == torch.float16:
-            self._loss_scale = LossScale.from_tensors(_of("loss_scale", found))
-
-    def _end_round(self, order: TrainInstruction) -> None:
-        """Keep what the next round starts from."""
-        states: dict[str, torch.Tensor] = {}
-        if self._feedback is not None:
-            kept = {name: torch.as_tensor(each) for name, each in self._feedback.tensors().items()}
-            states |= _under("feedback", kept)
-        if self._memory is not None:
-            states |= _under("optimizer", self._memory.tensors())
-        if self._compute == torch.float16:
-            states |= _under("loss_scale", self._loss_scale.tensors())
-        if states:
-            self._states.keep(order.run, order.round, states)
 
     def _tokenised(self, labels: tuple[str, ...]) -> tuple[SampleSet, SampleSet]:
         """Training and held-out samples; done once, and once more if the labels change."""
@@ -471,19 +448,6 @@ class Agent:
         if self._site.profile.accelerator == "cpu":
             return {}
         return {"peak_bytes": float(torch.cuda.max_memory_allocated())}
-
-
-def _under(part: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One part of what a device carries, as it is named among all of it."""
-    return {f"{part}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def _of(part: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The way back from `_under`."""
-    own = f"{part}/"
-    return {
-        name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)
-    }
 
 
 def held_out_metrics(found: EvaluationReport) -> dict[str, float]:

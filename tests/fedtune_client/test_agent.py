@@ -115,7 +115,9 @@ def test_an_update_in_few_bits_and_what_the_device_keeps_make_up_what_it_has_tra
     order = desk.order(plan, packed, round=1, codec="q2", error_feedback=True)
     coarse = agent.train(order, packed)[1]
     assert len(coarse) < 0.5 * len(exact)
-    lost = agent._feedback(order).at(2)
+    feedback = agent._carried.feedback
+    assert feedback is not None
+    lost = feedback.at(2)
     assert lost.factors.keys() == plan.ranks().keys()
     for name in plan.ranks():
         trained = _product(exact, plan, desk, name, None)

@@ -137,7 +137,7 @@ def test_the_optimisers_memory_goes_on_over_switches_of_rank(desk: Desk) -> None
     alone = Alone(desk, tail=True)
     for round, rank in enumerate(RANKS, start=1):
         alone.play(rank, round)
-        memory = alone.agent._memory
+        memory = alone.agent._carried.optimizer
         assert memory is not None
         assert set(memory.steps.values()) == {4 * round}
         for name, squares in memory.squares.items():
