@@ -15,6 +15,9 @@ from fedtune.errors import RunError
 
 NAME = ".lock"
 
+_WAIT_S = 0.5
+"""Whoever asks whether a run goes on (`fedtune status`) holds the lock for an instant."""
+
 
 class FolderLock:
     """The right to write to a folder."""
@@ -30,7 +33,7 @@ class FolderLock:
             RunError: another coordinator has it, or the folder cannot be locked.
         """
         # Not bound to a thread: who opened the folder may close it from another one.
-        lock = FileLock(folder.resolve() / NAME, timeout=0, thread_local=False)
+        lock = FileLock(folder.resolve() / NAME, timeout=_WAIT_S, thread_local=False)
         try:
             lock.acquire()
         except Timeout:

@@ -8,10 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from fedtune.errors import RunError
 from fedtune_server import folder_lock
-from fedtune_server.folder_lock import FolderLock
+from fedtune_server.folder_lock import NAME, FolderLock
 
 HOLD = """
 import sys, time
@@ -73,3 +74,11 @@ def test_a_folder_that_is_not_there_is_an_error_in_words(tmp_path: Path) -> None
     file.write_text("", encoding="utf-8")
     with pytest.raises(RunError, match=r"cannot be locked .* choose an outputs.folder"):
         FolderLock.acquire(file)
+
+
+def test_a_lock_that_is_held_for_an_instant_is_waited_for(tmp_path: Path) -> None:
+    """`fedtune status` takes it to see whether a run goes on."""
+    asking = FileLock(tmp_path / NAME, thread_local=False)
+    asking.acquire()
+    threading.Timer(0.1, asking.release).start()
+    FolderLock.acquire(tmp_path).release()
