@@ -13,7 +13,7 @@ demo: env-demo
 	$(BIN)/fedtune demo
 
 test: env-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: env-dev
 	$(BIN)/python scripts/check.py

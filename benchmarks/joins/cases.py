@@ -165,5 +165,5 @@ def fleet_of(
         files.append(folder / f"{name}.safetensors")
         if write:
             tensors = trained(by_rank[rank], index, shapes)
-            files[-1].write_bytes(pack_tensors(tensors, "float32"))
+            files[-1].write_bytes(pack_tensors(tensors))
     return Fleet(shapes, plans, [by_rank[rank] for rank in ranks], files)

@@ -70,6 +70,7 @@ def test_a_run_says_what_happens_in_order(fleet_of: FleetOf, play: Play, tree: T
         *["site_reported"] * 3,
         "planned",
         "leaves_device",
+        "checkpoint_saved",
         *every_round * 4,
         "evaluated",
         "run_finished",

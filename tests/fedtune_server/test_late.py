@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from fedtune_server.sampling import Draw
 from fedtune_server.simulation.delayed import DelayedGrid
 from fedtune_server.starts import start_of
 from fedtune_server.state import Turns, with_turns
+from fedtune_server.taken_up import NOTHING, TakenUp
 from fedtune_server.terms import RoundTerms
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
@@ -47,7 +48,7 @@ class Table:
     count: int = 0
     caps: Mapping[str, int] = field(default_factory=dict)
     plan_anew: Any = None
-    already: Sequence[Contribution] = ()
+    already: TakenUp = NOTHING
 
     def __post_init__(self) -> None:
         self.clock = VirtualClock()
@@ -456,7 +457,7 @@ def test_what_is_there_already_is_not_asked_for(fleet_of: FleetOf) -> None:
     first_rule = first.rule
     first.rule = Recorded()  # type: ignore[assignment]
     first.play(1)
-    again = Table(first.fake, RoundPolicy(), already=kept[:2])
+    again = Table(first.fake, RoundPolicy(), already=TakenUp(tuple(kept[:2])))
     first.fake.orders.clear()
     (outcome,) = again.play(1)
     assert again.asked(1) == ["c"]

@@ -224,7 +224,7 @@ def test_a_fault_of_ours_leaves_a_folder_that_says_failed(tree: Tree) -> None:
 def test_float16_halves_the_bytes_both_ways(tree: Tree, play: Play) -> None:
     del tree["fleet"]["board"]["upload"]  # it would buy more rank with what is saved
     half = copy.deepcopy(tree)
-    half["wire"] = {"dtype": "float16"}
+    half["wire"] = {"down": "fp16", "up": "fp16"}
     half["outputs"]["folder"] += "-half"
     whole = play(tree).all("round_finished")[-1]
     less = play(half).all("round_finished")[-1]
