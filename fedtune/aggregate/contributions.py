@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from fedtune.aggregate.modules import for_each
+from fedtune.devices.processor import usable_cores
 from fedtune.errors import RefusedUpdateError, RoundError
 from fedtune.records import (
     Contribution,
@@ -46,6 +47,10 @@ class Share:
         return self.weight * self.factor
 
 
+_AT_ONCE_BYTES = 2**30
+"""Of factors that are joined at the same time. Chosen: a machine of many cores would otherwise hold
+the factors of as many matrices, and a join takes up to about three times what they take."""
+
 JoinMatrix = Callable[[str, LowRank, Sequence[Share]], tuple[LowRank, float]]
 """(matrix name, its state, all shares) -> (its new state, share of energy dropped)."""
 
@@ -61,14 +66,15 @@ def join_matrices(
     Factors are read when their matrix is joined, and let go after it.
 
     Args:
-        workers: matrices that are joined at the same time; None: the usable cores. The result is
-            the same to the last bit for any number.
+        workers: matrices that are joined at the same time; None: the usable cores, but no more
+            than hold a gibibyte of factors. The result is the same to the last bit for any number.
 
     Raises:
         RoundError: there is no contribution.
         RefusedUpdateError: an update does not return exactly what was sent.
     """
     shares = ordered_shares(adapter, contributions)
+    workers = bounded_workers(adapter, shares) if workers is None else workers
 
     def joined(name: str) -> tuple[LowRank, float]:
         return join_matrix(name, adapter.matrices[name], shares)
@@ -80,6 +86,18 @@ def join_matrices(
         dense=join_dense(adapter.dense, shares),
         dropped_energy={name: dropped for name, (_, dropped) in results.items()},
     )
+
+
+def bounded_workers(adapter: GlobalAdapter, shares: Sequence[Share]) -> int:
+    """How many matrices can be joined at the same time, by cores and by their factors' memory."""
+    largest = max((_factor_bytes(name, shares) for name in adapter.matrices), default=0)
+    return min(usable_cores(), max(1, _AT_ONCE_BYTES // max(1, largest)))
+
+
+def _factor_bytes(name: str, shares: Sequence[Share]) -> int:
+    """Bytes of what all devices return of a matrix; they return the shapes that they were sent."""
+    sent = (share.sent.trained[name] for share in shares if name in share.sent.trained)
+    return sum(pair.a.nbytes + pair.b.nbytes for pair in sent)
 
 
 def refuse_factors(shares: Sequence[Share], rule: str) -> None:

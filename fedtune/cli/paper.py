@@ -191,6 +191,16 @@ def _planned(
     return plan
 
 
+def check_named_files(config: RunConfig, shapes: ModelShapes) -> None:
+    """Read the measurements that a run file names, so that a bad one is refused before a run.
+
+    Raises:
+        FedtuneError: one cannot be read, or is of another base.
+    """
+    _importance(config, shapes)
+    _distortion(config)
+
+
 def _importance(config: RunConfig, shapes: ModelShapes) -> ImportanceReport | None:
     """What an earlier run measured; None takes the prior."""
     if not config.importance.file:

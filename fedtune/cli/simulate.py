@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fedtune.cli.display import JsonLines, LiveDisplay
-from fedtune.cli.paper import plan_on_paper
+from fedtune.cli.paper import check_named_files, plan_on_paper
 from fedtune.config import cache_folder, load_run_config
 from fedtune.data.sites import open_sites, read_test_rows
 from fedtune.devices.simulated import simulated_profiles
@@ -72,6 +72,7 @@ def simulate_config(
     simulated_profiles(config.fleet, sites.declared, config.run.seed)  # refuses before a run starts
     model = resolve_model(config.model.path, config.model.revision)
     shapes = read_shapes(model, config.lora.targets, cache_folder() / "digests")
+    check_named_files(config, shapes)
     if config.plan.file:
         plan_on_paper(config, model, shapes, sites)  # refuses it before a run starts
     folder: Path = _app("simulation")(

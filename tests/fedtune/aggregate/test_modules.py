@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from fedtune.aggregate import contributions
+from fedtune.aggregate.contributions import Share
+from fedtune.aggregate.low_rank import empty
 from fedtune.aggregate.modules import for_each
+from fedtune.records import Dispatch, GlobalAdapter, LoraFactors
 
 
 def blas_threads() -> set[int]:
@@ -54,3 +58,20 @@ def test_the_first_error_is_told_and_the_rest_is_left(workers: int) -> None:
 
 def test_no_item_is_no_work() -> None:
     assert for_each([], np.sum, 4) == []
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "workers"), [(10**9, 8), (5 * 4 * 40, 5), (4 * 40, 1), (1, 1)]
+)
+def test_as_many_matrices_at_a_time_as_their_factors_leave_memory(
+    monkeypatch: pytest.MonkeyPatch, most_bytes: int, workers: int
+) -> None:
+    """Two devices of rank 2 on a (6, 4) matrix return 40 numbers of it; b of 16 is smaller."""
+    monkeypatch.setattr(contributions, "usable_cores", lambda: 8)
+    monkeypatch.setattr(contributions, "_AT_ONCE_BYTES", most_bytes)
+    large = LoraFactors(np.zeros((2, 4), np.float32), np.zeros((6, 2), np.float32))
+    small = LoraFactors(np.zeros((2, 4), np.float32), np.zeros((4, 2), np.float32))
+    sent = Dispatch({"a": large, "b": small}), Dispatch({"a": large})
+    shares = [Share(str(i), 0.5, each, {}, {}) for i, each in enumerate(sent)]
+    adapter = GlobalAdapter(0, {"a": empty(6, 4), "b": empty(4, 4)})
+    assert contributions.bounded_workers(adapter, shares) == workers

@@ -218,6 +218,8 @@ def test_an_edit_that_cannot_be_followed_is_refused_before_anything_is_loaded(
         ("data.train=no/rows.jsonl", "no/rows.jsonl"),
         ("model.path=no/such/model/here", "no/such/model/here"),
         ("lora.targets=ghost", "ghost"),
+        ("importance.file=no/importance.json", "no/importance.json"),
+        ("plan.distortion=no/distortion.json", "no/distortion.json cannot be read"),
     ],
 )
 def test_what_cannot_be_run_is_one_line_on_stderr_and_leaves_nothing(
