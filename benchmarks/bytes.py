@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from reporting import parse_arguments, print_json, publish, table
+from reporting import has_public_data, parse_arguments, print_json, publish, table
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -240,8 +240,7 @@ def figures(lines: list[Line]) -> dict[str, object]:
 
 def main() -> int:
     arguments = parse_arguments(__doc__ or "")
-    if not (arguments.shared / "models" / "stories260k").is_dir():
-        print(f"the public model and data are not at {arguments.shared}", file=sys.stderr)
+    if not has_public_data(arguments.shared):
         return 2
     size = QUICK if arguments.quick else FULL
     cases = [case for case in CASES if not arguments.quick or case.key in QUICK_KEYS]

@@ -39,7 +39,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from reporting import parse_arguments, print_json, publish, table
+from reporting import has_public_data, parse_arguments, print_json, publish, table
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -403,8 +403,7 @@ def figures(found: Mapping[str, Sequence[Played]]) -> dict[str, object]:
 
 def main() -> int:
     arguments = parse_arguments(__doc__ or "")
-    if not (arguments.shared / "models" / "stories260k").is_dir():
-        print(f"the public model and data are not at {arguments.shared}", file=sys.stderr)
+    if not has_public_data(arguments.shared):
         return 2
     size = QUICK if arguments.quick else FULL
     found = play_all(size, arguments.shared, arguments.quick)

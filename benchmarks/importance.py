@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from reporting import parse_arguments, print_json, publish, table
+from reporting import has_public_data, parse_arguments, print_json, publish, table
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -323,8 +323,7 @@ def rows_of(losses: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[st
 
 def main() -> int:
     arguments = parse_arguments(__doc__ or "")
-    if not (arguments.shared / "models" / "stories260k").is_dir():
-        print(f"the public model and data are not at {arguments.shared}", file=sys.stderr)
+    if not has_public_data(arguments.shared):
         return 2
     sizes = QUICK_SIZES if arguments.quick else SIZES
     seeds = SEEDS[:1] if arguments.quick else SEEDS

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
-from reporting import parse_arguments, print_json, publish, table
+from reporting import has_public_data, parse_arguments, print_json, publish, table
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -204,8 +204,7 @@ def rows_of(
 
 def main() -> int:
     arguments = parse_arguments(__doc__ or "")
-    if not (arguments.shared / "models" / "stories260k").is_dir():
-        print(f"the public model and data are not at {arguments.shared}", file=sys.stderr)
+    if not has_public_data(arguments.shared):
         return 2
     size = QUICK if arguments.quick else FULL
     variants = [v for v in VARIANTS if v.quick or not arguments.quick]

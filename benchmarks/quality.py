@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from reporting import parse_arguments, print_json, publish, table
+from reporting import has_public_data, parse_arguments, print_json, publish, table
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -234,8 +234,7 @@ def _silent(event: object) -> None:
 
 def main() -> int:
     arguments = parse_arguments(__doc__ or "")
-    if not (arguments.shared / "models" / "stories260k").is_dir():
-        print(f"the public model and data are not at {arguments.shared}", file=sys.stderr)
+    if not has_public_data(arguments.shared):
         return 2
     size = QUICK if arguments.quick else FULL
     variants = [v for v in VARIANTS if not arguments.quick or v.key in QUICK_KEYS]

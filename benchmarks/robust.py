@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from reporting import parse_arguments, print_json, publish, table
+from reporting import has_public_data, parse_arguments, print_json, publish, table
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -244,8 +244,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     arguments = parse_arguments(__doc__ or "", add_options)
-    if not (arguments.shared / "models" / "stories260k").is_dir():
-        print(f"the public model and data are not at {arguments.shared}", file=sys.stderr)
+    if not has_public_data(arguments.shared):
         return 2
     size = SMOKE if arguments.smoke else QUICK if arguments.quick else FULL
     losses = play(size, arguments.shared, arguments.workers)

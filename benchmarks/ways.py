@@ -34,7 +34,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from reporting import parse_arguments, print_json, publish, table
+from reporting import has_public_data, parse_arguments, print_json, publish, table
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -413,8 +413,7 @@ def main() -> int:
             "--rates", default="", help="print seed 0 at these learning rates, with commas"
         ),
     )
-    if not (arguments.shared / "models" / "stories260k").is_dir():
-        print(f"the public model and data are not at {arguments.shared}", file=sys.stderr)
+    if not has_public_data(arguments.shared):
         return 2
     sizes = QUICK_SIZES if arguments.quick else SIZES
     ways = [way for way in WAYS if not arguments.quick or way.key in QUICK_KEYS]

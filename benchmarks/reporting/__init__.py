@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +40,14 @@ def parse_arguments(
     if add_options is not None:
         add_options(parser)
     return parser.parse_args()
+
+
+def has_public_data(shared: Path) -> bool:
+    """Whether the public model and data are there; where they are not, stderr says so."""
+    if (shared / "models" / "stories260k").is_dir():
+        return True
+    print(f"the public model and data are not at {shared}", file=sys.stderr)
+    return False
 
 
 def machine() -> str:
