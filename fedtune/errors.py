@@ -8,7 +8,11 @@
     ├── KernelError            a GPU kernel cannot be loaded, launched or given these tensors
     ├── MissingExtraError      an optional package is needed; names the extra to install
     ├── ProtocolError          bytes of a message are not what they must be
-    │   └── RefusedUpdateError a device's update is refused; the round goes on without it
+    │   ├── RefusedUpdateError a device's update is refused; the round goes on without it
+    │   └── PolicyError        a site's own policy does not allow what it was asked
+    ├── DeploymentError        a home, process, certificate or connection is not as it must be
+    │   └── AccessError        somebody unknown, revoked, expired or replayed is refused
+    ├── StoppedError           the operator has stopped the run
     ├── RoundError             too few devices reported for a round to count
     └── RunError               a run folder cannot be created, read or continued
 
@@ -58,6 +62,22 @@ class ProtocolError(FedtuneError):
 
 class RefusedUpdateError(ProtocolError):
     """A device's update is refused; the round goes on without it."""
+
+
+class PolicyError(ProtocolError):
+    """A site's own policy does not allow what it was asked."""
+
+
+class DeploymentError(FedtuneError):
+    """A coordinator's or site's home, process, certificate or connection is not as it must be."""
+
+
+class AccessError(DeploymentError):
+    """Somebody who is unknown, revoked, expired or replayed asked for something; it is refused."""
+
+
+class StoppedError(FedtuneError):
+    """The operator has stopped the run."""
 
 
 class RoundError(FedtuneError):

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from fedtune.sections.federation import (
     AggregateSection,
     DefenceSection,
+    DeploymentSection,
     OutputsSection,
     RoundsSection,
     RunSection,
@@ -34,6 +35,7 @@ __all__ = [
     "AggregateSection",
     "DataSection",
     "DefenceSection",
+    "DeploymentSection",
     "DeviceClassSection",
     "ImportanceSection",
     "LoraSection",
@@ -62,7 +64,7 @@ class RunConfig(Section):
     run: RunSection = RunSection()
     model: ModelSection
     data: DataSection
-    fleet: dict[str, DeviceClassSection] = Field(min_length=1)
+    fleet: dict[str, DeviceClassSection] = Field(default_factory=dict)
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
     importance: ImportanceSection = ImportanceSection()
@@ -72,10 +74,12 @@ class RunConfig(Section):
     defence: DefenceSection = DefenceSection()
     wire: WireSection = WireSection()
     simulation: SimulationSection = SimulationSection()
+    deployment: DeploymentSection = DeploymentSection()
     outputs: OutputsSection = OutputsSection()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        self._check_sites()
         self._check_rule()
         self._check_server_step()
         self._check_defence()
@@ -110,6 +114,25 @@ class RunConfig(Section):
         for name, device_class in self.fleet.items():
             _check_pins(name, device_class, self.train.batch_size)
         return self
+
+    def _check_sites(self) -> None:
+        """Refuse a run without data or devices, unless its sites bring their own."""
+        if self.deployment.sites:
+            if self.deployment.minimum > self.devices and "*" not in self.deployment.sites:
+                raise ValueError(
+                    f"deployment.minimum = {self.deployment.minimum}: expected at most "
+                    f"{self.devices}, the sites named"
+                )
+            return
+        if not self.data.train and not self.data.sites:
+            raise ValueError(
+                "expected exactly one of data.train and data.sites, found neither; give one "
+                "file to split, or one file per site"
+            )
+        if not self.fleet:
+            raise ValueError(
+                "missing key fleet; add at least one [fleet.NAME] section with count and memory"
+            )
 
     def _check_rule(self) -> None:
         """Refuse what an aggregation rule cannot do, before anything runs."""
@@ -267,7 +290,7 @@ class RunConfig(Section):
 
     def _check_turns(self) -> None:
         """Refuse limits on the devices' rounds that leave too few for the last one."""
-        if any(each.rounds_max == 0 for each in self.fleet.values()):
+        if not self.fleet or any(each.rounds_max == 0 for each in self.fleet.values()):
             return
         turns = sum(each.count * each.rounds_max for each in self.fleet.values())
         wanted = self.run.rounds * self.run.minimum_devices
@@ -279,8 +302,11 @@ class RunConfig(Section):
 
     @property
     def devices(self) -> int:
-        """Number of devices in the fleet."""
-        return sum(c.count for c in self.fleet.values())
+        """Number of devices in the fleet; without one, of the sites of the deployment."""
+        if self.fleet:
+            return sum(c.count for c in self.fleet.values())
+        named = 0 if "*" in self.deployment.sites else len(self.deployment.sites)
+        return named or max(1, self.run.minimum_devices, self.run.devices_per_round)
 
     @property
     def folder(self) -> Path:

@@ -9,12 +9,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTOS = sorted((ROOT / "protos").rglob("*.proto"))
+SERVICES = [ROOT / "protos" / "fedtune" / "v1" / "coordinator.proto"]
 
 
 def generate(target: Path) -> None:
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'protos'}"]
     outputs = [f"--python_out={target}", f"--pyi_out={target}"]
     subprocess.run([*command, *outputs, *map(str, PROTOS)], check=True)
+    stubs = [f"--grpc_python_out={target}"]
+    subprocess.run([*command, *stubs, *map(str, SERVICES)], check=True)
 
 
 def main() -> int:
@@ -25,7 +28,7 @@ def main() -> int:
         generate(Path(name))
         stale = [
             str(fresh.relative_to(name))
-            for fresh in sorted(Path(name).rglob("*_pb2.py*"))
+            for fresh in sorted(Path(name).rglob("*_pb2*.py*"))
             if fresh.read_bytes() != (ROOT / fresh.relative_to(name)).read_bytes()
         ]
     if stale:

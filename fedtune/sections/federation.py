@@ -183,6 +183,31 @@ class SimulationSection(Section):
     )
 
 
+class DeploymentSection(Section):
+    """Which sites take part where `fedtune run` plays the run on real machines."""
+
+    sites: Annotated[tuple[str, ...], BeforeValidator(split_text)] = Field(
+        (),
+        description="names of the sites that take part; `*`: all that are enrolled; empty: "
+        "the run file is for simulations",
+    )
+    minimum: int = Field(
+        0, ge=0, description="sites that must be there before the run starts; 0: all of `sites`"
+    )
+    deadline_s: float = Field(
+        600.0,
+        gt=0,
+        description="seconds to wait for sites that are not there, at the start and in a round "
+        "that needs them",
+    )
+    slack: float = Field(
+        3.0,
+        ge=1,
+        description="times that a device may take what its plan and its measured link say, before "
+        "a round goes on without it",
+    )
+
+
 ExportName = Literal["merged", "peft", "onnx"]
 
 

@@ -83,10 +83,9 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
-        if bool(self.train) == bool(self.sites):
-            found = "both" if self.train else "neither"
+        if self.train and self.sites:
             raise ValueError(
-                f"expected exactly one of data.train and data.sites, found {found}; give one "
+                "expected exactly one of data.train and data.sites, found both; give one "
                 "file to split, or one file per site"
             )
         if "{prompt}" not in self.prompt_template:

@@ -14,9 +14,9 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import ProtocolError
+from fedtune.flwr_compat import readable_reason
 from fedtune.wire.flower import from_record
 from fedtune_server.clock import FIRST_POLL_S, LONGEST_POLL_S, RealClock
-from fedtune_server.flwr_compat import readable_reason
 
 _MAX_REASON = 300
 

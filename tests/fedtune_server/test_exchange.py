@@ -10,9 +10,9 @@ import pytest
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedtune.flwr_compat import set_message_id
 from fedtune.wire.flower import PROFILE, TRAIN, from_record, to_record
 from fedtune_server.exchange import Answer, exchange
-from fedtune_server.flwr_compat import set_message_id
 from fedtune_server.simulation.grid import FaultHook, InProcessGrid
 
 NAMES = ("a", "b", "c")

@@ -32,7 +32,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.errors import FedtuneError
-from fedtune_server.flwr_compat import (
+from fedtune.flwr_compat import (
     SUPERLINK_NODE_ID,
     ErrorCode,
     NodeInfo,

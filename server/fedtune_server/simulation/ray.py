@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.errors import MissingExtraError
-from fedtune_server.flwr_compat import NodeInfo, Run, quiet_flower, readable_reason
+from fedtune.flwr_compat import NodeInfo, Run, quiet_flower, readable_reason
 
 _POLL_S = 0.1
 _log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.errors import PlanError
+from fedtune.flwr_compat import SUPERLINK_NODE_ID, ErrorCode
 from fedtune.wire.flower import TRAIN, from_record, to_record
 from fedtune.wire.tensors import pack_tensors, unpack_tensors
-from fedtune_server.flwr_compat import SUPERLINK_NODE_ID, ErrorCode
 from fedtune_server.simulation.grid import FaultHook, InProcessGrid, run_inprocess
 
 Handler = Callable[[Message, Context], Message]

@@ -2,7 +2,7 @@
 
 `flwr.app`, `flwr.serverapp`, `flwr.clientapp` and `flwr.simulation` are public. The rest of Flower
 moves between releases, so each private name that the coordinator needs comes in here, with the
-reason, and `tests/fedtune_server/test_flwr_compat.py` holds what is expected of it:
+reason, and `tests/fedtune/test_flwr_compat.py` holds what is expected of it:
 
 - `TaskIdentity`: `Message(...)` reads the run's id from this process-wide class and fails where
   nothing set it. Flower sets it in the processes it starts; the in-process grid is none of them.

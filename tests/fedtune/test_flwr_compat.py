@@ -8,8 +8,7 @@ import pytest
 from flwr.app import Error, Message, RecordDict
 from flwr.supercore import telemetry
 
-from fedtune.wire.flower import TRAIN, from_record, to_record
-from fedtune_server.flwr_compat import (
+from fedtune.flwr_compat import (
     SUPERLINK_NODE_ID,
     ErrorCode,
     NodeInfo,
@@ -21,6 +20,7 @@ from fedtune_server.flwr_compat import (
     set_message_id,
     set_source,
 )
+from fedtune.wire.flower import TRAIN, from_record, to_record
 
 
 def message() -> Message:
