@@ -13,36 +13,84 @@ reason, and `tests/fedtune/test_flwr_compat.py` holds what is expected of it:
 - `ErrorCode`: the codes that a coordinator sees in an error reply.
 - `SUPERLINK_NODE_ID`: whom an error reply comes from when the link, and not the node, wrote it.
 - `telemetry`: Flower reads its switch once, at its own first import, and reports by default.
+
+A deployment needs more, which is imported where it is used, because it is heavy (SQL, FastAPI):
+
+- `build_fab_from_files`: a run is started with a bundle; ours holds no code.
+- `ControlHttpClient`: starts, stops and lists runs; lists nodes.
+- `RuntimeHttpClient`, `HeartbeatSender` and the functions around a task (`pull_task_input`,
+  `push_message`, `PushTaskOutput`): what Flower's own task processes do, without running the
+  bundle's code.
+- `HttpGrid`: the grid of a ServerApp; its client is given the operator's token.
+- `create_app` of the link, its settings, `SQLITE_PRAGMAS`, `HEARTBEAT_PATIENCE` and the handler of
+  `activate-node`: Flower's waits are too short for a loaded machine, and a node that was killed may
+  not come back for a minute.
+- `flower_supernode` and what it makes its connection of: one HTTP 500 ends it, or its heartbeat.
+- `now`: what Flower signs and compares; a site's clock may be wrong.
 """
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
-from flwr.app import Message
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+import httpx
+from flwr.app import Context, Error, Message
+from flwr.common.constant import (
+    SUPERLINK_NODE_ID,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+    ErrorCode,
+)
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.supercore import telemetry
+from flwr.supercore import date, telemetry
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER as PUBLIC_KEY_HEADER
+from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER as SIGNATURE_HEADER
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedtune.errors import AccessError, DeploymentError
+
 __all__ = [
+    "PUBLIC_KEY_HEADER",
+    "SIGNATURE_HEADER",
     "SUPERLINK_NODE_ID",
+    "TIMESTAMP_HEADER",
+    "ClientTask",
+    "Control",
     "ErrorCode",
+    "FlowerNode",
+    "FlowerRun",
     "NodeInfo",
     "Run",
+    "ServerTask",
+    "TaskSource",
     "become_coordinator",
     "copy_over_wire",
+    "correct_clock",
+    "expire_tasks_of_a_lost_executor",
+    "known_paths",
+    "link_app",
     "quiet_flower",
     "readable_reason",
+    "run_fab",
+    "run_node",
     "set_message_id",
     "set_source",
+    "signing_fault",
+    "watch_node_requests",
 ]
 
 
@@ -106,3 +154,645 @@ def quiet_flower(level: int = logging.ERROR) -> Iterator[None]:
     finally:
         logger.setLevel(level_before)
         telemetry.FLWR_TELEMETRY_ENABLED = telemetry_before
+
+
+# ---------------------------------------------------------------- runs and nodes, for an operator
+
+
+@dataclass(frozen=True, slots=True)
+class FlowerRun:
+    """A run as Flower's link tells of it.
+
+    Attributes:
+        status: `pending`, `starting`, `running` or `finished`.
+        sub_status: of a finished one: `completed`, `failed` or `stopped`.
+        details: why it failed; may be empty.
+        bytes_sent: by the coordinator, to all nodes.
+    """
+
+    status: str
+    sub_status: str
+    details: str
+    bytes_sent: int
+    bytes_received: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlowerNode:
+    """A node as Flower's link tells of it.
+
+    Attributes:
+        status: `registered`, `online`, `offline` or `unregistered`.
+        public_key: PEM.
+        last_activated_at: ISO 8601, UTC; empty: never.
+        online_until: seconds since 1970 until which its last heartbeat counts.
+        last_seen: seconds since 1970 of its last heartbeat; 0: never.
+    """
+
+    node_id: int
+    name: str
+    status: str
+    public_key: bytes
+    last_activated_at: str
+    last_deactivated_at: str
+    online_until: float
+    last_seen: float
+
+
+def run_fab(config: Mapping[str, str]) -> bytes:
+    """The bundle that starts a run: a pyproject.toml alone, which names installed apps.
+
+    Args:
+        config: what Flower carries to the apps as their run configuration.
+    """
+    import tomli_w
+    from flwr.cli.build import build_fab_from_files
+
+    apps = {"serverapp": "fedtune_server.deployed:app", "clientapp": "fedtune_client.deployed:app"}
+    app = {"publisher": "fedtune", "components": apps, "config": dict(config)}
+    project = {"name": "fedtune-run", "version": "1.0.0", "license": "Apache-2.0"}
+    tree = {"project": {**project, "dependencies": []}, "tool": {"flwr": {"app": app}}}
+    content, _ = build_fab_from_files({"pyproject.toml": tomli_w.dumps(tree).encode()})
+    return bytes(content)
+
+
+class _Bearer:
+    """Shows a token with every request."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def intercept(self, context: Any, call_next: Callable[[Any], Any]) -> Any:
+        context.request.headers["authorization"] = f"Bearer {self._token}"
+        return call_next(context)
+
+
+def _client(kind: Any, address: str, ca_pem: bytes | None, token: str, **options: Any) -> Any:
+    """A client of the link or of a node; `ca_pem` None: plaintext on loopback."""
+    from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor as Version
+
+    interceptors = [Version(component_name=options.pop("component")), _Bearer(token)]
+    if task_token := options.pop("task_token", ""):
+        interceptors.append(RuntimeTokenHttpInterceptor(task_token))
+    return kind.from_server_address(address, ca_pem is None, ca_pem, interceptors, **options)
+
+
+class Control:
+    """What an operator asks of Flower's link; every call fails at once where it is not there.
+
+    Args:
+        address: HOST:PORT of the link.
+        ca_pem: the coordinator's CA; None: the link speaks plaintext.
+        operator_token: see `HOME/operator.toml`.
+
+    Raises (all methods):
+        AccessError: the token is not the operator's.
+        DeploymentError: the link cannot be reached, or refuses.
+    """
+
+    def __init__(self, address: str, ca_pem: bytes | str | None, operator_token: str) -> None:
+        from flwr.supercore.control import ControlHttpClient
+
+        ca = ca_pem.encode("ascii") if isinstance(ca_pem, str) else ca_pem
+        self._address = address
+        self._client = _client(ControlHttpClient, address, ca, operator_token, component="flwr CLI")
+
+    def close(self) -> None:
+        self._client.close()
+
+    def start_run(self, fab: bytes) -> int:
+        """Start a run of a bundle; returns its id."""
+        from flwr.common.serde import fab_to_proto
+        from flwr.proto.control_pb2 import StartRunRequest
+        from flwr.supercore.fab import Fab
+
+        bundle = fab_to_proto(Fab(hashlib.sha256(fab).hexdigest(), fab, {}))
+        run_id = self._ask("StartRun", StartRunRequest(fab=bundle, federation="")).run_id
+        if not run_id:
+            raise DeploymentError("Flower's link did not start the run; its log says why")
+        return int(run_id)
+
+    def stop_run(self, run_id: int) -> None:
+        """Stop a run; one that has ended stays as it is."""
+        from flwr.proto.control_pb2 import StopRunRequest
+
+        if (run := self.runs().get(run_id)) is not None and run.status != "finished":
+            self._ask("StopRun", StopRunRequest(run_id=run_id))
+
+    def runs(self, most: int = 200) -> Mapping[int, FlowerRun]:
+        """The newest runs, by id."""
+        from flwr.proto.control_pb2 import ListRunsRequest
+
+        found = self._ask("ListRuns", ListRunsRequest(limit=most)).run_dict.values()
+        return {
+            run.run_id: FlowerRun(
+                run.status.status,
+                run.status.sub_status,
+                run.status.details,
+                run.bytes_sent,
+                run.bytes_recv,
+            )
+            for run in found
+        }
+
+    def nodes(self) -> list[FlowerNode]:
+        """Every node that was not unregistered."""
+        from flwr.proto.control_pb2 import ListNodesRequest
+
+        found = self._ask("ListNodes", ListNodesRequest()).nodes_info
+        return [
+            FlowerNode(
+                node.node_id,
+                node.name,
+                node.status,
+                node.public_key,
+                node.last_activated_at,
+                node.last_deactivated_at,
+                node.online_until,
+                max(0.0, node.online_until - HEARTBEAT_PATIENCE * node.heartbeat_interval),
+            )
+            for node in found
+            if node.status != "unregistered"
+        ]
+
+    def register_node(self, public_key: bytes | str, name: str = "") -> int:
+        """Let a key's node connect; returns its id. Registering it again returns the same."""
+        from flwr.proto.control_pb2 import RegisterNodeRequest
+
+        key = public_key.encode("ascii") if isinstance(public_key, str) else public_key
+        for node in self.nodes():
+            if node.public_key == key:
+                return node.node_id
+        request = RegisterNodeRequest(public_key=key, name=name or None)
+        return int(self._ask("RegisterNode", request).node_id)
+
+    def unregister_node(self, node_id: int) -> None:
+        """Let a node connect no longer; one that is unknown stays unknown."""
+        from flwr.proto.control_pb2 import UnregisterNodeRequest
+
+        if any(node.node_id == node_id for node in self.nodes()):
+            self._ask("UnregisterNode", UnregisterNodeRequest(node_id=node_id))
+
+    def _ask(self, method: str, request: Any) -> Any:
+        try:
+            return getattr(self._client, method)(request)
+        except httpx.HTTPStatusError as error:
+            raise _refused(error, self._address) from None
+        except httpx.HTTPError as error:
+            raise DeploymentError(
+                f"Flower's link at {self._address} cannot be reached "
+                f"({type(error).__name__}: {error}); is the coordinator running?"
+            ) from None
+
+
+HEARTBEAT_PATIENCE: Final = 2
+"""Heartbeats that a node may miss (flwr.common.constant.HEARTBEAT_PATIENCE)."""
+
+
+def _refused(error: httpx.HTTPStatusError, address: str) -> DeploymentError:
+    words = readable_reason(error.response.text)[:500]
+    if error.response.status_code in (401, 403):
+        return AccessError(f"Flower's link at {address} refuses: {words}")
+    return DeploymentError(f"Flower's link at {address}: {error.response.status_code}: {words}")
+
+
+# ---------------------------------------------------------------- retries, clocks, signatures
+
+
+def patient_retries() -> Any:
+    """Flower's own retries, which also outlive what a restart or a loaded disk causes.
+
+    Beside 502 to 504, 500 (`database is locked`) and 429 (asked too often) pass by. Flower gives
+    up on every error of TLS, which a link that is being started shows, too; and ends the process
+    with SIGINT on 401, where we let the caller see it.
+    """
+    from flwr.supercore.retry import make_simple_http_retry_invoker
+
+    invoker = make_simple_http_retry_invoker()
+    flowers_choice = invoker.should_giveup
+
+    def should_give_up(error: Exception) -> bool:
+        if isinstance(error, httpx.TransportError):
+            return False
+        if isinstance(error, httpx.HTTPStatusError):
+            status = error.response.status_code
+            if status in (429, 500):
+                return False
+            if status == httpx.codes.UNAUTHORIZED:
+                return True
+        return bool(flowers_choice(error))
+
+    invoker.should_giveup = should_give_up
+    return invoker
+
+
+_now = date.now
+
+
+def correct_clock(offset_s: Callable[[], float]) -> None:
+    """Let Flower's idea of the time in this process be the coordinator's.
+
+    Args:
+        offset_s: seconds that the coordinator's clock is ahead of this machine's; asked each time.
+    """
+
+    def now() -> datetime.datetime:
+        moment: datetime.datetime = _now()
+        return moment + datetime.timedelta(seconds=offset_s())
+
+    before = date.now
+    date.now = now
+    for name, module in list(sys.modules.items()):
+        if name.startswith("flwr.") and getattr(module, "now", None) is before:
+            module.now = now  # type: ignore[attr-defined]
+
+
+def signing_fault(public_key: bytes, signature: bytes, timestamp: str) -> str:
+    """Why a node's signed request is not good, in words for the site; empty: it is good."""
+    from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+
+    try:
+        signed_at = datetime.datetime.fromisoformat(timestamp)
+        age_s = (date.now() - signed_at).total_seconds()
+        good = verify_signature(
+            bytes_to_public_key(public_key), timestamp.encode("ascii"), signature
+        )
+    except (ValueError, TypeError, AttributeError):
+        return "the request's signature is malformed"
+    if not good:
+        return "the request is not signed by the site's key"
+    if not -SYSTEM_TIME_TOLERANCE < age_s < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+        return f"the request was signed {age_s:.0f} s ago by the coordinator's clock"
+    return ""
+
+
+# ---------------------------------------------------------------- the coordinator's link
+
+
+def link_app(arguments: Sequence[str], on_activate: Callable[[Any, Any], None]) -> Any:
+    """Flower's link as an ASGI app, patient and without a server around it.
+
+    A node that comes back while its last process still counts as online takes its place at once:
+    its signature shows who it is. Flower itself refuses it for up to a minute.
+
+    Args:
+        arguments: of the command `flower-superlink`.
+        on_activate: called before a node is activated, with Flower's request and state.
+    """
+    from flwr.supercore import constant, sql_mixin
+    from flwr.supercore.corestate import sql_corestate
+    from flwr.superlink import main
+    from flwr.superlink.cli import flower_superlink as command
+    from flwr.superlink.servicer.fleet import fleet_handlers
+
+    pragmas = dict(constant.SQLITE_PRAGMAS) | {"busy_timeout": str(1000 * BUSY_S)}
+    sql_mixin.SQLITE_PRAGMAS = tuple(pragmas.items())
+    sql_corestate.HEARTBEAT_PATIENCE = TASK_PATIENCE
+    activate = fleet_handlers.activate_node
+
+    def activate_node(request: Any, state: Any) -> Any:
+        on_activate(request, state)
+        return activate(request=request, state=state)
+
+    fleet_handlers.activate_node = activate_node
+    before, sys.argv = sys.argv, ["flower-superlink", *arguments]
+    try:
+        config = command._parse_superlink_lifespan_config()
+    finally:
+        sys.argv = before
+    return main.create_app(config, command.SuperLinkLifespan)
+
+
+BUSY_S: Final = 120
+"""How long a query waits for SQLite's lock. Flower's 5 s fail runs of a few hundred objects."""
+TASK_PATIENCE: Final = 5
+"""Heartbeats of 30 s that a ServerApp may miss: the link may be away for two minutes."""
+
+
+def take_node_over(request: Any, state: Any, name: str) -> int:
+    """Make ready that a node becomes active: known to Flower, and not online. Returns its id."""
+    from flwr.common.constant import (
+        HEARTBEAT_DEFAULT_INTERVAL,
+        NOOP_ACCOUNT_NAME,
+        NOOP_FLWR_AID,
+    )
+
+    node_id = state.get_node_id_by_public_key(request.public_key)
+    if node_id is None:
+        node_id = state.create_node(
+            NOOP_FLWR_AID,
+            NOOP_ACCOUNT_NAME,
+            request.public_key,
+            HEARTBEAT_DEFAULT_INTERVAL,
+            name=name,
+        )
+    else:
+        state.deactivate_node(node_id)
+    return int(node_id)
+
+
+def known_paths(prefix: str) -> frozenset[str]:
+    """The exact paths that the link answers below a prefix."""
+    from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+
+    return frozenset(path for _, path in PROTOBUF_REQUEST_TYPES if path.startswith(prefix))
+
+
+# ---------------------------------------------------------------- a site's node
+
+
+def watch_node_requests(around: Callable[[httpx.Request, Callable[[], Any]], Any]) -> None:
+    """Let a function stand around every request of this process's node, after it was signed."""
+    from flwr.supernode import fleet_http_connection
+
+    signer = fleet_http_connection.NodeAuthHttpInterceptor
+
+    class Watched(signer):  # type: ignore[misc, valid-type]
+        def intercept(self, context: Any, call_next: Callable[[Any], Any]) -> Any:
+            def signed(inner: Any) -> Any:
+                return around(inner.request, lambda: call_next(inner))
+
+            return super().intercept(context, signed)
+
+    fleet_http_connection.NodeAuthHttpInterceptor = Watched
+
+
+def expire_tasks_of_a_lost_executor() -> None:
+    """Answer for a task whose executor died as soon as another executor asks for work.
+
+    A site has one executor, which asks for a task only when it has none: what is still under way
+    then is lost. Flower finds that out after 60 s.
+    """
+    from flwr.supernode.servicer.runtime import runtime_handlers
+
+    acquire = runtime_handlers.acquire_task
+    long_ago = datetime.datetime.fromtimestamp(0, datetime.UTC)
+
+    def acquire_task(request: Any, state: Any) -> Any:
+        with state.lock_task_store:
+            for record in state.task_token_store.values():
+                record.active_until = long_ago
+            state._cleanup_expired_task_tokens_locked()
+        return acquire(request, state)
+
+    runtime_handlers.acquire_task = acquire_task
+
+
+def guard_node_app(wrap: Callable[[Any], Any]) -> None:
+    """Let a function wrap the app that a node serves to its executor."""
+    from flwr.supernode import main
+
+    create = main.create_app
+    main.create_app = lambda *args, **kwargs: wrap(create(*args, **kwargs))
+
+
+def run_node(arguments: Sequence[str]) -> None:
+    """Run Flower's node in this thread, until it ends; it survives failing requests.
+
+    Args:
+        arguments: of the command `flower-supernode`.
+    """
+    from flwr.supercore.exit import exit as flower_exit
+    from flwr.supernode import fleet_http_connection
+    from flwr.supernode.cli import flower_supernode as command
+
+    flower_exit.FORCE_EXIT_TIMEOUT_SECONDS = FORCED_END_S
+    fleet_http_connection.make_simple_http_retry_invoker = patient_retries
+    sender = fleet_http_connection.HeartbeatSender
+
+    class PatientSender(sender):  # type: ignore[misc, valid-type]
+        def __init__(self, beat: Callable[[], bool]) -> None:
+            def patient_beat() -> bool:
+                try:
+                    return beat()
+                except (httpx.HTTPError, RuntimeError) as error:
+                    logging.getLogger("fedtune").warning("heartbeat failed: %s", error)
+                    return False
+
+            super().__init__(patient_beat)
+
+    fleet_http_connection.HeartbeatSender = PatientSender
+    before, sys.argv = sys.argv, ["flower-supernode", *arguments]
+    try:
+        command.flower_supernode()
+    finally:
+        sys.argv = before
+
+
+FORCED_END_S: Final = 3
+"""How long Flower's own handlers may take after SIGTERM before the process ends."""
+
+
+# ---------------------------------------------------------------- tasks: apps without bundles
+
+
+class TaskSource:
+    """Where tasks come from: a link's ServerApps, or a node's ClientApps.
+
+    Args:
+        ca_pem: the coordinator's CA; None: plaintext, which is for a node on loopback.
+        token: the operator's at a link, the executor's secret at a node.
+    """
+
+    def __init__(
+        self, kind: Literal["server", "client"], address: str, ca_pem: bytes | None, token: str
+    ) -> None:
+        from flwr.supercore.constant import TaskType
+        from flwr.supercore.runtime import RuntimeHttpClient
+
+        self._type = TaskType.SERVER_APP if kind == "server" else TaskType.CLIENT_APP
+        self._make: Callable[[str], Any] = lambda task_token: _client(
+            RuntimeHttpClient, address, ca_pem, token, component="SuperExec", task_token=task_token
+        )
+        self._client = self._make("")
+
+    def acquire(self) -> tuple[str, int] | None:
+        """Take the oldest waiting task: its token and its run; None: there is none.
+
+        Raises:
+            httpx.HTTPError: the link or node is not there, or refuses.
+        """
+        from flwr.proto.runtime_pb2 import AcquireTaskRequest
+
+        found = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[self._type]))
+        if not (found.HasField("task") and found.token):
+            return None
+        return str(found.token), int(found.task.run_id)
+
+    def fail(self, task_token: str, details: str) -> None:
+        """Say that the process of a task has died; nothing happens if the task had ended.
+
+        Raises:
+            httpx.HTTPError: the link is not there.
+        """
+        from flwr.common.constant import SubStatus
+        from flwr.proto.runtime_pb2 import PushTaskOutputRequest
+
+        client = self._make(task_token)
+        try:
+            request = PushTaskOutputRequest(sub_status=SubStatus.FAILED, details=details)
+            client.PushTaskOutput(request)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code not in (401, 403):
+                raise
+        finally:
+            client.close()
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class _Heartbeat:
+    """Keeps a task alive; calls `gone` once, from a thread, when its link or node forgot it."""
+
+    def __init__(self, client: Any, gone: Callable[[], None]) -> None:
+        from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
+        from flwr.supercore.heartbeat import HeartbeatSender
+
+        self._told = threading.Event()
+
+        def beat() -> bool:
+            if self._told.is_set():
+                return True
+            try:
+                alive = client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code not in (401, 403, 404):
+                    return False
+                alive = False
+            except httpx.TransportError:
+                return False
+            if not alive and not self._told.is_set():
+                self._told.set()
+                gone()
+            return True
+
+        self._sender = HeartbeatSender(beat)
+        self._sender.start()
+
+    def stop(self) -> None:
+        if self._sender.is_running:
+            self._sender.stop()
+
+
+class ClientTask:
+    """One message for a ClientApp, taken from a node.
+
+    Args:
+        address: HOST:PORT of the node, on loopback.
+        gone: called from a thread when the node has forgotten the task.
+    """
+
+    def __init__(self, address: str, token: str, task_token: str, gone: Callable[[], None]) -> None:
+        from flwr.supercore.runtime import RuntimeHttpClient
+
+        def client(**options: Any) -> Any:
+            options |= {"component": "flwr-clientapp", "task_token": task_token}
+            return _client(RuntimeHttpClient, address, None, token, **options)
+
+        self._client = client(retry_invoker=_bounded_retries())
+        self._beats = client()
+        self._heartbeat = _Heartbeat(self._beats, gone)
+        self._context: Context | None = None
+
+    def receive(self) -> tuple[Message, Context]:
+        """The message; the bundle that comes with it is not looked at."""
+        from flwr.supernode.runtime.run_clientapp import pull_task_input
+
+        message, self._context, _run, _fab = pull_task_input(self._client)
+        return message, self._context
+
+    def reply(self, message: Message) -> None:
+        """Hand the reply over, and end the task."""
+        from flwr.common.constant import SubStatus
+        from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
+
+        failed = message.has_error()
+        details = readable_reason(message.error.reason) if failed else ""
+        push_message(self._client, message, self._context)
+        status = SubStatus.FAILED if failed else SubStatus.COMPLETED
+        push_task_output(self._client, self._context, status, details)
+
+    def close(self) -> None:
+        self._heartbeat.stop()
+        self._client.close()
+        self._beats.close()
+
+
+def _bounded_retries() -> Any:
+    """For a node on the same machine: one that is away this long has lost the task anyhow."""
+    invoker = patient_retries()
+    invoker.max_time = 60.0
+    return invoker
+
+
+def error_reply(message: Message, error: BaseException) -> Message:
+    """The reply that says what an app raised, in the form that Flower's own processes write."""
+    text = f"{type(error)}:<'{error}'>"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text), reply_to=message)
+
+
+class ServerTask:
+    """One run of a ServerApp, taken from the link.
+
+    Args:
+        address: HOST:PORT of the link.
+        token: the operator's.
+        gone: called from a thread when the link has forgotten the task, as after a stop.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        ca_pem: bytes | None,
+        token: str,
+        task_token: str,
+        gone: Callable[[], None],
+    ) -> None:
+        from flwr.supercore.runtime import RuntimeHttpClient
+        from flwr.superlink.grid import HttpGrid
+
+        def client(**options: Any) -> Any:
+            options |= {"component": "flwr-serverapp", "task_token": task_token}
+            return _client(RuntimeHttpClient, address, ca_pem, token, **options)
+
+        self._retries = patient_retries()
+        self.grid = HttpGrid(address, ca_pem is None, ca_pem, token=task_token)
+        self.grid._retry_invoker = self._retries
+        self.grid._client = client(retry_invoker=self._retries)
+        self._beats = client()
+        self._heartbeat = _Heartbeat(self._beats, gone)
+
+    def receive(self) -> Context:
+        """The run's context, with its configuration; the bundle's code is not looked at."""
+        from flwr.common.config import get_fused_config_from_fab
+        from flwr.common.serde import context_from_proto, fab_from_proto, run_from_proto
+        from flwr.proto.runtime_pb2 import PullTaskInputRequest
+
+        found = self.grid._runtime_client.PullTaskInput(PullTaskInputRequest())
+        run, context = run_from_proto(found.run), context_from_proto(found.context)
+        TaskIdentity.task_id = found.task_id
+        TaskIdentity.run_id = run.run_id
+        TaskIdentity.node_id = context.node_id
+        self.grid.set_run(run)
+        context.run_config = get_fused_config_from_fab(fab_from_proto(found.fab).content, run)
+        return context
+
+    def end(self, failure: str) -> None:
+        """Say how it ended; empty: well. Tried once, because it is done while being ended, too.
+
+        Raises:
+            httpx.HTTPError: the link is not there, or has forgotten the task.
+        """
+        from flwr.common.constant import SubStatus
+        from flwr.proto.runtime_pb2 import PushTaskOutputRequest
+
+        status = SubStatus.FAILED if failure else SubStatus.COMPLETED
+        request = PushTaskOutputRequest(sub_status=status, details=failure)
+        self._beats.PushTaskOutput(request)
+
+    def close(self) -> None:
+        self._heartbeat.stop()
+        self.grid.close()
+        self._beats.close()

@@ -1,0 +1,1 @@
+"""Flower's link behind a guard: what sites and operators reach of it, and how often."""
