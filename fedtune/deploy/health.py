@@ -13,7 +13,6 @@ import contextlib
 import http.server
 import json
 import os
-import socket
 import socketserver
 import threading
 import time
@@ -241,7 +240,9 @@ class HealthServer:
 
     def __init__(self, port: int, report: Callable[[], Report], identity: Identity) -> None:
         self._server = _Server(port, report, identity)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.25,), daemon=True
+        )
 
     @property
     def port(self) -> int:
@@ -252,11 +253,5 @@ class HealthServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.socket.close()  # the port is free at once; the thread ends with the process
-        threading.Thread(target=self._server.shutdown, daemon=True).start()
-
-
-def answers_tcp(address: str, port: int, timeout_s: float = 3.0) -> bool:
-    """Whether something accepts connections there."""
-    with socket.create_connection((address, port), timeout=timeout_s):
-        return True
+        self._server.shutdown()
+        self._server.server_close()
