@@ -69,6 +69,6 @@ def site_children(home: SiteHome, *, insecure: bool) -> tuple[Child, ...]:
         return (sys.executable, "-P", "-m", f"fedtune_client.{module}", str(home.path), *plain)
 
     return (
-        Child("node", command("node"), environment),
+        Child("node", command("node"), environment, essential=True),
         Child("executor", command("executor"), environment),
     )

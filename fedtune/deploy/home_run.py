@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedtune.deploy.back_off import Waits
 from fedtune.deploy.health import HealthServer, Identity, write_status
 from fedtune.deploy.journal import Journal
-from fedtune.deploy.keeper import Child
+from fedtune.deploy.keeper import Child, Patience
 from fedtune.deploy.logs import LogRecord
 from fedtune.deploy.notify import Notifier
 from fedtune.deploy.ports import check_ports
@@ -34,6 +35,7 @@ class HomeRun:
         logs: where its logs lie.
         ports: settings key -> address and port, all that the children will listen on.
         health_port: of /health and /metrics, on loopback.
+        waits, patience: of the supervisor.
     """
 
     home: Path
@@ -42,6 +44,8 @@ class HomeRun:
     children: Sequence[Child]
     ports: Mapping[str, tuple[str, int]]
     health_port: int
+    waits: Waits = Waits()  # noqa: RUF009  frozen
+    patience: Patience = Patience()  # noqa: RUF009  frozen
 
 
 def run_home(
@@ -80,6 +84,8 @@ def _supervise(run: HomeRun, journal: Journal) -> int:
     supervisor = Supervisor(
         run.children,
         journal,
+        waits=run.waits,
+        patience=run.patience,
         notifier=Notifier.from_environment(),
         watch=watch,
         own_process=True,

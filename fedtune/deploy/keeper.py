@@ -37,6 +37,8 @@ class Child:
         answers: says whether the process does its work; called in a thread, at most a few seconds
             long. None: a process that runs is up.
         restart: `failure`: an exit with 0 is the wanted end of it.
+        essential: without it the others are of no use: where it refuses to be started again, all
+            end.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Child:
     after: tuple[str, ...] = ()
     answers: Callable[[], bool] | None = None
     restart: Literal["always", "failure"] = "always"
+    essential: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Patience:
         hung_s: without an answer until it is killed and started again.
         often_s: between two questions before the first answer.
         seldom_s: and after it.
+        tick_s: between two looks at all processes, where nothing wakes the supervisor.
     """
 
     grace_s: float = 4.0
@@ -107,6 +111,7 @@ class Patience:
     hung_s: float = 300.0
     often_s: float = 0.25
     seldom_s: float = 10.0
+    tick_s: float = 0.2
 
 
 class Keeper:

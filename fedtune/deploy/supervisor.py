@@ -20,8 +20,6 @@ from fedtune.deploy.kin import Guard, adopt_orphans, reap_orphans
 from fedtune.deploy.notify import Notifier
 from fedtune.deploy.wake import Wake
 
-_TICK_S = 0.2
-
 SupervisorState = Literal["starting", "healthy", "degraded", "failing", "stopping", "stopped"]
 """`degraded`: a process is down or silent and is being brought back. `failing`: one needs a
 person: it refused to go on, or is in a crash loop."""
@@ -86,15 +84,15 @@ class Supervisor:
     def run(self) -> int:
         """Supervise until asked to stop; returns the exit code.
 
-        0: asked to stop. 78: every process refused to be started again.
+        0: asked to stop. 78: what is essential, or everything, refused to be started again.
         """
         if self._own_process:
             adopt_orphans()
         with self._wake, self._guard:
             try:
-                while not self._wake.stops and not self._all_refused():
+                while not self._wake.stops and not self._is_hopeless():
                     self._step()
-                    self._wake.wait(_TICK_S)
+                    self._wake.wait(self._patience.tick_s)
             finally:
                 self._end_all()
         return 0 if self._wake.stops else EXIT_REFUSED
@@ -108,11 +106,16 @@ class Supervisor:
             self._journal.say("warning", "the guard process had ended; it is started again")
         self._reap()
         self._publish()
-        if self.report.state != "failing":  # if so, systemd starts us anew where it watches
+        # Where systemd watches, it starts all anew when one is in a crash loop. One that refused
+        # would refuse again.
+        if not any(child.crash_loop for child in self.report.children):
             self._notifier.alive(now)
 
-    def _all_refused(self) -> bool:
-        return bool(self._keepers) and all(k.state == "refused" for k in self._keepers)
+    def _is_hopeless(self) -> bool:
+        refused = [keeper for keeper in self._keepers if keeper.state == "refused"]
+        return any(keeper.child.essential for keeper in refused) or (
+            bool(refused) and len(refused) == len(self._keepers)
+        )
 
     def _reap(self) -> None:
         if self._own_process:
@@ -132,7 +135,7 @@ class Supervisor:
             self._reap()
             if time.monotonic() >= until or self._wake.stops > 1:
                 break
-            self._wake.wait(min(_TICK_S, max(0.0, until - time.monotonic())))
+            self._wake.wait(min(self._patience.tick_s, max(0.0, until - time.monotonic())))
         self._kill_rest()
         self._end = "stopped"
         self._publish()

@@ -87,6 +87,7 @@ def coordinator_children(
             command("link", *plain),
             environment,
             answers=https(settings.bind, settings.port, "/health", plain=insecure),
+            essential=True,
         ),
         Child("runner", command("runner", *plain), environment, after=("link",)),
         Child(
