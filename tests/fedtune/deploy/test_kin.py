@@ -180,6 +180,7 @@ def test_health_and_metrics_are_served_and_a_crash_loop_is_503(
 ) -> None:
     port = free_ports(1)[0]
     started = supervise(processes, tmp_path, {"a": SLEEP}, port)
+    wait_for(lambda: get(port, "/health")[0] == 200, 10, "it is healthy")
     status, found = get(port, "/health")
     assert (status, found["state"], found["pid"]) == (200, "healthy", started.pid)
     assert found["children"]["a"]["state"] == "up"
