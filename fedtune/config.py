@@ -160,6 +160,31 @@ def _override_value(parts: Sequence[str], text: str) -> object:
     return text if wants_text and not isinstance(value, str) else value
 
 
+SUPERVISOR_VARIABLE = "FEDTUNE_SUPERVISOR"
+"""Set by a supervisor for the processes that it starts."""
+
+
+def is_supervised() -> bool:
+    """Whether a supervisor started this process, and keeps what it writes to its error stream."""
+    return bool(os.environ.get(SUPERVISOR_VARIABLE, ""))
+
+
+def service_manager() -> tuple[str, str, str]:
+    """What systemd has set: NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID; empty where it did not.
+
+    Source: sd_notify(3), sd_watchdog_enabled(3).
+    """
+    names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+    address, watchdog_us, watchdog_pid = (os.environ.get(name, "") for name in names)
+    return address, watchdog_us, watchdog_pid
+
+
+def inherited_environment() -> dict[str, str]:
+    """This process's environment for one that it starts, without what is meant for it alone."""
+    ours = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", SUPERVISOR_VARIABLE)
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 def cache_folder() -> Path:
     """Where files that can be made again are kept, such as the demo's base model.
 

@@ -1,0 +1,33 @@
+"""`fedtune server start`: run a coordinator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.cli.log_view import log_view
+from fedtune.cli.simulate import _app
+
+
+def start(
+    home: Annotated[Path, typer.Argument(help="the coordinator's folder")] = Path("fedtune-server"),
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="serve the dashboard, on dashboard_port")
+    ] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="without TLS: for tests on one machine")
+    ] = False,
+    json_lines: Annotated[
+        bool, typer.Option("--json", help="print one JSON object per log record")
+    ] = False,
+) -> int:
+    """Run a coordinator until Ctrl-C or SIGTERM; its processes are restarted when they end.
+
+    Health and metrics are at http://127.0.0.1:HEALTH_PORT/health and /metrics.
+    """
+    started: int = _app("server_start")(
+        home, dashboard=dashboard, insecure=insecure, view=log_view(json_lines)
+    )
+    return started
