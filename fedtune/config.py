@@ -1,8 +1,9 @@
 """The run file, read once at the edge: from TOML and `--set` to a frozen `RunConfig`.
 
-`load_run_config` is the only place that reads a run file; `cache_folder`, `kernel_path` and
-`c_compilers` are the only ones that read the environment. Unknown keys and bad values are one-line
-errors that name the file, the key, the value, what is allowed and the nearest valid key.
+`load_run_config` is the only place that reads a run file; `cache_folder`, `kernel_path`,
+`c_compilers` and `operator_file_from_environment` are the only ones that read the environment.
+Unknown keys and bad values are one-line errors that name the file, the key, the value, what is
+allowed and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -158,6 +159,12 @@ def _override_value(parts: Sequence[str], text: str) -> object:
     field = section.model_fields.get(parts[-1]) if section else None
     wants_text = field is not None and field.annotation is str
     return text if wants_text and not isinstance(value, str) else value
+
+
+def operator_file_from_environment() -> Path | None:
+    """The operator file that `FEDTUNE_OPERATOR` names, if it names one."""
+    named = os.environ.get("FEDTUNE_OPERATOR", "")
+    return Path(named) if named else None
 
 
 def cache_folder() -> Path:
