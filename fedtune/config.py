@@ -1,8 +1,9 @@
 """The run file, read once at the edge: from TOML and `--set` to a frozen `RunConfig`.
 
-`load_run_config` is the only place that reads a run file; `cache_folder`, `kernel_path` and
-`c_compilers` are the only ones that read the environment. Unknown keys and bad values are one-line
-errors that name the file, the key, the value, what is allowed and the nearest valid key.
+`load_run_config` is the only place that reads a run file; `cache_folder`, `kernel_path`,
+`c_compilers` and `operator_file_from_environment` are the only ones that read the environment.
+Unknown keys and bad values are one-line errors that name the file, the key, the value, what is
+allowed and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -183,6 +184,10 @@ def inherited_environment() -> dict[str, str]:
     """This process's environment for one that it starts, without what is meant for it alone."""
     ours = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", SUPERVISOR_VARIABLE)
     return {name: value for name, value in os.environ.items() if name not in ours}
+def operator_file_from_environment() -> Path | None:
+    """The operator file that `FEDTUNE_OPERATOR` names, if it names one."""
+    named = os.environ.get("FEDTUNE_OPERATOR", "")
+    return Path(named) if named else None
 
 
 def cache_folder() -> Path:
