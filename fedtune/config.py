@@ -1,9 +1,8 @@
 """The run file, read once at the edge: from TOML and `--set` to a frozen `RunConfig`.
 
-`load_run_config` is the only place that reads a run file; `cache_folder`, `kernel_path`,
-`c_compilers` and `operator_file_from_environment` are the only ones that read the environment.
-Unknown keys and bad values are one-line errors that name the file, the key, the value, what is
-allowed and the nearest valid key.
+`load_run_config` is the only place that reads a run file; the other functions here are the only ones
+that read the environment. Unknown keys and bad values are one-line errors that name the file, the
+key, the value, what is allowed and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -205,6 +204,21 @@ def cache_folder() -> Path:
         return Path.home() / "Library" / "Caches" / "fedtune"
     shared = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(shared) if shared else Path.home() / ".cache") / "fedtune"
+
+
+def coordinator_home() -> Path:
+    """The coordinator's home that a process of a deployment works for.
+
+    Raises:
+        ConfigError: `FEDTUNE_COORDINATOR_HOME` is not set; the process was not started by
+            `fedtune server start`.
+    """
+    chosen = os.environ.get("FEDTUNE_COORDINATOR_HOME", "")
+    if not chosen:
+        raise ConfigError(
+            "FEDTUNE_COORDINATOR_HOME is not set; fedtune server start sets it for its processes"
+        )
+    return Path(chosen)
 
 
 def kernel_path() -> KernelPath:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+from fedtune.cli.simulable import need_simulated_fleet
 from fedtune.config import cache_folder
 from fedtune.data.rows import Row
 from fedtune.data.samples import SampleBuilder, SampleSet, Tokenizer, build_samples, site_labels
@@ -82,6 +83,7 @@ def inspect_run(config: RunConfig, shown: int) -> Inspection:
     Raises:
         FedtuneError: the data, the sites or the model cannot be used.
     """
+    need_simulated_fleet(config)
     sites = open_sites(config.data, devices=config.devices, seed=config.run.seed)
     folder = resolve_model(config.model.path, config.model.revision)
     shapes = read_shapes(folder, config.lora.targets, cache_folder() / "digests")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.aggregate.rules import make_rule
+from fedtune.cli.simulable import need_simulated_fleet
 from fedtune.config import cache_folder
 from fedtune.data.samples import site_labels
 from fedtune.data.sites import Sites, open_sites
@@ -65,6 +66,7 @@ def plan_run(config: RunConfig) -> PaperPlan:
     Raises:
         FedtuneError: the data, the sites or the model cannot be used, or no plan fits a device.
     """
+    need_simulated_fleet(config, data=False)
     sites = sites_at_hand(config)
     folder = resolve_model(config.model.path, config.model.revision)
     shapes = read_shapes(

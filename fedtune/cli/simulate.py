@@ -12,15 +12,16 @@ import typer
 
 from fedtune.cli.display import JsonLines, LiveDisplay
 from fedtune.cli.paper import check_named_files, plan_on_paper
+from fedtune.cli.simulable import need_simulated_fleet
+from fedtune.cli.with_base import finish_run, measure_base
 from fedtune.config import cache_folder, load_run_config
-from fedtune.data.sites import open_sites, read_test_rows
+from fedtune.data.sites import open_sites
 from fedtune.devices.simulated import simulated_profiles
 from fedtune.errors import MissingExtraError, RunError
 from fedtune.model.shapes import read_shapes
 from fedtune.model.source import resolve_model
-from fedtune.records import DistortionTable, Event, MatrixForm, ModelShapes
+from fedtune.records import Event
 from fedtune.settings import RunConfig
-from fedtune.wire.file_digests import export_digests
 
 
 def simulate(
@@ -68,6 +69,7 @@ def simulate_config(
     Raises:
         FedtuneError: the data or the model is wrong, or the run failed.
     """
+    need_simulated_fleet(config)
     sites = open_sites(config.data, devices=config.devices, seed=config.run.seed)
     simulated_profiles(config.fleet, sites.declared, config.run.seed)  # refuses before a run starts
     model = resolve_model(config.model.path, config.model.revision)
@@ -81,46 +83,13 @@ def simulate_config(
         shapes,
         len(sites),
         watch=watch,
-        finish=lambda run_folder, emit: _finish(config, run_folder, emit),
+        finish=partial(finish_run, config),
         overwrite=overwrite,
         warnings=sites.warnings,
-        measure=partial(_measure, model, shapes),
+        measure=partial(measure_base, model, shapes),
         together=_app("side_by_side")(config),
     )
     return folder
-
-
-def _measure(
-    model: Path, shapes: ModelShapes, forms: Sequence[MatrixForm], emit: Callable[[Event], None]
-) -> DistortionTable:
-    """What each matrix of the base loses in each form; tells of its progress by events."""
-    from fedtune.importance.distortion import base_distortion
-
-    def progress(done: int, of: int) -> None:
-        emit(Event("distortion_progress", {"matrices": done, "of": of}))
-
-    return base_distortion(model, shapes, forms, cache_folder() / "distortion", progress)
-
-
-def _finish(config: RunConfig, folder: Path, emit: Callable[[Event], None]) -> None:
-    """Write the exports, measure the merged model on the test file, and write the report.
-
-    The report comes last, because it tells of all the rest.
-    """
-    from fedtune.export.run_export import export_run
-
-    report = export_run(folder, config.outputs.exports)
-    test_rows = read_test_rows(config.data)
-    if test_rows and "merged" in report.paths:
-        from fedtune.evaluate.compare import compare_on_rows
-
-        emit(compare_on_rows(config, Path(report.paths["merged"]), test_rows, folder))
-    # The report has no digest here: it is written after this event, which it tells of.
-    digests = export_digests(folder, report.paths.values())
-    paths = {**report.paths, "report": str(folder / "report.html")}
-    skipped = dict(report.skipped)
-    emit(Event("exported", {"paths": paths, "skipped": skipped, "digests": digests}))
-    export_run(folder, ["report"])
 
 
 def _client_app(config: RunConfig) -> Any:  # a Flower ClientApp; the core does not import Flower

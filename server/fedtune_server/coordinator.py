@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -23,14 +22,11 @@ from flwr.serverapp import Grid
 from fedtune.aggregate.rules import make_rule
 from fedtune.aggregate.server_step import apply_server_step
 from fedtune.records import (
-    DevicePlan,
-    DeviceProfile,
     Event,
     FleetPlan,
     FloatArray,
     GlobalAdapter,
     ModelShapes,
-    SiteReport,
 )
 from fedtune.settings import RunConfig
 from fedtune.wire.checkpoint import as_written, prune_checkpoints, write_checkpoint
@@ -40,22 +36,16 @@ from fedtune_server.clock import Clock
 from fedtune_server.defend import check_root
 from fedtune_server.distortion import Measure
 from fedtune_server.evaluation import evaluate
-from fedtune_server.fleet import (
-    Emit,
-    Fleet,
-    ask_again,
-    find_again,
-    gather_fleet,
-    wait_for_nodes,
-)
+from fedtune_server.fleet import Emit, Fleet, find_again, gather_fleet
 from fedtune_server.flights import Flights
 from fedtune_server.from_config import optimizer_spec, round_terms, server_step
+from fedtune_server.lineup import Lineup
+from fedtune_server.newcomers import Newcomers, gather_live
 from fedtune_server.open_round import OpenRounds
 from fedtune_server.planning import Planning
-from fedtune_server.replan import Replanner
-from fedtune_server.round import Outcome, train
+from fedtune_server.roster import Roster
+from fedtune_server.round import train
 from fedtune_server.run_folder import RunFolder
-from fedtune_server.sampling import Draw
 from fedtune_server.saved_state import Saved, state_checkpoint
 from fedtune_server.state import RunState, with_turns
 from fedtune_server.taken_up import take_up
@@ -63,19 +53,7 @@ from fedtune_server.taken_up import take_up
 _HEAD_STD = 0.02
 """Standard deviation of a fresh task head; the initialiser range of BERT and Llama."""
 
-_ASK_AGAIN_S = 60.0
-"""Longest wait for the new profiles of devices that refused their plans; a site answers at once."""
-
 _REPORTED_PACKAGES = ("fedtune", "flwr", "numpy", "torch", "transformers", "bitsandbytes")
-
-
-class _Prepared(NamedTuple):
-    """All that rounds are played with."""
-
-    fleet: Fleet
-    planning: Planning
-    replanner: Replanner
-    state: RunState
 
 
 class Coordinator:
@@ -116,8 +94,11 @@ class Coordinator:
         self._rule = make_rule(config.aggregate.rule, self._step.join_cap, seed=config.run.seed)
         self._terms = round_terms(config, shapes, self._run_id, clock, patience)
 
-    def run(self, grid: Grid, devices: int) -> GlobalAdapter:
+    def run(self, grid: Grid, roster: Roster) -> GlobalAdapter:
         """Play the run to its end.
+
+        Args:
+            roster: tells the run's devices from other nodes of the grid.
 
         Raises:
             RoundError: too few devices came, or too few of a round's updates were good.
@@ -126,11 +107,12 @@ class Coordinator:
         """
         started = time.perf_counter()
         begin = self._begin if self._saved is None else partial(self._go_on, self._saved)
-        fleet, planning, replanner, state = begin(grid, devices)
+        lineup, state = begin(grid, roster)
         while state.round < self._config.run.rounds:
-            state = self._round(grid, fleet, planning, replanner, state)
-        plans = [state.plans[name] for name in fleet.names]
-        after = evaluate(grid, fleet, self._rule, state.adapter, plans, self._terms, self._emit)
+            state = self._round(grid, lineup, state)
+        after = evaluate(
+            grid, lineup.fleet, self._rule, state.adapter, lineup.plans, self._terms, self._emit
+        )
         fields = {
             "seconds": time.perf_counter() - started,
             "planned_seconds": state.planned_seconds,
@@ -140,42 +122,40 @@ class Coordinator:
         self._emit(Event("run_finished", fields))
         return state.adapter
 
-    def _begin(self, grid: Grid, devices: int) -> _Prepared:
+    def _begin(self, grid: Grid, roster: Roster) -> tuple[Lineup, RunState]:
         """Gather the fleet, plan it, and save that."""
         self._folder.write_status("running", 0)  # from here on the run has its id
-        self._announce(devices)
+        self._announce(roster.expected)
         self._open_rounds.forget_all_but(None)
-        fleet = self._gather(grid, devices)
+        fleet = self._gather(grid, roster, self._emit)
+        check_root(self._terms.defence, fleet.names)
+        if fleet.labels:
+            self._folder.write_json("labels.json", list(fleet.labels))
         heads = self._fresh_heads(fleet)
         planning = self._planning(fleet)
         planning.measure(grid, self._run_id, heads, self._terms.deadline_s)
-        replanner = self._replanner(fleet.reports, planning, planning.plan())
-        state = RunState(
-            run=self._run_id,
-            adapter=self._rule.start(self._shapes.matrices, heads),
-            plans=dict(replanner.plans),
-            held=replanner.held,
-            known=planning.known,
-        )
-        return _Prepared(fleet, planning, replanner, self._save(state))
+        lineup = self._lineup(fleet, planning, planning.plan(), roster)
+        start = self._rule.start(self._shapes.matrices, heads)
+        return lineup, self._save(lineup.put_down(RunState(run=self._run_id, adapter=start)))
 
-    def _go_on(self, saved: Saved, grid: Grid, devices: int) -> _Prepared:
+    def _go_on(self, saved: Saved, grid: Grid, roster: Roster) -> tuple[Lineup, RunState]:
         """Find the fleet again, and stand where the saved state was."""
         state = saved.state
         # Answers to a round count if they began from this state, and not from one that was lost.
         self._open_rounds.forget_all_but(None if saved.skipped else state.round + 1)
-        nodes = wait_for_nodes(grid, devices, self._terms.deadline_s)
         known = state.known
         fleet = find_again(
-            grid, nodes, self._task(), self._terms.deadline_s, known.reports, self._emit
+            lambda emit: self._gather(grid, roster, emit),
+            known.reports,
+            self._emit,
+            live=roster.live,
         )
         planning = self._planning(replace(fleet, reports=known.reports))
         planning.go_on(known, state.plans.values())
-        plan = FleetPlan(tuple(state.plans.values()))
-        replanner = self._replanner(known.reports, planning, plan)
-        replanner.go_on(state.plans, state.held)
+        lineup = self._lineup(fleet, planning, FleetPlan(tuple(state.plans.values())), roster)
+        lineup.go_on(state)
         self._folder.write_status("running", state.round)
-        return _Prepared(fleet, planning, replanner, state)
+        return lineup, state
 
     def _announce(self, devices: int) -> None:
         config = self._config
@@ -194,13 +174,11 @@ class Coordinator:
             )
         )
 
-    def _gather(self, grid: Grid, devices: int) -> Fleet:
-        nodes = wait_for_nodes(grid, devices, self._terms.deadline_s)
-        fleet = gather_fleet(grid, nodes, self._task(), self._terms.deadline_s, self._emit)
-        check_root(self._terms.defence, fleet.names)
-        if fleet.labels:
-            self._folder.write_json("labels.json", list(fleet.labels))
-        return fleet
+    def _gather(self, grid: Grid, roster: Roster, emit: Emit) -> Fleet:
+        nodes = roster.wait(grid, self._terms.deadline_s, self._emit)
+        if roster.live:
+            return gather_live(grid, roster, self._task(), emit)
+        return gather_fleet(grid, nodes, self._task(), self._terms.deadline_s, emit)
 
     def _task(self) -> TaskSpec:
         return TaskSpec(
@@ -222,6 +200,14 @@ class Coordinator:
             self._measure,
         )
 
+    def _lineup(self, fleet: Fleet, planning: Planning, plan: FleetPlan, roster: Roster) -> Lineup:
+        task, deadline_s = self._task(), self._terms.deadline_s
+        newcomers = Newcomers(roster, task, self._emit)
+        return Lineup(
+            self._config, self._shapes, fleet, task, planning, plan, newcomers, deadline_s,
+            self._emit,
+        )  # fmt: skip
+
     def _fresh_heads(self, fleet: Fleet) -> dict[str, FloatArray]:
         """Seeded values for the parameters that the base does not have."""
         rng = np.random.default_rng([self._config.run.seed, 2])
@@ -231,18 +217,11 @@ class Coordinator:
             heads[name] = values.astype(np.float32)
         return heads
 
-    def _round(
-        self,
-        grid: Grid,
-        fleet: Fleet,
-        planning: Planning,
-        replanner: Replanner,
-        state: RunState,
-    ) -> RunState:
+    def _round(self, grid: Grid, lineup: Lineup, state: RunState) -> RunState:
         """Play one round, and save what it leads to."""
-        config = self._config
+        config, fleet = self._config, lineup.fleet
         number = state.round + 1
-        plans = [state.plans[name] for name in fleet.names]
+        plans = lineup.plans
         outcome = train(
             grid,
             fleet,
@@ -255,89 +234,36 @@ class Coordinator:
             self._open_rounds,
             evaluate=self._measures(number),
             emit=self._emit,
-            draw=self._draw(fleet, state),
+            draw=lineup.draw(state),
             flights=self._flights,
-            plan_anew=lambda failed: self._plan_failed(grid, fleet, replanner, failed, number),
+            plan_anew=lambda failed: lineup.plan_failed(grid, failed, number),
             already=take_up(
                 self._rule, state.adapter, plans, fleet, self._terms, number, self._open_rounds
             ),
         )
         adapter, server = self._server_step(state, outcome.joined)
-        if config.plan.replan and number < config.run.rounds:
-            self._replan(grid, fleet, replanner, outcome, number)
-            planning.say_what_leaves(replanner.plans.values())
+        if number < config.run.rounds:
+            lineup.after_round(grid, outcome, number)
         state = replace(
             state,
             adapter=adapter,
             server=server,
-            plans=dict(replanner.plans),
-            held=replanner.held,
             turns=with_turns(state.turns, outcome.asked, number),
             held_out_loss_before=(
                 outcome.held_out_loss if number == 1 else state.held_out_loss_before
             ),
             planned_seconds=state.planned_seconds + outcome.planned_seconds,
         )
-        state = self._save(state)
+        state = self._save(lineup.put_down(state))
         for played in outcome.rounds:
             self._open_rounds.close(played)
         return state
-
-    def _draw(self, fleet: Fleet, state: RunState) -> Draw:
-        config = self._config
-        caps = {
-            name: config.fleet[report.profile.device_class].rounds_max
-            for name, report in fleet.reports.items()
-            if report.profile.device_class in config.fleet
-        }
-        count, seed = config.run.devices_per_round, config.run.seed
-        return Draw(count, seed, config.rounds.sampling, state.turns, caps)
-
-    def _plan_failed(
-        self,
-        grid: Grid,
-        fleet: Fleet,
-        replanner: Replanner,
-        failed: tuple[str, ...],
-        number: int,
-    ) -> Mapping[str, DevicePlan]:
-        """Plans for a round that is played again, because too many devices refused theirs."""
-        if self._config.plan.replan:
-            deadline_s = min(self._terms.deadline_s, _ASK_AGAIN_S)
-            now = ask_again(grid, fleet, failed, self._task(), deadline_s)
-            replanner.after_round(number, {}, now)
-        return replanner.plans
 
     def _server_step(
         self, state: RunState, joined: GlobalAdapter
     ) -> tuple[GlobalAdapter, Mapping[str, GlobalAdapter]]:
         """What the server's optimiser makes of a round, and its own states after it."""
         return apply_server_step(state.server, state.adapter, joined, self._step)
-
-    def _replanner(
-        self, reports: Mapping[str, SiteReport], planning: Planning, plan: FleetPlan
-    ) -> Replanner:
-        config = self._config.plan
-        return Replanner(
-            [report.profile for report in reports.values()],
-            plan,
-            planning.again,
-            self._shapes,
-            config.replan_threshold,
-            # A plan that a person wrote is followed as long as its devices can.
-            reports=not config.file,
-            emit=self._emit,
-        )
-
-    def _replan(
-        self, grid: Grid, fleet: Fleet, replanner: Replanner, outcome: Outcome, number: int
-    ) -> None:
-        """Plan anew whom the round asks for."""
-        refused: Mapping[str, DeviceProfile] = {}
-        if outcome.failed:
-            deadline_s = min(self._terms.deadline_s, _ASK_AGAIN_S)
-            refused = ask_again(grid, fleet, outcome.failed, self._task(), deadline_s)
-        replanner.after_round(number, outcome.metrics, refused)
 
     def _measures(self, number: int) -> bool:
         every = self._config.train.evaluate_every

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ from fedtune.wire.messages import TaskSpec, decode_site_report, encode_task_spec
 from fedtune_server.exchange import exchange
 
 Emit = Callable[[Event], None]
+Objection = Callable[[int, str], str]
+"""Node and the name that it gives itself -> why it does not take part; empty where it may."""
 
 _POLL_S = 0.05
 _MOST_DENSE = 2**26
@@ -61,7 +63,12 @@ def wait_for_nodes(grid: Grid, expected: int, deadline_s: float) -> list[int]:
 
 
 def gather_fleet(
-    grid: Grid, nodes: Sequence[int], task: TaskSpec, deadline_s: float, emit: Emit
+    grid: Grid,
+    nodes: Sequence[int],
+    task: TaskSpec,
+    deadline_s: float,
+    emit: Emit,
+    objection: Objection = lambda node, name: "",
 ) -> Fleet:
     """Ask every node what it is and keep those that can take part.
 
@@ -73,32 +80,59 @@ def gather_fleet(
     Raises:
         RunError: none can take part.
     """
-    request = encode_task_spec(task)
-    by_token = {f"node {node}": node for node in nodes}
-    contents = {token: to_record(PROFILE, request) for token in by_token}
     reports: dict[str, SiteReport] = {}
     node_of: dict[str, int] = {}
     last_reason = "no device answered"
-    for answer in exchange(
-        grid, contents, by_token, kind=PROFILE, group="profile", deadline_s=deadline_s
-    ):
-        try:
-            report = _read_report(answer.failure, answer.body, task)
+    for node, report in ask_profiles(grid, nodes, task, deadline_s, objection):
+        if isinstance(report, SiteReport) and report.profile.name in reports:
             name = report.profile.name
-            if name in reports:
-                raise ProtocolError(f"another device is called {name!r}; give it a name of its own")
-        except ProtocolError as error:
-            last_reason = str(error)
-            emit(Event("site_excluded", {"device": answer.device, "reason": last_reason}))
+            report = f"another device is called {name!r}; give it a name of its own"
+        if isinstance(report, str):
+            last_reason = report
+            emit(excluded(f"node {node}", report))
             continue
-        reports[name], node_of[name] = report, by_token[answer.device]
+        reports[report.profile.name], node_of[report.profile.name] = report, node
     reports = _of_one_kind(dict(sorted(reports.items())), emit)
     if not reports:
         raise RunError(f"no device can take part; the last reason: {last_reason}")
     for report in reports.values():
-        _announce(report, emit)
+        announce(report, emit)
     _tell_missing_labels(reports, emit)
     return fleet_of({name: node_of[name] for name in reports}, reports)
+
+
+def ask_profiles(
+    grid: Grid,
+    nodes: Sequence[int],
+    task: TaskSpec,
+    deadline_s: float,
+    objection: Objection = lambda node, name: "",
+) -> Iterator[tuple[int, SiteReport | str]]:
+    """What each node says of itself, as it comes, or why it cannot take part."""
+    request = encode_task_spec(task)
+    by_token = {f"node {node}": node for node in nodes}
+    contents = {token: to_record(PROFILE, request) for token in by_token}
+    for answer in exchange(
+        grid, contents, by_token, kind=PROFILE, group="profile", deadline_s=deadline_s
+    ):
+        node = by_token[answer.device]
+        yield node, judged_report(answer.failure, answer.body, task, node, objection)
+
+
+def judged_report(
+    failure: str, body: bytes, task: TaskSpec, node: int, objection: Objection
+) -> SiteReport | str:
+    """What a node's answer says of it, or why it cannot take part."""
+    try:
+        report = _read_report(failure, body, task)
+    except ProtocolError as error:
+        return str(error)
+    return objection(node, report.profile.name) or report
+
+
+def excluded(device: str, reason: str) -> Event:
+    """Tells of a device that cannot take part."""
+    return Event("site_excluded", {"device": device, "reason": reason})
 
 
 def fleet_of(nodes: Mapping[str, int], reports: Mapping[str, SiteReport]) -> Fleet:
@@ -122,36 +156,35 @@ def fleet_of(nodes: Mapping[str, int], reports: Mapping[str, SiteReport]) -> Fle
 
 
 def find_again(
-    grid: Grid,
-    nodes: Sequence[int],
-    task: TaskSpec,
-    deadline_s: float,
-    known: Mapping[str, SiteReport],
-    emit: Emit,
+    gather: Callable[[Emit], Fleet], known: Mapping[str, SiteReport], emit: Emit, *, live: bool
 ) -> Fleet:
     """The fleet of a run that goes on: those of its devices that are there.
 
     What they said before the first round stands, since the run was planned with it; data that is
     other than it was then is told of.
 
+    Args:
+        gather: finds the devices that are there now.
+        live: devices come and go: one that the run does not know may still join it.
+
     Raises:
         RunError: none of them is there.
     """
     told: list[Event] = []
-    now = gather_fleet(grid, nodes, task, deadline_s, told.append)
+    now = gather(told.append)
     for event in told:
-        if event.kind == "site_excluded":
+        if event.kind in ("site_excluded", "sites_awaited"):
             emit(event)
     for name in sorted(now.reports.keys() - known.keys()):
-        reason = f"{name} was not there when the run was planned; it can take part in the next run"
-        emit(Event("site_excluded", {"device": name, "reason": reason}))
+        if not live:
+            reason = (
+                f"{name} was not there when the run was planned; it can take part in the next run"
+            )
+            emit(excluded(name, reason))
     for name in known.keys() & now.reports.keys():
-        if _data(now.reports[name]) != _data(known[name]):
-            text = f"the data of {name} changed while the run was interrupted; the plan stays"
-            emit(Event("warning", {"text": text}))
+        tell_changed_data(now.reports[name], known[name], emit)
     for name in sorted(known.keys() - now.reports.keys()):
-        reason = f"{name} did not come back; the run goes on without it"
-        emit(Event("site_excluded", {"device": name, "reason": reason}))
+        emit(excluded(name, f"{name} did not come back; the run goes on without it"))
     found = {name: now.nodes[name] for name in known if name in now.nodes}
     if not found:
         raise RunError(
@@ -159,6 +192,14 @@ def find_again(
             f"{', '.join(list(now.reports)[:5])}; start the sites under their names of before"
         )
     return fleet_of(found, known)
+
+
+def tell_changed_data(now: SiteReport, before: SiteReport, emit: Emit) -> None:
+    """Warn of data that is other than it was when the run was planned."""
+    if _data(now) != _data(before):
+        name = before.profile.name
+        text = f"the data of {name} changed while the run was interrupted; the plan stays"
+        emit(Event("warning", {"text": text}))
 
 
 def _data(report: SiteReport) -> tuple[object, ...]:
@@ -214,7 +255,8 @@ def _read_report(failure: str, body: bytes, task: TaskSpec) -> SiteReport:
     return report
 
 
-def _announce(report: SiteReport, emit: Emit) -> None:
+def announce(report: SiteReport, emit: Emit) -> None:
+    """Tell of a device that takes part, and of what is odd about its data."""
     profile = report.profile
     emit(
         Event(
@@ -261,5 +303,5 @@ def _of_one_kind(reports: Mapping[str, SiteReport], emit: Emit) -> dict[str, Sit
             f"{name} would train other parameters whole than most of the fleet; install the same "
             "fedtune and transformers there"
         )
-        emit(Event("site_excluded", {"device": name, "reason": reason}))
+        emit(excluded(name, reason))
     return {name: report for name, report in reports.items() if kinds[name] == most}

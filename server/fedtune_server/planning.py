@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from fedtune.records import (
     FleetPlan,
     FloatArray,
     ModelShapes,
+    SiteReport,
 )
 from fedtune.settings import RunConfig
 from fedtune.wire.distortion import read_distortion
@@ -140,6 +142,26 @@ class Planning:
             self._plan_fleet, importance=found.importance, calibration=factors
         )
 
+    def admit(self, reports: Mapping[str, SiteReport]) -> None:
+        """Know of these devices from now on.
+
+        Args:
+            reports: of all devices of the run, in the order of their names.
+        """
+        self._fleet = replace(self._fleet, reports=reports)
+        self._profiles = [report.profile for report in reports.values()]
+        if self._config.aggregate.weights != "uniform":
+            held = {name: report.train_samples for name, report in reports.items()}
+            self._plan_fleet = partial(self._plan_fleet, samples=held)
+
+    def write(self, plan: FleetPlan) -> list[dict[str, object]]:
+        """Make `plan.json` that of these plans; its rows for a person, in their order."""
+        written = plan_file(
+            plan, self._profiles, self._shapes, self._settings, self._config.run.name
+        )
+        self._folder.write_json("plan.json", written)
+        return plan_rows(plan, self._profiles, self._shapes)
+
     @property
     def known(self) -> Known:
         """What the plan was made with, to go on from with `go_on`."""
@@ -179,11 +201,7 @@ class Planning:
             PlanError: a device cannot carry any plan, or the written plan cannot be followed.
         """
         plan = self._followed() if self._config.plan.file else self._solved()
-        rows = plan_rows(plan, self._profiles, self._shapes)
-        written = plan_file(
-            plan, self._profiles, self._shapes, self._settings, self._config.run.name
-        )
-        self._folder.write_json("plan.json", written)
+        rows = self.write(plan)
         makespan = max(device.seconds for device in plan.devices)
         self._emit(Event("planned", {"devices": rows, "makespan_seconds": makespan}))
         self.say_what_leaves(plan.devices)

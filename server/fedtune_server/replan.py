@@ -90,6 +90,42 @@ class Replanner:
         self._standings = {name: each.standing for name, each in held.items()}
         self._hopeless = {name: each.hopeless_bytes for name, each in held.items()}
 
+    def admit(self, round: int, profile: DeviceProfile, solve: Solve) -> None:
+        """Plan a device that joins, with the others; they keep their plans if ranks still nest.
+
+        Args:
+            round: the last that was played.
+            solve: plans the whole fleet, the newcomer among them.
+
+        Raises:
+            PlanError: it can carry no plan; nothing has changed then.
+        """
+        name, own = profile.name, profile.budget_bytes
+        standing = Standing(own)
+        solve([held_profile(profile, standing)])  # alone first: the error is then the newcomer's
+        before = (self._solve, self._profiles, self._standings)
+        self._solve = solve
+        self._profiles = dict(sorted((self._profiles | {name: profile}).items()))
+        self._standings = self._standings | {name: standing}
+        try:
+            fleet = solve(self._held()).by_device()
+        except PlanError:
+            self._solve, self._profiles, self._standings = before
+            raise
+        self._own_bytes[name], self._hopeless[name] = own, 0.0
+        plans = dict(sorted((self._plans | {name: fleet[name]}).items()))
+        moved = fleet if ranks_nest(fleet.values()) and not ranks_nest(plans.values()) else {}
+        self._plans = plans
+        for other in sorted(moved.keys() - {name}):
+            self._replace(round, other, fleet[other], self._follower(other, [name]))
+
+    def _replace(self, round: int, name: str, plan: DevicePlan, why: Due) -> None:
+        before, self._plans[name] = self._plans[name], plan
+        self._hopeless[name] = 0.0
+        change = plan_change(before, plan, self._profiles[name], self._shapes)
+        if change:
+            self._emit(_replanned(round, name, why, change))
+
     @property
     def plans(self) -> Mapping[str, DevicePlan]:
         """Device -> the plan that it follows from now on."""
@@ -178,13 +214,9 @@ class Replanner:
         if ranks_nest(fleet.values()) and not ranks_nest(mixed.values()):
             due = due | {name: self._follower(name, due) for name in fleet.keys() - due.keys()}
         for name, why in sorted(due.items()):
-            before, self._plans[name] = self._plans[name], fleet[name]
-            self._hopeless[name] = 0.0
-            change = plan_change(before, fleet[name], self._profiles[name], self._shapes)
-            if change:
-                self._emit(_replanned(round, name, why, change))
+            self._replace(round, name, fleet[name], why)
 
-    def _follower(self, name: str, due: Mapping[str, Due]) -> Due:
+    def _follower(self, name: str, due: Collection[str]) -> Due:
         """A device that is planned anew only because others are."""
         plan = self._plans[name]
         reason = f"ranks would no longer nest with those of {', '.join(due)}"

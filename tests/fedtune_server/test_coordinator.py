@@ -21,6 +21,7 @@ from fedtune.wire.checkpoint import latest_checkpoint, read_checkpoint
 from fedtune.wire.flower import TRAIN
 from fedtune_server.coordinator import Coordinator, installed_versions
 from fedtune_server.from_config import server_step
+from fedtune_server.roster import Counted
 from fedtune_server.run_folder import RunFolder
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
@@ -52,7 +53,7 @@ def play(tmp_path: Path) -> Iterator[Callable[..., Any]]:
             config = parse_run_config(tree, "test")
             coordinator = Coordinator(config, fake.shapes, folder, fake.events.append)
             with fake.grid(fault) as grid:
-                return coordinator.run(grid, len(fake.names))
+                return coordinator.run(grid, Counted(len(fake.names)))
 
         yield run
 
@@ -300,7 +301,7 @@ def test_a_fleet_that_does_not_come_ends_the_run(
         config = parse_run_config(tree, "test")
         coordinator = Coordinator(config, fake.shapes, folder, fake.events.append, patience=2.0)
         with pytest.raises(RoundError, match=r"expected 3 devices within 0\.2 s, found 2"):
-            coordinator.run(grid, 3)
+            coordinator.run(grid, Counted(3))
 
 
 def test_a_device_that_no_plan_fits_ends_the_run(fleet_of: FleetOf, play: Play, tree: Tree) -> None:

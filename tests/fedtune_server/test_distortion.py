@@ -14,6 +14,7 @@ from fedtune.errors import PlanError, ProtocolError
 from fedtune.records import DeviceProfile, DistortionTable, MatrixForm
 from fedtune.wire.distortion import distortion_json, read_distortion
 from fedtune_server.coordinator import Coordinator
+from fedtune_server.roster import Counted
 from fedtune_server.run_folder import RunFolder
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
@@ -60,7 +61,7 @@ def play(
             fake.events.append,
             measure=None if measured is None else measure,
         )
-        coordinator.run(grid, len(fake.names))
+        coordinator.run(grid, Counted(len(fake.names)))
     (planned,) = fake.all("planned")
     return list(planned["devices"])
 

@@ -12,7 +12,15 @@ from fedtune.errors import RoundError, RunError
 from fedtune.records import DeviceProfile
 from fedtune.wire.flower import PROFILE
 from fedtune.wire.messages import TaskSpec
-from fedtune_server.fleet import ask_again, choose_devices, find_again, wait_for_nodes
+from fedtune_server.fleet import (
+    Emit,
+    Fleet,
+    ask_again,
+    choose_devices,
+    find_again,
+    gather_fleet,
+    wait_for_nodes,
+)
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
 
@@ -190,13 +198,15 @@ def test_a_run_that_goes_on_takes_back_its_own_devices_alone(fleet_of: FleetOf) 
     known = {name: replace(fake.reports[name], train_tokens=7) for name in ("a", "b")}
     task = TaskSpec("run-1", "causal-lm", fake.shapes.digest, ())
     with fake.grid() as grid:
-        found = find_again(grid, grid.get_node_ids(), task, 30.0, known, fake.events.append)
+
+        def gather(emit: Emit) -> Fleet:
+            return gather_fleet(grid, grid.get_node_ids(), task, 30.0, emit)
+
+        found = find_again(gather, known, fake.events.append, live=False)
         assert found.names == ("a", "b")
         assert found.reports == known  # the plan was made with what they said then
         (excluded,) = fake.all("site_excluded")
         assert excluded["reason"].startswith("new was not there when the run was planned")
         assert len(fake.all("warning")) == 2
         with pytest.raises(RunError, match="none of the run's devices came back; expected gone, f"):
-            find_again(
-                grid, grid.get_node_ids(), task, 30.0, {"gone": known["a"]}, fake.events.append
-            )
+            find_again(gather, {"gone": known["a"]}, fake.events.append, live=False)

@@ -24,6 +24,7 @@ from fedtune.wire.importance import read_importance
 from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune_server.coordinator import Coordinator
 from fedtune_server.planning import Planning
+from fedtune_server.roster import Counted
 from fedtune_server.run_folder import RunFolder
 
 FakeFleet = Any  # tests/fedtune_server/conftest.py
@@ -99,7 +100,7 @@ def play(tmp_path: Path) -> Iterator[Play]:
             config = parse_run_config(tree, "test")
             coordinator = Coordinator(config, fake.shapes, folder, fake.events.append)
             with fake.grid(fault) as grid:
-                coordinator.run(grid, len(fake.names))
+                coordinator.run(grid, Counted(len(fake.names)))
             return coordinator
 
         yield run

@@ -20,6 +20,7 @@ from fedtune_server import planning as planning_module
 from fedtune_server.coordinator import Coordinator
 from fedtune_server.drift import MARGIN, REST_ROUNDS, Standing
 from fedtune_server.replan import Replanner, held_profile, ranks_nest
+from fedtune_server.roster import Counted
 from fedtune_server.run_folder import RunFolder
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
@@ -59,7 +60,7 @@ def play(tmp_path: Path) -> Iterator[Play]:
             config = parse_run_config(tree, "test")
             coordinator = Coordinator(config, fake.shapes, folder, fake.events.append)
             with fake.grid() as grid:
-                coordinator.run(grid, len(fake.names))
+                coordinator.run(grid, Counted(len(fake.names)))
             return {
                 name: [order.plan for order in fake.orders if order.plan.device == name]
                 for name in fake.names

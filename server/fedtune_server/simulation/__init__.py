@@ -9,34 +9,24 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedtune.errors import FedtuneError, RunError
-from fedtune.records import Event, ModelShapes
+from fedtune.records import ModelShapes
 from fedtune.settings import RunConfig
-from fedtune.wire.checkpoint import latest_checkpoint
-from fedtune.wire.durable import writing
-from fedtune.wire.file_digests import checkpoint_saved
 from fedtune_server.app import make_server_app
 from fedtune_server.clock import VirtualClock
-from fedtune_server.coordinator import Coordinator, installed_versions
+from fedtune_server.coordinator import Coordinator
 from fedtune_server.distortion import Measure
-from fedtune_server.ledger import Ledger, last_saved, training_ended
-from fedtune_server.metrics import MetricsWriter
-from fedtune_server.run_folder import RunFolder
-from fedtune_server.run_folder import RunState as State
-from fedtune_server.saved_state import Saved, find_state
+from fedtune_server.playing import Watcher, play_run
+from fedtune_server.roster import Counted
 from fedtune_server.simulation.delayed import DelayedGrid
 from fedtune_server.simulation.delays import delays
 from fedtune_server.simulation.grid import InProcessGrid, Together, run_inprocess
 from fedtune_server.simulation.ray import run_ray
-
-Watcher = Callable[[Event], None]
 
 
 def simulate(
@@ -73,79 +63,20 @@ def simulate(
             after a fault of ours.
         KeyboardInterrupt: on Ctrl-C, after the folder says so.
     """
-    with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder.enter(config.folder, config, overwrite=overwrite))
-        saved = find_state(folder.checkpoints, shapes.digest, folder.run)
-        ended = saved is not None and _ended(saved, config, folder)
-        after = saved.state.round if saved is not None else None
-        ledger = stack.enter_context(Ledger(folder.ledger))
-        metrics = stack.enter_context(MetricsWriter(folder.metrics, folder.tensorboard, after))
-
-        def emit(event: Event) -> None:
-            ledger.append(event)
-            metrics(event)
-            watch(event)
-
-        clock = VirtualClock() if config.simulation.delay != "none" else None
-        patience = _patience(config, devices)
-        coordinator = Coordinator(config, shapes, folder, emit, patience, measure, clock, saved)
-        try:
-            if saved is not None:
-                _announce(saved, config, folder, devices, emit)
-            for warning in (*folder.notes, *warnings):
-                emit(Event("warning", {"text": warning}))
-            if not ended:
-                _play(config, coordinator, client_app, devices, together, clock)
-            with writing(folder.exports):
-                finish(folder.path, emit)
-            folder.write_ending("finished")
-        except KeyboardInterrupt:
-            _end(folder, "interrupted", Event("run_interrupted", {"round": folder.reached}), emit)
-            raise
-        except BaseException as error:
-            named = str(error) if isinstance(error, FedtuneError) else repr(error)
-            _end(folder, "failed", Event("run_failed", {"reason": named}), emit)
-            raise
-    return config.folder
-
-
-def _ended(saved: Saved, config: RunConfig, folder: RunFolder) -> bool:
-    """Whether only the exports are left to do."""
-    return saved.state.round >= config.run.rounds and training_ended(folder.ledger)
-
-
-def _announce(
-    saved: Saved, config: RunConfig, folder: RunFolder, devices: int, emit: Watcher
-) -> None:
-    """Say from where a run goes on, and which checkpoints were no good."""
-    for reason in saved.skipped:
-        text = f"{reason}; it is kept under a name that ends in .damaged, and the one before used"
-        emit(Event("warning", {"text": text}))
-    emit(
-        Event(
-            "run_resumed",
-            {
-                "run": folder.run,
-                "folder": str(folder.path),
-                "round": saved.state.round,
-                "rounds": config.run.rounds,
-                "devices": devices,
-                "skipped": len(saved.skipped),
-                "versions": installed_versions(),
-            },
-        )
+    clock = VirtualClock() if config.simulation.delay != "none" else None
+    return play_run(
+        config,
+        shapes,
+        devices,
+        rounds=lambda coordinator: _play(config, coordinator, client_app, devices, together, clock),
+        watch=watch,
+        finish=finish,
+        overwrite=overwrite,
+        warnings=warnings,
+        measure=measure,
+        patience=_patience(config, devices),
+        clock=clock,
     )
-    newest = latest_checkpoint(folder.checkpoints)
-    if newest is not None and last_saved(folder.ledger) < saved.state.round:
-        emit(checkpoint_saved(newest, saved.state.round))  # a killed process had no time to say it
-
-
-def _end(folder: RunFolder, state: State, event: Event, emit: Watcher) -> None:
-    """Leave word of how the run ended; where the disk takes none, what ended it is said anyway."""
-    with suppress(RunError):
-        folder.write_ending(state)
-    with suppress(RunError):
-        emit(event)
 
 
 def _play(
@@ -157,7 +88,7 @@ def _play(
     clock: VirtualClock | None,
 ) -> None:
     def job(grid: Grid) -> None:
-        coordinator.run(grid, devices)
+        coordinator.run(grid, Counted(devices))
 
     server_app = make_server_app(job)
     settings = config.simulation
