@@ -140,6 +140,11 @@ class Agent:
     def name(self) -> str:
         return self._site.profile.name
 
+    @property
+    def allowed_bytes(self) -> int:
+        """Memory that a plan may take at this moment."""
+        return self._allowance.bytes_now()
+
     def describe(self, spec: TaskSpec) -> SiteReport:
         """Answer the profile query.
 

@@ -7,6 +7,7 @@ The node counts since its own start (`state/link.json`); what it has counted is 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -39,7 +40,7 @@ class Traffic:
 
 
 class TrafficDay:
-    """Adds up a day's traffic; one process of a site does.
+    """Adds up a day's traffic; one process of a site does, from any of its threads.
 
     Args:
         state: the site's folder of that name.
@@ -48,11 +49,15 @@ class TrafficDay:
 
     def __init__(self, state: Path, now: Callable[[], datetime] = datetime.now) -> None:
         self._link, self._file, self._now = state / "link.json", state / "traffic.json", now
+        self._lock = threading.Lock()
         self._kept = _traffic(read_object(self._file))
 
     def today(self) -> Traffic:
         """The traffic of this day, up to what the node last wrote."""
-        day = self._now().date().isoformat()
+        with self._lock:
+            return self._counted(self._now().date().isoformat())
+
+    def _counted(self, day: str) -> Traffic:
         kept = self._kept if self._kept.day == day else replace(self._kept, day=day, down=0, up=0)
         link = read_object(self._link)
         down, up = count(link, "bytes_down"), count(link, "bytes_up")
