@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from fedtune.data.samples import Sample, SampleBuilder, SampleSet, build_samples, site_labels
-from fedtune.devices.usage import resident_bytes
 from fedtune.errors import ModelError, ProtocolError
 from fedtune.evaluate.perplexity import EvaluationReport, held_out_loss
-from fedtune.model.backbone import Backbone, BackboneShelf
+from fedtune.model.backbone import Backbone
 from fedtune.model.load import dense_shapes, tensor_names
-from fedtune.model.packed_cache import PackedCache
 from fedtune.model.shapes import linear_matrices
 from fedtune.model.source import base_digest, resolve_model
 from fedtune.model.tokenizer import load_tokenizer, pad_id
@@ -51,11 +49,13 @@ from fedtune.wire.messages import (
 )
 from fedtune.wire.packing import tensors_digest
 from fedtune.wire.tensors import unpack_dispatch
-from fedtune_client.allowance import Allowance
+from fedtune_client.allowance import Allowance, idle_now
 from fedtune_client.calibrate import Bench, calibrate
 from fedtune_client.carried import Carried
 from fedtune_client.clock import StepClock
+from fedtune_client.shelves import make_room, shelf_of
 from fedtune_client.site import SiteSettings
+from fedtune_client.stopping import UNWATCHED, Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,25 +118,32 @@ class Agent:
 
     Args:
         site: its data, its copy of the base and its limits.
+        watch: told of its steps, and asked before each pass whether it is still to work.
 
     Raises:
         ModelError: the base cannot be found.
     """
 
-    def __init__(self, site: SiteSettings) -> None:
-        self._site = site
+    def __init__(self, site: SiteSettings, watch: Watch = UNWATCHED) -> None:
+        self._site, self._watch = site, watch
         self._folder = resolve_model(site.model_path, site.model_revision)
         self._tokenizer = _tokenizer(self._folder)
         self.pad_id = pad_id(self._tokenizer)
         self._samples: dict[tuple[str, ...], tuple[SampleSet, SampleSet]] = {}
         self._carried = Carried(site.state_folder)
-        self._allowance = Allowance(site.profile, site.measures_steps)
+        idle = site.idle or idle_now()
+        self._allowance = Allowance(site.profile, site.measures_steps, idle)
         # Of a process that other sites share, nobody could say whose memory it is.
-        self._idle_bytes = 0 if site.shares_backbone else resident_bytes() or 0
+        self._idle_bytes = 0 if site.shares_backbone else idle.resident_bytes or 0
 
     @property
     def name(self) -> str:
         return self._site.profile.name
+
+    @property
+    def allowed_bytes(self) -> int:
+        """Memory that a plan may take at this moment."""
+        return self._allowance.bytes_now()
 
     def describe(self, spec: TaskSpec) -> SiteReport:
         """Answer the profile query.
@@ -187,6 +194,7 @@ class Agent:
             task=self._task,
             pad_id=self.pad_id,
             loss_scale=self._carried.loss_scale if self._half else None,
+            before_pass=self._watch.check,
         )
         return calibrate(order, bench, self._idle_bytes if self._site.measures_steps else None)
 
@@ -202,6 +210,12 @@ class Agent:
         """Do what an accepted instruction asks for; returns the report and the packed factors."""
         metrics = self.measure(work)
         clock = StepClock() if self._site.measures_steps else None
+
+        def stepped(index: int, loss: float) -> None:
+            if clock is not None:
+                clock(index, loss)
+            self._watch.step(index + 1)
+
         result = train_round(
             work.backbone,
             work.batches,
@@ -213,7 +227,8 @@ class Agent:
             memory=work.memory,
             loss_scale=self._carried.loss_scale if self._half else None,
             cuda_graph=self._graph_use(order.plan),
-            after_step=clock,
+            after_step=stepped,
+            before_pass=self._watch.check,
         )
         if clock is not None:
             free_bytes = float(self._allowance.bytes_now())
@@ -324,7 +339,12 @@ class Agent:
             mounted = mount(backbone, work.dispatch, trainable=False)
             try:
                 found = held_out_loss(
-                    backbone.model, work.held_out, EVALUATION_BATCH, self.pad_id, self._task
+                    backbone.model,
+                    work.held_out,
+                    EVALUATION_BATCH,
+                    self.pad_id,
+                    self._task,
+                    self._watch.check,
                 )
             finally:
                 unmount(backbone, mounted)
@@ -434,14 +454,18 @@ class Agent:
                     f"{self.name}: the plan wants {matrix.name} as {matrix.format}, and this site "
                     f"supports {', '.join(allowed)}"
                 )
-        shelf = _shelf(
+        forms = {m.name: m.form for m in plan.matrices}
+        shelf = shelf_of(
             self._folder,
             self._torch_device,
             self._site.shares_backbone,
             self._compute,
             self._site.cache_folder,
         )
-        return shelf.get(self._task, labels, {m.name: m.form for m in plan.matrices})
+        if not self._site.shares_backbone:
+            room = self._allowance.bytes_now() - plan.peak_bytes
+            make_room(room, shelf, shelf.key(self._task, labels, forms))
+        return shelf.get(self._task, labels, forms)
 
     def _peak(self) -> dict[str, float]:
         """Most memory that the accelerator held in this round; a CPU does not tell."""
@@ -475,19 +499,6 @@ def _train_metrics(result: RoundResult) -> dict[str, float]:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """One tokenizer per process and base: reading it takes longer than a small site's rows."""
     return load_tokenizer(folder)
-
-
-@lru_cache(maxsize=8)
-def _shelf(
-    folder: Path,
-    torch_device: torch.device,
-    shared: bool,
-    compute: torch.dtype,
-    cache_folder: Path | None,
-) -> BackboneShelf:
-    """One shelf per process, base, accelerator and dtype."""
-    packed = PackedCache(cache_folder / "packed") if cache_folder else None
-    return BackboneShelf(folder, torch_device, keep_base=shared, compute=compute, packed=packed)
 
 
 @lru_cache(maxsize=8)

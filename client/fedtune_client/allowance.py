@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from fedtune.devices.memory import free_memory
-from fedtune.devices.usage import own_memory_bytes
+from fedtune.devices.usage import own_memory_bytes, resident_bytes
 from fedtune.records import DeviceProfile
 
 
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """What a site's process holds before it loads a base; None where the system does not say.
+
+    Attributes:
+        own_bytes: of its private memory.
+        resident_bytes: with the pages of mapped files.
+    """
+
+    own_bytes: int | None
+    resident_bytes: int | None
+
+
+def idle_now() -> Idle:
+    """What this process holds at this moment."""
+    return Idle(own_memory_bytes(), resident_bytes())
+
+
 class Allowance:
-    """What plans may take on one site; made before the site's process loads a base.
+    """What plans may take on one site.
 
     Args:
         profile: its budget is the site's limit.
         measured: whether what is really free counts; a simulated device has its class's budget.
+        idle: of the site's process; None: it has not loaded a base, and is idle now.
     """
 
-    def __init__(self, profile: DeviceProfile, measured: bool) -> None:
+    def __init__(self, profile: DeviceProfile, measured: bool, idle: Idle | None = None) -> None:
         self._profile, self._measured = profile, measured
-        self._idle_bytes = own_memory_bytes() if measured else None
+        self._idle_bytes = (idle or idle_now()).own_bytes if measured else None
 
     def bytes_now(self) -> int:
         """The site's limit, or what is free with what its training holds already, if that is less.

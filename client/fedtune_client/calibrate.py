@@ -8,7 +8,7 @@ plan trains; where the plan stops above it, blocks are recomputed, so that memor
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
@@ -45,6 +45,7 @@ class Bench:
         dispatch: values of the parameters that are trained whole; no factors.
         batches: of `plan.batch_size` samples.
         loss_scale: for a backbone that computes in float16; None: losses are not scaled.
+        before_pass: called before every micro-batch; may raise to stop.
     """
 
     backbone: Backbone
@@ -53,6 +54,7 @@ class Bench:
     task: TaskName
     pad_id: int
     loss_scale: LossScale | None = None
+    before_pass: Callable[[], None] | None = None
 
 
 def calibrate(
@@ -135,6 +137,8 @@ def _sums_at(
             set_checkpointing(backbone, plan.checkpointing or plan.first_trained_layer > 0)
             with collecting(backbone, order.method, order.rank, order.seed) as collector:
                 for batch in batches:
+                    if bench.before_pass is not None:
+                        bench.before_pass()
                     _gather(backbone, batch, bench.task, scale, collector)
                 return collector.tensors()
         finally:
@@ -191,6 +195,7 @@ def measured_step(plan: DevicePlan, bench: Bench, idle_bytes: int) -> Step:
             pad_id=bench.pad_id,
             loss_scale=None if bench.loss_scale is None else LossScale(bench.loss_scale.value),
             after_step=note,
+            before_pass=bench.before_pass,
         )
     return Step(min(np.diff(ends)), peak.bytes)
 

@@ -13,6 +13,7 @@ from fedtune.data.sites import Sites, open_sites
 from fedtune.devices.simulated import simulated_profiles
 from fedtune.records import ComputeName, DeviceProfile, GraphUse
 from fedtune.settings import DataSection, RunConfig
+from fedtune_client.allowance import Idle
 from fedtune_client.round_states import state_folder
 
 
@@ -32,6 +33,7 @@ class SiteSettings:
         state_folder: where the device keeps what it carries from round to round; None: in memory.
         measures_steps: what a step takes on this machine, and the memory free on it, are the
             site's own; False: the device is simulated, and has what its class says.
+        idle: what the site's process held before it loaded any base; None: it has loaded none.
     """
 
     profile: DeviceProfile
@@ -48,6 +50,7 @@ class SiteSettings:
     cache_folder: Path | None = None
     state_folder: Path | None = None
     measures_steps: bool = False
+    idle: Idle | None = None
 
 
 class SiteSource(Protocol):

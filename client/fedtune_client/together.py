@@ -32,7 +32,8 @@ from fedtune.wire.messages import (
     encode_train_report,
 )
 from fedtune_client.agent import EVALUATION_BATCH, Agent, Measuring, Work, held_out_metrics
-from fedtune_client.app import agent_of, with_tensors
+from fedtune_client.answering import with_tensors
+from fedtune_client.app import agent_of
 from fedtune_client.site import SimulatedFleet, SiteSource
 
 _PASS_TOKENS = 4096

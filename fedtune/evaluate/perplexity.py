@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +45,7 @@ def held_out_loss(
     batch_size: int = 16,
     pad_id: int = 0,
     task: TaskName = "causal-lm",
+    before_batch: Callable[[], None] | None = None,
 ) -> EvaluationReport:
     """Mean cross-entropy of a model over samples, without training it.
 
@@ -55,6 +56,7 @@ def held_out_loss(
             from the tokens before it.
         batch_size: samples in one forward pass.
         pad_id: token id that fills a batch on the right.
+        before_batch: called before every batch; may raise to stop.
 
     Raises:
         DataError: no sample carries loss.
@@ -68,6 +70,8 @@ def held_out_loss(
     model.eval()
     try:
         for start in range(0, len(ordered), batch_size):
+            if before_batch is not None:
+                before_batch()
             batch = prepare(model, ordered[start : start + batch_size], pad_id, task)
             with torch.no_grad():
                 found = loss_sum(model, batch, task)

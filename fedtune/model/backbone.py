@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+Key = tuple[TaskName, tuple[str, ...], tuple[tuple[str, MatrixForm], ...]]
+
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
@@ -94,11 +96,29 @@ class BackboneShelf:
         self._compute, self._packed = compute, packed
         self._tensors: BaseTensors | None = None
         self._skeletons: dict[tuple[object, ...], Skeleton] = {}
-        self._backbones: dict[tuple[object, ...], Backbone] = {}
+        self._backbones: dict[Key, Backbone] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._backbones)
+
+    @staticmethod
+    def key(task: TaskName, labels: Sequence[str], forms: Mapping[str, MatrixForm]) -> Key:
+        """What tells a shelf's backbones apart."""
+        return (task, tuple(labels), tuple(sorted(forms.items())))
+
+    def other_bytes(self, key: Key | None) -> int:
+        """What all backbones but one hold; parameters that they share count once."""
+        with self._lock:
+            others = [each for found, each in self._backbones.items() if found != key]
+            return _held_bytes(others)
+
+    def drop_others(self, key: Key | None) -> None:
+        """Let go of all backbones but one, and of what only they use."""
+        with self._lock:
+            self._backbones = {k: v for k, v in self._backbones.items() if k == key}
+            if not self._backbones:
+                self._skeletons.clear()
 
     def get(
         self,
@@ -111,7 +131,7 @@ class BackboneShelf:
         Raises:
             ModelError: the folder cannot be loaded, or a matrix is not a linear layer.
         """
-        key = (task, tuple(labels), tuple(sorted(forms.items())))
+        key = self.key(task, labels, forms)
         with self._lock:
             if key not in self._backbones:
                 skeleton = self._skeleton(task, tuple(labels), forms)
@@ -207,6 +227,15 @@ class BackboneShelf:
             {name: matrix.to(self._device) for name, matrix in matrices.items()},
             {**kept.pairs, **made.pairs},
         )
+
+
+def _held_bytes(backbones: Sequence[Backbone]) -> int:
+    tensors = {
+        id(tensor): tensor.numel() * tensor.element_size()
+        for backbone in backbones
+        for tensor in (*backbone.model.parameters(), *backbone.model.buffers())
+    }
+    return sum(tensors.values()) + sum(backbone.packed_bytes for backbone in backbones)
 
 
 def _finish(forms: Mapping[str, MatrixForm], weight: Callable[[str], Tensor]) -> Finished:

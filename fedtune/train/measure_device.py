@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
@@ -19,6 +19,7 @@ from fedtune.devices.measurement import Measurement
 from fedtune.devices.memory import free_memory
 from fedtune.devices.probe import Report, probe, profile_of
 from fedtune.devices.processor import usable_cores
+from fedtune.errors import ModelError
 from fedtune.kernels.dispatch import paths
 from fedtune.records import ComputeName, DeviceProfile
 from fedtune.train.compute import compute_dtype
@@ -43,10 +44,21 @@ _COPY_BYTES: Final = {"cpu": 1 << 27, "cuda": 1 << 30}
 
 
 class TorchMeasurer:
-    """Measures the GPU where torch sees one, else the CPU. See `fedtune.devices.probe.Measurer`."""
+    """Measures the GPU where torch sees one, else the CPU. See `fedtune.devices.probe.Measurer`.
 
-    def __init__(self) -> None:
-        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    Args:
+        accelerator: what to measure, whatever else there is.
+
+    Raises:
+        ModelError: it is a GPU, and torch sees none.
+    """
+
+    def __init__(self, accelerator: Literal["auto", "cpu", "cuda"] = "auto") -> None:
+        there = torch.cuda.is_available()
+        if accelerator == "cuda" and not there:
+            raise ModelError("the accelerator is set to cuda, and torch finds no such device")
+        on_gpu = there and accelerator != "cpu"
+        self.device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
 
     def facts(self) -> Mapping[str, str]:
         """The GPU, the threads, and the kernels, with which formats are tried."""

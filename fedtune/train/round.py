@@ -144,6 +144,7 @@ def train_round(
     loss_scale: LossScale | None = None,
     cuda_graph: GraphUse = "off",
     after_step: Callable[[int, float], None] | None = None,
+    before_pass: Callable[[], None] | None = None,
 ) -> RoundResult:
     """Train a device's adapter for one round.
 
@@ -155,6 +156,7 @@ def train_round(
         cuda_graph: whether to record the steps on a GPU and replay them; `auto` where it can be
             done, for micro-batches whose form comes again.
         after_step: called with the step's index and loss; may raise to stop the round.
+        before_pass: called before every micro-batch; may raise to stop the round.
 
     Raises:
         ModelError: `cuda_graph` is `on`, and the backbone's steps cannot be recorded.
@@ -185,7 +187,9 @@ def train_round(
             losses, units = [], 0
             for index, batch in enumerate(batches):
                 factor = 1.0 if loss_scale is None else loss_scale.value
-                loss = accumulate(backbone, batch, plan.micro_batch, task, pad_id, factor, graphs)
+                loss = accumulate(
+                    backbone, batch, plan.micro_batch, task, pad_id, factor, graphs, before_pass
+                )
                 course.narrow()
                 stepper.step()
                 losses.append(loss)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ def accumulate(
     pad_id: int,
     loss_factor: float = 1.0,
     graphs: StepGraphs | None = None,
+    before_pass: Callable[[], None] | None = None,
 ) -> float:
     """Backpropagate one optimiser step's mean loss, micro-batch by micro-batch.
 
@@ -29,6 +30,7 @@ def accumulate(
         loss_factor: multiplies the loss that is backpropagated, so that float16 gradients keep
             off zero; the optimiser divides by it.
         graphs: recorded steps of the factors that are on the backbone; None: without.
+        before_pass: called before every micro-batch; may raise to stop.
 
     Returns:
         The mean loss per unit, without the factor.
@@ -38,6 +40,8 @@ def accumulate(
     # Summed where it is computed: reading it would make an accelerator wait at every micro-batch.
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for part in micro_batches(batch, micro_batch):
+        if before_pass is not None:
+            before_pass()
         scale = loss_factor / units
         total = None if graphs is None else graphs.add(backbone, part, pad_id, scale)
         loss += _plainly(backbone, part, task, pad_id, scale) if total is None else total

@@ -32,6 +32,7 @@ from fedtune.wire.flower import CALIBRATE, from_record, to_record
 from fedtune.wire.messages import OptimizerSpec
 from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune_client.agent import Agent
+from fedtune_client.allowance import Idle
 from fedtune_client.app import make_simulated_client_app
 from fedtune_client.calibrate import Bench, importance_sums, measured_step
 from fedtune_client.together import make_side_by_side
@@ -240,12 +241,9 @@ def test_a_measurement_takes_little_more_memory_than_a_step_of_its_plan(
 # ---------------------------------------------------------------- the cost of a step
 
 
-def test_a_step_is_measured_where_the_site_says_its_clock_is_real(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_is_measured_where_the_site_says_its_clock_is_real(desk: Desk) -> None:
     # Earlier tests may have left memory to this process that it gives back meanwhile.
-    monkeypatch.setattr("fedtune_client.agent.resident_bytes", lambda: 1)
-    site = replace(desk.site(), measures_steps=True)
+    site = replace(desk.site(), measures_steps=True, idle=Idle(None, 1))
     for own, seen in ((True, True), (False, False)):
         agent = Agent(replace(site, shares_backbone=not own))
         order, packed = order_of(desk, desk.plan("east"), method=None)

@@ -1,0 +1,73 @@
+"""How an order to stop reaches the training loop: it looks before each of its steps."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Final, Protocol
+
+from fedtune.errors import StoppedError
+
+
+class Watch(Protocol):
+    """Who watches an agent at work."""
+
+    def check(self) -> None:
+        """Before each pass; raises to stop the work."""
+        ...
+
+    def step(self, done: int) -> None:
+        """So many optimiser steps of the round are done; raises to stop the work."""
+        ...
+
+
+class _Unwatched:
+    def check(self) -> None:
+        return
+
+    def step(self, done: int) -> None:
+        return
+
+
+UNWATCHED: Final[Watch] = _Unwatched()
+"""Of an agent that nobody watches, as in a simulation."""
+
+
+class Stop:
+    """Whether the work at hand is still wanted; safe to use from several threads.
+
+    Work that is stopped raises in its own thread, at a place where nothing is half done: what a
+    device carries from round to round is written after its last step alone.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs: frozenset[str] = frozenset()
+        self._reason = ""
+
+    def order(self, runs: Iterable[str]) -> None:
+        """Take the coordinator's whole list of runs to work for no longer."""
+        with self._lock:
+            self._runs = frozenset(runs)
+
+    def now(self, reason: str) -> None:
+        """Stop the work at hand, whatever run it is for."""
+        with self._lock:
+            self._reason = reason
+
+    def begin(self) -> None:
+        """New work begins; what stopped the work before it does not count for it."""
+        with self._lock:
+            self._reason = ""
+
+    def check(self, run: str) -> None:
+        """Go on, or not.
+
+        Raises:
+            StoppedError: the run is on the coordinator's list, or the work at hand was stopped.
+        """
+        with self._lock:
+            if self._reason:
+                raise StoppedError(f"{run}: stopped: {self._reason}")
+            if run in self._runs:
+                raise StoppedError(f"{run}: the operator has stopped this run")
