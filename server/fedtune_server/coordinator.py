@@ -47,6 +47,7 @@ from fedtune_server.fleet import (
     find_again,
     gather_fleet,
     wait_for_nodes,
+    without_unannounced_groups,
 )
 from fedtune_server.flights import Flights
 from fedtune_server.from_config import optimizer_spec, round_terms, server_step
@@ -197,6 +198,8 @@ class Coordinator:
     def _gather(self, grid: Grid, devices: int) -> Fleet:
         nodes = wait_for_nodes(grid, devices, self._terms.deadline_s)
         fleet = gather_fleet(grid, nodes, self._task(), self._terms.deadline_s, self._emit)
+        most = {name: each.devices_max for name, each in self._config.fleet.items()}
+        fleet = without_unannounced_groups(fleet, most, self._emit)
         check_root(self._terms.defence, fleet.names)
         if fleet.labels:
             self._folder.write_json("labels.json", list(fleet.labels))
