@@ -1,7 +1,7 @@
 """The run file, read once at the edge: from TOML and `--set` to a frozen `RunConfig`.
 
-`load_run_config` is the only place that reads a run file; the other functions here are the only ones
-that read the environment. Unknown keys and bad values are one-line errors that name the file, the
+`load_run_config` is the only place that reads a run file; the other functions here are the only
+ones that read the environment. Unknown keys and bad values are one-line errors that name the file, the
 key, the value, what is allowed and the nearest valid key.
 """
 
@@ -183,6 +183,8 @@ def inherited_environment() -> dict[str, str]:
     """This process's environment for one that it starts, without what is meant for it alone."""
     ours = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", SUPERVISOR_VARIABLE)
     return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 def operator_file_from_environment() -> Path | None:
     """The operator file that `FEDTUNE_OPERATOR` names, if it names one."""
     named = os.environ.get("FEDTUNE_OPERATOR", "")

@@ -174,6 +174,7 @@ class SiteReport:
         dense: name -> shape of each parameter that is trained whole (a task head).
         labels: class names found in the site's data, sorted; empty unless classifying.
         warnings: what a person should know of the site's data, one line each.
+        devices: that the site stands for, if it is their coordinator; its numbers are their sums.
     """
 
     profile: DeviceProfile
@@ -184,6 +185,7 @@ class SiteReport:
     dense: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    devices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,6 +460,8 @@ class AdapterUpdate:
         samples: training samples that the round's steps consumed.
         tokens: tokens that carried loss.
         metrics: named numbers (losses before and after, seconds, peak bytes).
+        devices: whose updates are in it, where it comes from their coordinator.
+        held_samples: training samples that those devices hold; 0: what the site said.
     """
 
     run: str
@@ -469,6 +473,8 @@ class AdapterUpdate:
     samples: int
     tokens: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    devices: int = 1
+    held_samples: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,12 @@ class DeviceClassSection(Section):
         0, ge=0, description="rounds of a run that a device takes part in at most; 0: no limit"
     )
     micro_batch: int = Field(0, ge=0, description="pin the samples per forward pass; 0: planned")
+    devices_max: int = Field(
+        1,
+        ge=1,
+        description="most devices that a site of this class may stand for, as their coordinator; "
+        "1: it is a device itself (docs/hierarchy.md)",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -71,7 +71,7 @@ class DenseShape(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SiteReport(_message.Message):
-    __slots__ = ("profile", "base_digest", "train_samples", "held_out_samples", "train_tokens", "dense", "labels", "warnings")
+    __slots__ = ("profile", "base_digest", "train_samples", "held_out_samples", "train_tokens", "dense", "labels", "warnings", "devices")
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TRAIN_SAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class SiteReport(_message.Message):
     DENSE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     profile: DeviceProfile
     base_digest: str
     train_samples: int
@@ -88,7 +89,8 @@ class SiteReport(_message.Message):
     dense: _containers.RepeatedCompositeFieldContainer[DenseShape]
     labels: _containers.RepeatedScalarFieldContainer[str]
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, profile: _Optional[_Union[DeviceProfile, _Mapping]] = ..., base_digest: _Optional[str] = ..., train_samples: _Optional[int] = ..., held_out_samples: _Optional[int] = ..., train_tokens: _Optional[int] = ..., dense: _Optional[_Iterable[_Union[DenseShape, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    devices: int
+    def __init__(self, profile: _Optional[_Union[DeviceProfile, _Mapping]] = ..., base_digest: _Optional[str] = ..., train_samples: _Optional[int] = ..., held_out_samples: _Optional[int] = ..., train_tokens: _Optional[int] = ..., dense: _Optional[_Iterable[_Union[DenseShape, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., devices: _Optional[int] = ...) -> None: ...
 
 class MatrixPlan(_message.Message):
     __slots__ = ("name", "rank", "tail_rank", "format", "block_size", "correction_rank")
@@ -209,7 +211,7 @@ class TrainInstruction(_message.Message):
     def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., base_digest: _Optional[str] = ..., plan: _Optional[_Union[DevicePlan, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSpec, _Mapping]] = ..., seed: _Optional[int] = ..., tensors_digest: _Optional[str] = ..., evaluate: _Optional[bool] = ..., scale: _Optional[float] = ..., labels: _Optional[_Iterable[str]] = ..., codec: _Optional[str] = ..., scaling: _Optional[str] = ..., error_feedback: _Optional[bool] = ...) -> None: ...
 
 class TrainReport(_message.Message):
-    __slots__ = ("run", "round", "device", "base_digest", "samples", "tokens", "metrics", "tensors_digest")
+    __slots__ = ("run", "round", "device", "base_digest", "samples", "tokens", "metrics", "tensors_digest", "devices", "held_samples")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +227,8 @@ class TrainReport(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    HELD_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     device: str
@@ -233,7 +237,9 @@ class TrainReport(_message.Message):
     tokens: int
     metrics: _containers.ScalarMap[str, float]
     tensors_digest: str
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., device: _Optional[str] = ..., base_digest: _Optional[str] = ..., samples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., tensors_digest: _Optional[str] = ...) -> None: ...
+    devices: int
+    held_samples: int
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., device: _Optional[str] = ..., base_digest: _Optional[str] = ..., samples: _Optional[int] = ..., tokens: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., tensors_digest: _Optional[str] = ..., devices: _Optional[int] = ..., held_samples: _Optional[int] = ...) -> None: ...
 
 class EvaluateInstruction(_message.Message):
     __slots__ = ("run", "round", "base_digest", "plan", "tensors_digest", "scale", "labels", "scaling")

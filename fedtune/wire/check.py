@@ -39,6 +39,8 @@ def check_update(
     scale: Scale = 1.0,
     codec: CodecName = "fp32",
     sent: Dispatch | None = None,
+    devices: int = 1,
+    held_samples: int = 0,
 ) -> AdapterUpdate:
     """Turn a device's report and bytes into an update that can be joined.
 
@@ -57,12 +59,14 @@ def check_update(
         scale: of the LoRA pairs.
         codec: that the device was to send its tensors in.
         sent: what the device started from, of which any codec but `fp32` holds the change.
+        devices: that it stands for at most, if it is their coordinator.
+        held_samples: training samples that it said they hold.
 
     Raises:
         RefusedUpdateError: anything differs; the message says what was expected and found.
     """
     _check_identity(report, run, round, device, base_digest)
-    _check_counts(report, plan)
+    _check_counts(report, plan, devices, held_samples)
     if tensors_digest(tensors) != report.tensors_digest:
         raise RefusedUpdateError(
             f"update of {device}: the tensors do not have the reported sha256; "
@@ -88,6 +92,8 @@ def check_update(
         samples=report.samples,
         tokens=report.tokens,
         metrics=dict(report.metrics),
+        devices=report.devices,
+        held_samples=report.held_samples,
     )
 
 
@@ -107,17 +113,21 @@ def _check_identity(
             )
 
 
-def _check_counts(report: TrainReport, plan: DevicePlan) -> None:
-    """Counts weigh an update, so they cannot exceed what the planned steps could consume."""
-    most_samples = plan.batch_size * plan.local_steps
+def _check_counts(report: TrainReport, plan: DevicePlan, devices: int, held: int) -> None:
+    """Counts weigh an update, so they cannot exceed what the planned steps could consume, and
+    what its site said of itself before the first round."""
+    most_samples = plan.batch_size * plan.local_steps * devices
     most_tokens = most_samples * plan.sequence_length
-    for what, found, most in (
-        ("samples", report.samples, most_samples),
-        ("tokens", report.tokens, most_tokens),
+    for what, found, least, most in (
+        ("devices", report.devices, 1, devices),
+        ("held samples", report.held_samples, 0, held),
+        ("samples", report.samples, 1, most_samples),
+        ("tokens", report.tokens, 1, most_tokens),
     ):
-        if not 1 <= found <= most:
+        if not least <= found <= most:
             raise RefusedUpdateError(
-                f"update of {report.device}: expected 1..{most} {what} for its plan, got {found}"
+                f"update of {report.device}: expected {least}..{most} {what} for its plan, "
+                f"got {found}"
             )
 
 

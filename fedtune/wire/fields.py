@@ -22,6 +22,8 @@ MAX_ENTRIES = 20_000
 MAX_COUNT = 10**15
 """Samples, tokens, bytes: above any real number, and exact as a float."""
 MAX_RANK = 4096
+MAX_DEVICES = 1_000_000
+"""That one site may stand for as their coordinator."""
 
 _MessageT = TypeVar("_MessageT", bound=Message)
 

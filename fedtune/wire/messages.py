@@ -136,6 +136,8 @@ class TrainReport:
     Attributes:
         samples: consumed by the round's steps.
         tokens: that carried loss.
+        devices: whose updates are in it, where it comes from their coordinator.
+        held_samples: training samples that those devices hold; 0: what the site said.
     """
 
     run: str
@@ -146,6 +148,8 @@ class TrainReport:
     tokens: int
     tensors_digest: str
     metrics: Mapping[str, float] = field(default_factory=dict)
+    devices: int = 1
+    held_samples: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +336,8 @@ def encode_train_report(report: TrainReport) -> bytes:
         tokens=report.tokens,
         metrics=report.metrics,
         tensors_digest=report.tensors_digest,
+        devices=report.devices if report.devices != 1 else 0,
+        held_samples=report.held_samples,
     )
     return message.SerializeToString(deterministic=True)
 
@@ -353,6 +359,8 @@ def decode_train_report(data: bytes) -> TrainReport:
         tokens=fields.whole(message.tokens, "tokens", 0, fields.MAX_COUNT),
         tensors_digest=fields.text(message.tensors_digest, "tensors_digest"),
         metrics=fields.reals(message.metrics, "metrics"),
+        devices=fields.whole(message.devices or 1, "devices", 1, fields.MAX_DEVICES),
+        held_samples=fields.whole(message.held_samples, "held_samples", 0, fields.MAX_COUNT),
     )
 
 

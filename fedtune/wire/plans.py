@@ -37,6 +37,7 @@ def encode_site_report(report: SiteReport) -> bytes:
         ],
         labels=report.labels,
         warnings=report.warnings,
+        devices=report.devices if report.devices != 1 else 0,
     )
     return message.SerializeToString(deterministic=True)
 
@@ -60,6 +61,7 @@ def decode_site_report(data: bytes) -> SiteReport:
         dense=_dense_shapes(message.dense),
         labels=fields.texts(message.labels, "labels"),
         warnings=tuple(fields.text(line, "warnings", longest=2000) for line in message.warnings),
+        devices=fields.whole(message.devices or 1, "devices", 1, fields.MAX_DEVICES),
     )
 
 

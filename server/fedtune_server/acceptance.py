@@ -55,6 +55,7 @@ def accept_kept(
     Raises:
         ProtocolError: as for `accept`.
     """
+    report = fleet.reports[device]
     update = check_update(
         decode_train_report(kept.body),
         kept.tensors,
@@ -69,13 +70,20 @@ def accept_kept(
         scale=terms.scale,
         codec=terms.up,
         sent=sent.dispatch,
+        devices=report.devices,
+        held_samples=report.train_samples,
     )
-    weight = _weight(update, fleet.reports[device], terms.weights)
+    weight = _weight(update, report, terms.weights)
     return Contribution(weight, sent.dispatch, update)
 
 
 def _weight(update: AdapterUpdate, report: SiteReport, by: str) -> float:
-    weights = {"samples": report.train_samples, "tokens": update.tokens, "uniform": 1}
+    """What an update counts; one of several devices counts as they would together."""
+    weights = {
+        "samples": update.held_samples or report.train_samples,
+        "tokens": update.tokens,
+        "uniform": update.devices,
+    }
     return float(weights[by])
 
 

@@ -36,7 +36,13 @@ from fedtune_server.clock import Clock
 from fedtune_server.defend import check_root
 from fedtune_server.distortion import Measure
 from fedtune_server.evaluation import evaluate
-from fedtune_server.fleet import Emit, Fleet, find_again, gather_fleet
+from fedtune_server.fleet import (
+    Emit,
+    Fleet,
+    find_again,
+    gather_fleet,
+    without_unannounced_groups,
+)
 from fedtune_server.flights import Flights
 from fedtune_server.from_config import optimizer_spec, round_terms, server_step
 from fedtune_server.lineup import Lineup
@@ -177,8 +183,11 @@ class Coordinator:
     def _gather(self, grid: Grid, roster: Roster, emit: Emit) -> Fleet:
         nodes = roster.wait(grid, self._terms.deadline_s, self._emit)
         if roster.live:
-            return gather_live(grid, roster, self._task(), emit)
-        return gather_fleet(grid, nodes, self._task(), self._terms.deadline_s, emit)
+            fleet = gather_live(grid, roster, self._task(), emit)
+        else:
+            fleet = gather_fleet(grid, nodes, self._task(), self._terms.deadline_s, emit)
+        most = {name: each.devices_max for name, each in self._config.fleet.items()}
+        return without_unannounced_groups(fleet, most, emit)
 
     def _task(self) -> TaskSpec:
         return TaskSpec(

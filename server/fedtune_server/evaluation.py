@@ -32,6 +32,33 @@ def evaluate(
     emit: Emit,
 ) -> float | None:
     """Held-out loss of the adapter over all devices, each on its own backbone and data."""
+    measured = measure(grid, fleet, rule, adapter, plans, terms, emit)
+    loss = weighted([(m["held_out_loss"], m["held_out_units"]) for m in measured.values()])
+    hits = [(m["accuracy"], m["held_out_units"]) for m in measured.values() if "accuracy" in m]
+    emit(
+        Event(
+            "evaluated",
+            {
+                "round": adapter.round,
+                "held_out_loss": loss,
+                "accuracy": weighted(hits),
+                "devices": {device: m["held_out_loss"] for device, m in measured.items()},
+            },
+        )
+    )
+    return loss
+
+
+def measure(
+    grid: Grid,
+    fleet: Fleet,
+    rule: Rule,
+    adapter: GlobalAdapter,
+    plans: Sequence[DevicePlan],
+    terms: RoundTerms,
+    emit: Emit,
+) -> dict[str, Mapping[str, float]]:
+    """What each device measures of the adapter, of those that hold samples for it."""
     sent = prepare(rule, adapter, plans, terms, adapter.round + 1)
     contents = {
         plan.device: to_record(
@@ -60,25 +87,11 @@ def evaluate(
         except ProtocolError as error:
             fields = {"round": adapter.round, "device": answer.device, "reason": str(error)}
             emit(Event("device_refused", fields))
-    measured = {
+    return {
         device: metrics
         for device, metrics in sorted(measured.items())
         if metrics.get("held_out_units", 0) > 0 and "held_out_loss" in metrics
     }
-    loss = weighted([(m["held_out_loss"], m["held_out_units"]) for m in measured.values()])
-    hits = [(m["accuracy"], m["held_out_units"]) for m in measured.values() if "accuracy" in m]
-    emit(
-        Event(
-            "evaluated",
-            {
-                "round": adapter.round,
-                "held_out_loss": loss,
-                "accuracy": weighted(hits),
-                "devices": {device: m["held_out_loss"] for device, m in measured.items()},
-            },
-        )
-    )
-    return loss
 
 
 def _read_evaluation(answer: Answer, terms: RoundTerms, round: int) -> Mapping[str, float]:

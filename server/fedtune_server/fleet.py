@@ -135,6 +135,32 @@ def excluded(device: str, reason: str) -> Event:
     return Event("site_excluded", {"device": device, "reason": reason})
 
 
+def without_unannounced_groups(fleet: Fleet, most: Mapping[str, int], emit: Emit) -> Fleet:
+    """The fleet without sites that would count as more devices than the run file allows them.
+
+    Args:
+        most: class of devices -> devices that a site of it may stand for; others: one.
+
+    Raises:
+        RunError: none is left.
+    """
+    kept = {}
+    for name, report in fleet.reports.items():
+        allowed = most.get(report.profile.device_class, 1)
+        if report.devices <= allowed:
+            kept[name] = fleet.nodes[name]
+            continue
+        reason = (
+            f"{name} stands for {report.devices} devices, and its class "
+            f"{report.profile.device_class!r} allows {allowed}; raise devices_max of the class"
+        )
+        emit(Event("site_excluded", {"device": name, "reason": reason}))
+    if not kept:
+        raise RunError("no device can take part: each stands for more devices than its class may")
+    reports = {name: fleet.reports[name] for name in kept}
+    return fleet if len(kept) == len(fleet.nodes) else fleet_of(kept, reports)
+
+
 def fleet_of(nodes: Mapping[str, int], reports: Mapping[str, SiteReport]) -> Fleet:
     """The fleet of some nodes; its labels and heads are those of all the reports.
 

@@ -39,6 +39,7 @@ class Outcome:
         asked: devices that the round gave work to.
         rounds: those whose updates are in it.
         planned_seconds: of the slowest device asked, by its plan.
+        good: what was joined.
     """
 
     joined: GlobalAdapter
@@ -48,6 +49,7 @@ class Outcome:
     asked: tuple[str, ...] = ()
     rounds: tuple[int, ...] = ()
     planned_seconds: float = 0.0
+    good: Sequence[Contribution] = ()
 
 
 def train(
@@ -169,6 +171,7 @@ def train(
         asked=tuple(sorted(asking.all)),
         rounds=tuple(sorted({each.update.round for each in collected.in_order})),
         planned_seconds=asking.planned_seconds,
+        good=good,
     )
 
 

@@ -140,3 +140,32 @@ def test_the_norm_is_that_of_the_dense_product() -> None:
     assert product_norm(pair) == pytest.approx(np.linalg.norm(pair.product()), rel=1e-12)
     cancelled = LoraFactors(pair.a[[0, 0]], pair.b[:, [0, 0]] * np.float32([1, -1]))
     assert product_norm(cancelled) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_an_update_of_several_devices_counts_as_many_as_its_site_stands_for() -> None:
+    data = packed()
+    said = replace(report(data), samples=60, tokens=300, devices=3, held_samples=90)
+
+    def checked(devices: int, held_samples: int) -> AdapterUpdate:
+        return check_update(
+            said,
+            data,
+            run="demo",
+            round=3,
+            device="site-a",
+            base_digest="base",
+            plan=PLAN,
+            shapes=SHAPES,
+            dense_shapes=DENSE,
+            max_norm=100.0,
+            scale=2.0,
+            devices=devices,
+            held_samples=held_samples,
+        )
+
+    update = checked(3, 90)
+    assert (update.devices, update.held_samples, update.samples) == (3, 90, 60)
+    with pytest.raises(RefusedUpdateError, match=r"expected 1\.\.2 devices for its plan, got 3"):
+        checked(2, 90)
+    with pytest.raises(RefusedUpdateError, match=r"expected 0\.\.89 held samples"):
+        checked(3, 89)

@@ -111,6 +111,11 @@ CASES = [
     (EVALUATE, m.encode_evaluate_instruction, m.decode_evaluate_instruction),
     (EVALUATED, m.encode_evaluate_report, m.decode_evaluate_report),
 ]
+GROUPS = [
+    (replace(REPORT, devices=12), m.encode_site_report, m.decode_site_report),
+    (replace(TRAINED, devices=11, held_samples=640), m.encode_train_report, m.decode_train_report),
+]
+CASES += GROUPS
 IDS = [type(case[0]).__name__ for case in CASES]
 Encode = Callable[[object], bytes]
 Decode = Callable[[bytes], object]
