@@ -33,11 +33,13 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib
 import logging
 import os
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -212,7 +214,9 @@ def run_fab(config: Mapping[str, str]) -> bytes:
     app = {"publisher": "fedtune", "components": apps, "config": dict(config)}
     project = {"name": "fedtune-run", "version": "1.0.0", "license": "Apache-2.0"}
     tree = {"project": {**project, "dependencies": []}, "tool": {"flwr": {"app": app}}}
-    content, _ = build_fab_from_files({"pyproject.toml": tomli_w.dumps(tree).encode()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Flower's own use of pathspec
+        content, _ = build_fab_from_files({"pyproject.toml": tomli_w.dumps(tree).encode()})
     return bytes(content)
 
 
@@ -443,9 +447,10 @@ def link_app(arguments: Sequence[str], on_activate: Callable[[Any, Any], None]) 
     from flwr.supercore import constant, sql_mixin
     from flwr.supercore.corestate import sql_corestate
     from flwr.superlink import main
-    from flwr.superlink.cli import flower_superlink as command
     from flwr.superlink.servicer.fleet import fleet_handlers
 
+    # The package holds a function of the same name, which hides the module.
+    command = importlib.import_module("flwr.superlink.cli.flower_superlink")
     pragmas = dict(constant.SQLITE_PRAGMAS) | {"busy_timeout": str(1000 * BUSY_S)}
     sql_mixin.SQLITE_PRAGMAS = tuple(pragmas.items())
     sql_corestate.HEARTBEAT_PATIENCE = TASK_PATIENCE
@@ -555,8 +560,8 @@ def run_node(arguments: Sequence[str]) -> None:
     """
     from flwr.supercore.exit import exit as flower_exit
     from flwr.supernode import fleet_http_connection
-    from flwr.supernode.cli import flower_supernode as command
 
+    command = importlib.import_module("flwr.supernode.cli.flower_supernode")
     flower_exit.FORCE_EXIT_TIMEOUT_SECONDS = FORCED_END_S
     fleet_http_connection.make_simple_http_retry_invoker = patient_retries
     sender = fleet_http_connection.HeartbeatSender

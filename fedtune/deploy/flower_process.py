@@ -42,7 +42,14 @@ def talk_to_the_coordinator_alone(flower_folder: Path) -> None:
 
 
 def start_log(name: str, folder: Path) -> None:
-    """Send what this process logs to the place where its supervisor wants it."""
+    """Send what this process logs to the place where its supervisor wants it.
+
+    Call it again once Flower is imported, which gives its loggers handlers and levels of its own.
+    """
+    # At a coordinator, Flower has a line per question of an operator's programs.
+    logging.getLogger("flwr").setLevel(logging.WARNING if name == "link" else logging.INFO)
+    for chatty in ("httpx", "httpcore", "alembic"):  # a line per request, of a poll per second
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         logs = importlib.import_module("fedtune.deploy.logs")
     except ModuleNotFoundError:

@@ -37,7 +37,7 @@ APP = "fedtune_server.deployed:app"
 MOST_RUNS = 4
 """Runs at once: each is a process of about 300 MB that joins adapters on all cores."""
 POLL_S = 0.5
-MOST_WAIT_S = 10.0
+MOST_WAIT_S = 4.0
 STOP_S = 3.5
 """From SIGTERM to the end of a run's process, whatever it does."""
 
@@ -152,8 +152,7 @@ class Runner:
                 continue
             if code != 0:
                 _log.warning("the process %d of a run ended with %d", child.pid, code)
-            # A task that its process has ended itself stays as it is.
-            source.fail(token, f"the process of the run ended with exit code {code}")
+                source.fail(token, f"the process of the run ended with exit code {code}")
             del self._children[token]
             assert child.stdin is not None
             child.stdin.close()
@@ -189,8 +188,8 @@ def play(home: CoordinatorHome, app: str, *, insecure: bool = False) -> None:
     failure = _outcome(app, task)
     if failure:
         _log.error("the run failed: %s", failure)
-    _tell_end(task, failure)
-    leave(1 if failure else 0)
+    told = _tell_end(task, failure)
+    leave(0 if told else 1)
 
 
 def _outcome(app: str, task: ServerTask) -> str:
@@ -208,13 +207,15 @@ def _outcome(app: str, task: ServerTask) -> str:
     return ""
 
 
-def _tell_end(task: ServerTask, failure: str) -> None:
+def _tell_end(task: ServerTask, failure: str) -> bool:
     import httpx
 
     try:
         task.end(failure)
-    except httpx.HTTPError as error:  # the runner tells it, too
+    except httpx.HTTPError as error:  # a stopped run; or else the runner will tell it
         _log.warning("the end of the run could not be told to the link (%s)", error)
+        return False
+    return True
 
 
 def load(app: str) -> Callable[[Any, Any], Any]:
