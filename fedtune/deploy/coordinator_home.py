@@ -116,7 +116,8 @@ def rotate_certificate(home: CoordinatorHome) -> float:
         DeploymentError: the authority's key or the settings cannot be read.
         RunError: the disk is full or cannot be written.
     """
-    pair = make_server_certificate(_authority(home), home.settings().host)
+    host = home.settings().host
+    pair = make_server_certificate(_authority(home), host)
     _write_pair(pair, home.certificate, home.key)
     end = read_certificate(pair.certificate, "the new certificate").not_valid_after_utc
     return (end - datetime.datetime.now(datetime.UTC)).total_seconds() / 86_400
@@ -129,8 +130,9 @@ def rotate_token(home: CoordinatorHome) -> None:
         DeploymentError: the home is not whole.
         RunError: the disk is full or cannot be written.
     """
+    settings = home.settings()
     authority = _read(home.ca_certificate)
-    _operator_file(home.settings(), authority, new_token()).write(home.operator_file)
+    _operator_file(settings, authority, new_token()).write(home.operator_file)
 
 
 def rotate_authority(home: CoordinatorHome) -> Path:
