@@ -11,12 +11,14 @@ import click
 import typer
 
 from fedtune.cli.check import check
+from fedtune.cli.client import client
 from fedtune.cli.demo import demo
 from fedtune.cli.export import export
 from fedtune.cli.init import init
 from fedtune.cli.measure import measure
 from fedtune.cli.plan import plan
 from fedtune.cli.probe import probe
+from fedtune.cli.server import server
 from fedtune.cli.simulate import simulate
 from fedtune.cli.status import status
 from fedtune.cli.verify import verify
@@ -44,6 +46,8 @@ app.command("watch")(watch)
 app.command("verify")(verify)
 app.command("export")(export)
 app.command("demo")(demo)
+app.add_typer(server)
+app.add_typer(client)
 
 
 @app.callback(invoke_without_command=True)

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from fedtune.deploy.certificates import fingerprint, public_pem, read_public_key
+from fedtune.deploy.coordinator_home import EMPTY_REGISTRY as EMPTY_REGISTRY
 from fedtune.deploy.files import write_private
 from fedtune.deploy.homes import CoordinatorHome
 from fedtune.deploy.join_code import FINGERPRINT_BYTES, JoinCode, new_secret
@@ -390,10 +391,6 @@ class _Change:
     def forget(self, node_id: int) -> None:
         nodes = tuple(node for node in self.content.retired_nodes if node != node_id)
         self.content = self.content.model_copy(update={"retired_nodes": nodes})
-
-
-EMPTY_REGISTRY = (_Content().model_dump_json(indent=1) + "\n").encode("utf-8")
-"""What a new coordinator's `sites.json` holds."""
 
 
 def _now() -> datetime.datetime:

@@ -61,7 +61,7 @@ def test_two_swapped_groups_are_found(code: JoinCode, left: int, right: int) -> 
     if left == right or groups[left] == groups[right]:
         return
     groups[left], groups[right] = groups[right], groups[left]
-    with pytest.raises(AccessError, match="^group"):
+    with pytest.raises(AccessError, match=r"^group"):
         parse_join_code("-".join(("FT1", *groups)))
 
 
