@@ -66,6 +66,8 @@ def run_home(
         run.logs.mkdir(parents=True, exist_ok=True)
         journal = Journal(run.logs, view)
         try:
+            health = f"http://127.0.0.1:{run.health_port}/health"
+            journal.say("info", f"{run.identity.name} starts", {"home": run.home, "health": health})
             for warning in warnings:
                 journal.say("warning", warning)
             return _supervise(run, journal)
