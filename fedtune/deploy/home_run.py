@@ -63,7 +63,6 @@ def run_home(
     lock = hold(run.home)
     try:
         check_ports({**run.ports, "health_port": ("127.0.0.1", run.health_port)})
-        run.logs.mkdir(parents=True, exist_ok=True)
         journal = Journal(run.logs, view)
         try:
             health = f"http://127.0.0.1:{run.health_port}/health"

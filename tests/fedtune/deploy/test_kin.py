@@ -229,3 +229,20 @@ def test_the_guard_kills_the_groups_that_it_was_told_of_and_no_others(
         for process in (told, taken_back):
             process.kill()
             process.wait()
+
+
+def test_a_terminal_that_stands_still_stops_neither_the_work_nor_the_end(
+    processes: Processes, tmp_path: Path
+) -> None:
+    program = "for i in range(2000): print('x' * 200)\nimport time; time.sleep(60)"
+    command = [sys.executable, str(SCRIPT), str(tmp_path), str(free_ports(1)[0])]
+    log = tmp_path / "logs" / "a.log"
+    with subprocess.Popen(
+        [*command, json.dumps({"a": program})], stdout=subprocess.PIPE
+    ) as supervisor:
+        try:
+            wait_for(lambda: log.exists() and log.read_text().count("\n") == 2000, 20, "all kept")
+            supervisor.send_signal(signal.SIGTERM)
+            assert supervisor.wait(5) == 0
+        finally:
+            supervisor.kill()
