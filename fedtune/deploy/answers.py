@@ -25,7 +25,7 @@ def https(bind: str, port: int, path: str, *, plain: bool = False) -> Callable[[
     """A question: does a request for a path succeed?
 
     Args:
-        plain: over HTTP.
+        plain: plaintext is tried first, and TLS after it; by default the other way round.
     """
     return partial(_responds, local_address(bind), port, path, plain)
 
@@ -36,20 +36,25 @@ def _accepts(address: str, port: int) -> bool:
 
 
 def _responds(address: str, port: int, path: str, plain: bool) -> bool:
+    try:
+        return _asks(address, port, path, plain)
+    except (ssl.SSLError, http.client.HTTPException, ConnectionResetError):
+        return _asks(address, port, path, not plain)
+
+
+def _asks(address: str, port: int, path: str, plain: bool) -> bool:
     connection: http.client.HTTPConnection
     if plain:
         connection = http.client.HTTPConnection(address, port, timeout=TIMEOUT_S)
     else:
         # Whether it lives is asked, not who it is: a certificate that has just ended must not make
         # the supervisor kill a link that serves its sites.
-        context = ssl.create_default_context()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         connection = http.client.HTTPSConnection(address, port, timeout=TIMEOUT_S, context=context)
     try:
         connection.request("GET", path)
         return connection.getresponse().status == 200
-    except http.client.HTTPException:
-        return False
     finally:
         connection.close()

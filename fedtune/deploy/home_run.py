@@ -63,9 +63,10 @@ def run_home(
     lock = hold(run.home)
     try:
         check_ports({**run.ports, "health_port": ("127.0.0.1", run.health_port)})
-        run.logs.mkdir(parents=True, exist_ok=True)
         journal = Journal(run.logs, view)
         try:
+            health = f"http://127.0.0.1:{run.health_port}/health"
+            journal.say("info", f"{run.identity.name} starts", {"home": run.home, "health": health})
             for warning in warnings:
                 journal.say("warning", warning)
             return _supervise(run, journal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import random
 import signal
@@ -85,7 +86,7 @@ class _Probe(threading.Thread):
         wait_s = 0.0
         while not self._over.wait(wait_s):
             wait_s = self._often_s if self.answered_s is None else self._seldom_s
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, http.client.HTTPException):
                 if self._answers():
                     self.answered_s = time.monotonic()
 

@@ -114,10 +114,13 @@ class Guard:
         self._tell(f"-{group}\n")
 
     def renew(self) -> bool:
-        """Start the guard again where it has ended; says whether it had."""
+        """Start the guard again where it has ended; says whether it did."""
         if sys.platform == "win32" or (self._process and self._process.poll() is None):
             return False
-        self._start()
+        try:
+            self._start()
+        except OSError:  # no memory, or too many processes: tried again at the next look
+            return False
         return True
 
     def __enter__(self) -> Guard:

@@ -34,7 +34,9 @@ MOST_LINE_CHARACTERS = 32_768
 LogRecord: TypeAlias = Mapping[str, Any]  # JSON values
 
 _LEVELS = ("debug", "info", "warning", "error", "critical")
-_FOREIGN = ("flwr", "uvicorn", "uvicorn.error", "uvicorn.access", "grpc", "httpx")
+_FOREIGN = ("flwr", "uvicorn", "uvicorn.error", "uvicorn.access", "grpc")
+_CHATTY = ("alembic", "httpcore", "httpx", "uvicorn.access")
+"""They tell of every request or step; a node asks every three seconds, for weeks."""
 _RETRY_S = 1.0
 """How long a file that could not be written is left alone: opening it anew costs time."""
 
@@ -266,6 +268,8 @@ def configure(
         logger = logging.getLogger(foreign)
         logger.handlers.clear()
         logger.propagate = True
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import subprocess
 import sys
 import time
 import urllib.error
@@ -16,6 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+from fedtune.config import SUPERVISOR_VARIABLE
+from fedtune.deploy import guard
 from tests.processes import Processes, Started, free_ports, wait_for
 
 SCRIPT = Path(__file__).with_name("supervised.py")
@@ -105,11 +108,15 @@ def test_children_die_with_the_supervisor_even_without_the_guard(
 ) -> None:
     started = supervise(processes, tmp_path, {"deaf": DEAF})
     started.send(signal.SIGSTOP)  # so that it does not start another guard
-    guard = next(p for p in processes.living() if any("guard.py" in w for w in p.cmdline()))
-    guard.kill()
+    guarding = next(p for p in processes.living() if any("guard.py" in w for w in p.cmdline()))
+    guarding.kill()
     started.send(signal.SIGKILL)
     started.wait()
     processes.assert_none_left(timeout_s=2)
+
+
+def test_the_guard_knows_the_mark_by_the_name_that_children_get() -> None:
+    assert guard.VARIABLE == SUPERVISOR_VARIABLE
 
 
 def test_a_guard_that_ended_is_started_again(processes: Processes, tmp_path: Path) -> None:
@@ -201,3 +208,41 @@ def get(port: int, path: str) -> tuple[int, dict[str, Any]]:
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.load(error)
+
+
+def test_the_guard_kills_the_groups_that_it_was_told_of_and_no_others(
+    processes: Processes,
+) -> None:
+    """As where there is no /proc to look for marks in."""
+    told, taken_back = (subprocess.Popen(["sleep", "30"], start_new_session=True) for _ in range(2))
+    try:
+        watching = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__, "nobody-has-this-mark"],
+            stdin=subprocess.PIPE,
+        )
+        watching.communicate(
+            f"+{told.pid}\n+{taken_back.pid}\n-{taken_back.pid}\n".encode(), timeout=10
+        )
+        assert told.wait(5) == -signal.SIGKILL
+        assert taken_back.poll() is None
+    finally:
+        for process in (told, taken_back):
+            process.kill()
+            process.wait()
+
+
+def test_a_terminal_that_stands_still_stops_neither_the_work_nor_the_end(
+    processes: Processes, tmp_path: Path
+) -> None:
+    program = "for i in range(2000): print('x' * 200)\nimport time; time.sleep(60)"
+    command = [sys.executable, str(SCRIPT), str(tmp_path), str(free_ports(1)[0])]
+    log = tmp_path / "logs" / "a.log"
+    with subprocess.Popen(
+        [*command, json.dumps({"a": program})], stdout=subprocess.PIPE
+    ) as supervisor:
+        try:
+            wait_for(lambda: log.exists() and log.read_text().count("\n") == 2000, 20, "all kept")
+            supervisor.send_signal(signal.SIGTERM)
+            assert supervisor.wait(5) == 0
+        finally:
+            supervisor.kill()

@@ -46,6 +46,7 @@ def test_a_process_alone_writes_json_lines_to_its_own_file(tmp_path: Path) -> No
     )
     flower.warning("a node left\nat night")
     logging.getLogger("uvicorn.error").error("no")
+    logging.getLogger("httpx").info("HTTP Request: POST https://h/v1/fleet/pull-messages 200")
     try:
         raise ValueError("bad")
     except ValueError:

@@ -7,7 +7,6 @@ import threading
 
 import pytest
 
-from fedtune.deploy.answers import https, local_address, tcp
 from fedtune.deploy.ports import check_ports
 from fedtune.errors import DeploymentError
 from tests.processes import free_ports
@@ -46,18 +45,3 @@ def test_one_port_for_two_uses_is_refused() -> None:
 def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(DeploymentError, match=r"192\.0\.2\.1 port \d+ cannot be used"):
         check_ports({"port": ("192.0.2.1", free_ports(1)[0])}, wait_s=0)
-
-
-def test_questions_are_asked_on_this_machine() -> None:
-    assert local_address("0.0.0.0") == "127.0.0.1"
-    assert local_address("::") == "::1"
-    assert local_address("10.0.0.1") == "10.0.0.1"
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        assert tcp("0.0.0.0", listening.getsockname()[1])()
-    nobody = free_ports(1)[0]
-    with pytest.raises(ConnectionRefusedError):
-        tcp("0.0.0.0", nobody)()
-    with pytest.raises(ConnectionRefusedError):
-        https("0.0.0.0", nobody, "/health")()
