@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from flwr.serverapp import Grid
 
 from fedtune.errors import ProtocolError, RefusedUpdateError
+from fedtune.flwr_compat import ErrorCode
 from fedtune.records import Contribution, Event
 from fedtune_server.acceptance import accept, reported
 from fedtune_server.clock import FIRST_POLL_S, LONGEST_POLL_S
@@ -16,6 +17,9 @@ from fedtune_server.fleet import Emit, Fleet
 from fedtune_server.flights import Flight, Flights
 from fedtune_server.open_round import OpenRounds
 from fedtune_server.terms import RoundTerms
+
+LOST = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED)
+"""Flower's codes of work that was lost with the node, or with the process that did it."""
 
 
 @dataclass(slots=True)
@@ -26,6 +30,9 @@ class Collected:
         good: device -> its update; a device counts once in a round.
         failed: devices that answered this round with an error instead of an update.
         troubled: those, and devices whose update was refused or did not come.
+        lost: devices whose work of this round was lost, as Flower says: they are gone, or the
+            process that did it is.
+        took: device -> seconds from being asked to its update; of this round's updates.
         refused: answers that were not good, or did not come.
         upload_bytes: of all tensors that came.
     """
@@ -34,6 +41,8 @@ class Collected:
     good: dict[str, Contribution] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     troubled: set[str] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
+    took: dict[str, float] = field(default_factory=dict)
     refused: int = 0
     upload_bytes: int = 0
 
@@ -64,14 +73,21 @@ def collect(
     *,
     over: Callable[[], bool],
     after_each: Callable[[], None],
+    tend: Callable[[], None] | None = None,
+    ends: Callable[[], float] | None = None,
 ) -> None:
     """Add what comes to a round until it is over, or its deadline has passed.
 
     Args:
         over: whether the round needs no more; asked after every answer.
         after_each: called after every answer, such as to give the device new work.
+        tend: called before each look for answers, such as to ask a device that is back.
+        ends: when the round is to be over, by the flights' clock; default: at its deadline.
     """
-    for flight, answer in _arriving(grid, flights, terms, collected, over):
+    last = flights.clock.now() + terms.round_deadline_s
+    for flight, answer in _arriving(
+        grid, flights, collected, over, tend or _nothing, ends or (lambda: last)
+    ):
         collected.upload_bytes += len(answer.tensors or b"")
         try:
             each = _judge(flight, answer, fleet, terms, collected, open_rounds)
@@ -81,22 +97,31 @@ def collect(
             collected.good[flight.device] = each
             collected.failed.discard(flight.device)
             collected.troubled.discard(flight.device)
+            collected.lost.discard(flight.device)
             staleness = collected.round - flight.round
+            if staleness == 0:
+                collected.took[flight.device] = flights.clock.now() - flight.left
             downloaded, uploaded = len(flight.sent.packed), len(answer.tensors or b"")
             emit(reported(each.update, downloaded, uploaded, collected.round, staleness))
         after_each()
 
 
+def _nothing() -> None:
+    """Of a round whose devices stay."""
+
+
 def _arriving(
     grid: Grid,
     flights: Flights,
-    terms: RoundTerms,
     collected: Collected,
     over: Callable[[], bool],
+    tend: Callable[[], None],
+    ends: Callable[[], float],
 ) -> Iterator[tuple[Flight, Answer]]:
-    clock, deadline_s = flights.clock, terms.round_deadline_s
-    end, poll_s = clock.now() + deadline_s, FIRST_POLL_S
+    clock, poll_s = flights.clock, FIRST_POLL_S
     while not over():
+        tend()
+        end = ends()
         in_time = clock.now() < end
         # A device whose update already counts in this round may be on its next work: that waits.
         found = flights.next(grid, collected.good, pull=in_time)
@@ -147,6 +172,8 @@ def _refuse(flight: Flight, answer: Answer, reason: str, collected: Collected, e
         collected.troubled.add(flight.device)
         if answer.failure and not answer.silent:
             collected.failed.add(flight.device)
+        if answer.code in LOST:
+            collected.lost.add(flight.device)
     elif answer.failure:
         reason = f"its work of round {flight.round}: {reason}"
     fields = {"round": collected.round, "device": flight.device, "reason": reason}

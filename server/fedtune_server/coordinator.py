@@ -33,6 +33,7 @@ from fedtune.wire.checkpoint import as_written, prune_checkpoints, write_checkpo
 from fedtune.wire.file_digests import checkpoint_saved
 from fedtune.wire.messages import TaskSpec
 from fedtune_server.clock import Clock
+from fedtune_server.deadlines import Allowances
 from fedtune_server.defend import check_root
 from fedtune_server.distortion import Measure
 from fedtune_server.evaluation import evaluate
@@ -49,6 +50,7 @@ from fedtune_server.lineup import Lineup
 from fedtune_server.newcomers import Newcomers, gather_live
 from fedtune_server.open_round import OpenRounds
 from fedtune_server.planning import Planning
+from fedtune_server.presence import Live, Presence
 from fedtune_server.roster import Roster
 from fedtune_server.round import train
 from fedtune_server.run_folder import RunFolder
@@ -114,8 +116,10 @@ class Coordinator:
         started = time.perf_counter()
         begin = self._begin if self._saved is None else partial(self._go_on, self._saved)
         lineup, state = begin(grid, roster)
+        allowances = Allowances(self._config.deployment.slack, self._terms.round_deadline_s)
         while state.round < self._config.run.rounds:
-            state = self._round(grid, lineup, state)
+            live = self._live(grid, roster, lineup.fleet, allowances)
+            state = self._round(grid, lineup, state, live)
         after = evaluate(
             grid, lineup.fleet, self._rule, state.adapter, lineup.plans, self._terms, self._emit
         )
@@ -226,7 +230,15 @@ class Coordinator:
             heads[name] = values.astype(np.float32)
         return heads
 
-    def _round(self, grid: Grid, lineup: Lineup, state: RunState) -> RunState:
+    def _live(
+        self, grid: Grid, roster: Roster, fleet: Fleet, allowances: Allowances
+    ) -> Live | None:
+        """How a round deals with devices that come and go; None where they stay."""
+        if not roster.live:
+            return None
+        return Live(Presence(grid, fleet.nodes, roster), allowances, roster.patience_s)
+
+    def _round(self, grid: Grid, lineup: Lineup, state: RunState, live: Live | None) -> RunState:
         """Play one round, and save what it leads to."""
         config, fleet = self._config, lineup.fleet
         number = state.round + 1
@@ -245,6 +257,7 @@ class Coordinator:
             emit=self._emit,
             draw=lineup.draw(state),
             flights=self._flights,
+            live=live,
             plan_anew=lambda failed: lineup.plan_failed(grid, failed, number),
             already=take_up(
                 self._rule, state.adapter, plans, fleet, self._terms, number, self._open_rounds

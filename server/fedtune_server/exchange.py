@@ -28,6 +28,7 @@ class Answer:
     Attributes:
         failure: why there is nothing to use, or empty.
         silent: whether the device did not answer at all.
+        code: Flower's, of a failure that it tells of; 0 where it is the device's own.
     """
 
     device: str
@@ -35,6 +36,7 @@ class Answer:
     tensors: bytes | None = None
     failure: str = ""
     silent: bool = False
+    code: int = 0
 
 
 def exchange(
@@ -56,7 +58,8 @@ def exchange(
     """
     clock = RealClock()
     end = clock.now() + deadline_s
-    waiting = post(grid, contents, nodes, kind=kind, group=group, ttl_s=deadline_s)
+    ttl_s = dict.fromkeys(contents, deadline_s)
+    waiting = post(grid, contents, nodes, kind=kind, group=group, ttl_s=ttl_s)
     poll_s = FIRST_POLL_S
     while waiting and clock.now() < end:
         replies = list(grid.pull_messages(list(waiting)))
@@ -78,9 +81,13 @@ def post(
     *,
     kind: str,
     group: str,
-    ttl_s: float,
+    ttl_s: Mapping[str, float],
 ) -> dict[str, str]:
-    """Send each device its message, in the order of their names; message id -> device."""
+    """Send each device its message, in the order of their names; message id -> device.
+
+    Args:
+        ttl_s: device -> how long it may take to answer, in seconds.
+    """
     order = sorted(contents)
     messages = [
         Message(
@@ -88,7 +95,7 @@ def post(
             dst_node_id=nodes[device],
             message_type=kind,
             group_id=group,
-            ttl=ttl_s,
+            ttl=ttl_s[device],
         )
         for device in order
     ]
@@ -103,7 +110,7 @@ def read_answer(device: str, node: int, reply: Message, kind: str) -> Answer:
     """
     if reply.has_error():
         reason = readable_reason(reply.error.reason) or f"Flower error code {reply.error.code}"
-        return Answer(device, failure=reason[:_MAX_REASON])
+        return Answer(device, failure=reason[:_MAX_REASON], code=reply.error.code)
     source = reply.metadata.src_node_id
     if source != node:
         return Answer(device, failure=f"expected an answer of node {node}, got one of {source}")

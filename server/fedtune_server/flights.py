@@ -84,15 +84,24 @@ class Flights:
         plans: Mapping[str, DevicePlan],
         sent: Mapping[str, Sent],
         round: int,
-        ttl_s: float,
+        ttl_s: Mapping[str, float],
     ) -> None:
-        """Send each device its instruction."""
+        """Send each device its instruction.
+
+        Args:
+            ttl_s: device -> how long it may take, in seconds.
+        """
         left = self.clock.now()
         ids = post(grid, contents, nodes, kind=TRAIN, group=str(round), ttl_s=ttl_s)
         for message_id, name in ids.items():
             self._open[message_id] = Flight(
-                name, nodes[name], round, plans[name], sent[name], left, ttl_s
+                name, nodes[name], round, plans[name], sent[name], left, ttl_s[name]
             )
+
+    def drop(self, device: str) -> None:
+        """Forget what a device was sent: it is lost, and so is its answer."""
+        for message_id in [i for i, flight in self._open.items() if flight.device == device]:
+            del self._open[message_id]
 
     def next(
         self, grid: Grid, skip: Collection[str], *, pull: bool

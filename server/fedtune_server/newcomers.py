@@ -136,7 +136,8 @@ class Newcomers:
         by_token = {f"node {node}": node for node in nodes}
         record = to_record(PROFILE, encode_task_spec(self._task))
         contents = dict.fromkeys(by_token, record)
-        ids = post(grid, contents, by_token, kind=PROFILE, group="profile", ttl_s=_INVITATION_S)
+        ttl_s = dict.fromkeys(by_token, _INVITATION_S)
+        ids = post(grid, contents, by_token, kind=PROFILE, group="profile", ttl_s=ttl_s)
         self._open |= {i: _Invitation(by_token[token], now) for i, token in ids.items()}
 
     def _take(

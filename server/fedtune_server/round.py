@@ -21,6 +21,7 @@ from fedtune_server.evaluation import weighted
 from fedtune_server.fleet import Emit, Fleet
 from fedtune_server.flights import Flights
 from fedtune_server.open_round import OpenRounds
+from fedtune_server.presence import Live
 from fedtune_server.sampling import Draw
 from fedtune_server.starts import prepare
 from fedtune_server.taken_up import NOTHING, TakenUp
@@ -69,6 +70,7 @@ def train(
     flights: Flights | None = None,
     already: TakenUp = NOTHING,
     plan_anew: PlanAnew | None = None,
+    live: Live | None = None,
 ) -> Outcome:
     """Play one round.
 
@@ -84,6 +86,7 @@ def train(
         flights: of the run, where rounds before have left some; default: a round on its own.
         already: what came before an interruption, and need not be asked for.
         plan_anew: asked for other plans before the round is played again.
+        live: where devices come and go; default: all are always there.
 
     Raises:
         RoundError: fewer than `terms.minimum_devices` updates were good, however often it was
@@ -120,17 +123,21 @@ def train(
             p.device: to_record(TRAIN, instruction(p, sent[p.device].packed), sent[p.device].packed)
             for p in chosen
         }
-        ttl_s = terms.policy.ttl_s(terms.round_deadline_s)
+        ttl_s = {p.device: terms.policy.ttl_s(asking.allowed_s(p)) for p in chosen}
         by_device = {plan.device: plan for plan in chosen}
         flights.send(grid, fleet.nodes, contents, by_device, sent, round, ttl_s)
         return sum(len(each.packed) for each in sent.values())
 
-    asking = Asking(plans, draw or Draw(), flights, collected, terms, send, emit, already.events)
+    profiles = {name: report.profile for name, report in fleet.reports.items()}
+    asking = Asking(
+        plans, draw or Draw(), flights, collected, terms, send, emit, already.events, live, profiles
+    )
     for attempt in range(terms.policy.repeats + 1):
         asking.begin(attempt)
         collect(
             grid, flights, fleet, terms, collected, open_rounds, emit,
-            over=asking.over, after_each=asking.refill,
+            over=asking.over, after_each=asking.refill, tend=asking.tend,
+            ends=asking.ends if live is not None else None,
         )  # fmt: skip
         if len(collected.good) >= terms.minimum_devices:
             break
@@ -142,6 +149,8 @@ def train(
             )
         asking.take_new_plans(plan_anew)
     late = asking.name_late()
+    if live is not None:
+        live.allowances.learn(collected.took)
     good = defend(collected.in_order, terms.defence, round, emit)
     joined = rule.join(adapter, good)
     own = [each for each in good if each.update.round == round]

@@ -1,0 +1,61 @@
+"""Which devices of a fleet the link can reach now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flwr.serverapp import Grid
+
+from fedtune_server.deadlines import Allowances
+from fedtune_server.roster import Roster
+
+RETURN_S = 60.0
+"""How long a round waits for a device whose work was lost. Flower takes up to 60 s to let a node
+that was killed connect again, and tells of the loss only 37 to 60 s after it; measured, 1.41."""
+
+LOOK_S = 2.0
+"""Between two looks at the link; each is a request, and a node's own polls take 3 s."""
+
+
+class Presence:
+    """Looks who is there, at most every few seconds.
+
+    Attributes:
+        looked: when it last looked, in seconds of this machine's monotonic clock.
+    """
+
+    def __init__(
+        self, grid: Grid, nodes: Mapping[str, int], roster: Roster, every_s: float = LOOK_S
+    ) -> None:
+        self._grid, self._roster, self._every_s = grid, roster, every_s
+        self._name_of = {node: name for name, node in nodes.items()}
+        self._here: Mapping[str, str] = {}
+        self.looked = float("-inf")
+
+    def here(self) -> Mapping[str, str]:
+        """Devices of the fleet that can be reached -> when each was last activated."""
+        now = time.monotonic()
+        if now - self.looked >= self._every_s:
+            found = self._roster.here(self._grid)
+            self._here = {
+                self._name_of[node]: at for node, at in found.items() if node in self._name_of
+            }
+            self.looked = now
+        return self._here
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What a round is told where its devices come and go.
+
+    Attributes:
+        patience_s: longest wait for devices without which the round cannot be.
+        return_s: for one whose work was lost, to do it again.
+    """
+
+    presence: Presence
+    allowances: Allowances
+    patience_s: float
+    return_s: float = RETURN_S
