@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -23,6 +24,10 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """Names of runs, which are names of files too."""
 
 Ended = Literal["", "finished", "failed", "stopped"]
+
+
+class UnknownRunError(RunError):
+    """Nobody asked for a run of that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +91,15 @@ def read_config(config_json: str) -> RunConfig:
 
 
 class Queue:
-    """The folder of the runs that are wanted."""
+    """The folder of the runs that are wanted.
+
+    Attributes:
+        lock: for who reads a run and writes what follows from it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.lock = threading.RLock()
 
     def get(self, name: str) -> Wanted | None:
         """A run by its name; None: nobody asked for it.
@@ -111,11 +121,14 @@ class Queue:
         """A run by its name.
 
         Raises:
-            RunError: nobody asked for it, or its file is damaged.
+            UnknownRunError: nobody asked for it.
+            RunError: its file is damaged.
         """
         found = self.get(name)
         if found is None:
-            raise RunError(f"no run is called {name[:100]!r} here; fedtune ps lists the runs")
+            raise UnknownRunError(
+                f"no run is called {name[:100]!r} here; fedtune ps lists the runs"
+            )
         return found
 
     def all(self) -> list[Wanted]:
@@ -144,8 +157,9 @@ class Queue:
         Raises:
             RunError: nobody asked for it, or it cannot be written.
         """
-        run = replace(self.need(name), **changes)  # type: ignore[arg-type]  # names of its fields
-        self.put(run)
+        with self.lock:
+            run = replace(self.need(name), **changes)  # type: ignore[arg-type]  # its own fields
+            self.put(run)
         return run
 
 
