@@ -15,12 +15,16 @@ from fedtune.cli.client import client
 from fedtune.cli.demo import demo
 from fedtune.cli.export import export
 from fedtune.cli.init import init
+from fedtune.cli.logs import logs
 from fedtune.cli.measure import measure
 from fedtune.cli.plan import plan
 from fedtune.cli.probe import probe
 from fedtune.cli.server import server
+from fedtune.cli.ps import ps
+from fedtune.cli.run import run
 from fedtune.cli.simulate import simulate
 from fedtune.cli.status import status
+from fedtune.cli.stop import resume, stop
 from fedtune.cli.verify import verify
 from fedtune.cli.watch import watch
 from fedtune.errors import FedtuneError
@@ -41,6 +45,11 @@ app.command("plan")(plan)
 app.command("measure")(measure)
 app.command("probe")(probe)
 app.command("simulate")(simulate)
+app.command("run")(run)
+app.command("ps")(ps)
+app.command("stop")(stop)
+app.command("resume")(resume)
+app.command("logs")(logs)
 app.command("status")(status)
 app.command("watch")(watch)
 app.command("verify")(verify)

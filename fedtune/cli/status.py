@@ -1,4 +1,7 @@
-"""`fedtune status RUN`: where a run stands, whether it goes on, is over or was killed."""
+"""`fedtune status RUN`: where a run stands, whether it goes on, is over or was killed.
+
+A run on this machine is read from its folder; a name of no folder here is asked of a coordinator.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fedtune.cli.coordinator import CoordinatorFile, Insecure, coordinator, is_elsewhere
+from fedtune.cli.run_table import run_lines, run_object
 from fedtune.cli.status_page import print_status
-from fedtune.export.run_place import find_run
+from fedtune.export.run_place import find_run, holds_run, run_place
 from fedtune.export.run_view import view_run
 
 _LOG_WIDTH = 120
@@ -18,10 +23,20 @@ _LOG_WIDTH = 120
 
 
 def status(
-    run: Annotated[str, typer.Argument(help="folder of the run, or its name below runs/")],
+    run: Annotated[
+        str, typer.Argument(help="folder of the run, its name below runs/ or at a coordinator")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    coordinator_file: CoordinatorFile = None,
+    insecure: Insecure = False,
 ) -> None:
     """Show where a run stands: rounds, loss, bytes, devices, refusals and drift."""
+    if coordinator_file is not None or (not holds_run(run_place(run)) and is_elsewhere(None)):
+        with coordinator(coordinator_file, insecure) as at:
+            info = at.run(run)
+        lines = [json.dumps(run_object(info), ensure_ascii=False)] if as_json else run_lines(info)
+        typer.echo("\n".join(lines))
+        return
     view = view_run(find_run(run))
     if as_json:
         typer.echo(json.dumps(asdict(view), ensure_ascii=False))

@@ -26,8 +26,13 @@ def json_object(path: Path) -> Mapping[str, Any]:  # JSON values of many types
 def deadline_s(folder: Path) -> float:
     """How long a round may take, in seconds."""
     found = _setting(folder, "run", "round_deadline_s")
+    return float(found) if isinstance(found, (int, float)) else usual_deadline_s()
+
+
+def usual_deadline_s() -> float:
+    """How long a round may take where nothing says so, in seconds."""
     usual: float = RunSection.model_fields["round_deadline_s"].default
-    return float(found) if isinstance(found, (int, float)) else usual
+    return usual
 
 
 def planned_rounds(folder: Path) -> int | None:

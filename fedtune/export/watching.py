@@ -12,7 +12,7 @@ from fedtune.export.alarms import Alarm, Alarms
 from fedtune.export.ledger_facts import Line
 from fedtune.export.ledger_tail import LedgerTail, fields_of
 from fedtune.export.run_place import coordinator_at_work
-from fedtune.export.run_settings import deadline_s
+from fedtune.export.run_settings import deadline_s, usual_deadline_s
 from fedtune.export.run_view import RunState, run_state
 from fedtune.records import Event
 
@@ -53,7 +53,7 @@ class RunWatch:
             news = self._tail.read()
             if news.anew:
                 self.state, self._alarms = "starting", Alarms(deadline_s(self._folder))
-                yield _alarm(Alarm("replaced", "the run was replaced by a new one"))
+                yield _alarm(_REPLACED)
             if news.lines:  # the settings are in the folder before the first line
                 self._alarms.deadline_s = deadline_s(self._folder)
             for line in news.lines:
@@ -90,6 +90,29 @@ class RunWatch:
         return False
 
 
+class LedgerListener:
+    """Hears the lines of a ledger that is elsewhere; nothing of it is on this machine.
+
+    Args:
+        deadline_s: how long a round may take, in seconds.
+    """
+
+    def __init__(self, deadline_s: float | None = None) -> None:
+        self._deadline_s = usual_deadline_s() if deadline_s is None else deadline_s
+        self._alarms = Alarms(self._deadline_s)
+
+    def hear(self, line: Line) -> Iterator[Event]:
+        """The event of a line, and the alarms that it raises."""
+        yield _event(line)
+        yield from map(_alarm, self._alarms.hear(line))
+
+    def replaced(self) -> Event:
+        """The alarm for a ledger that begins anew."""
+        self._alarms = Alarms(self._deadline_s)
+        return _alarm(_REPLACED)
+
+
+_REPLACED = Alarm("replaced", "the run was replaced by a new one")
 _GONE = Alarm(
     "gone", "the coordinator stopped without a word; run the same command again to continue"
 )

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64tune/v1/coordinator.proto\x12\nfedtune.v1\"9\n\x0fStartRunRequest\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12\x11\n\toverwrite\x18\x02 \x01(\x08\"\x17\n\x07RunName\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x96\x01\n\x07RunInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x0f\n\x07updated\x18\x06 \x01(\t\x12\x10\n\x08restarts\x18\x07 \x01(\r\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\t \x03(\t\"\x11\n\x0fListRunsRequest\"2\n\rListRunsReply\x12!\n\x04runs\x18\x01 \x03(\x0b\x32\x13.fedtune.v1.RunInfo\".\n\x0fWatchRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"&\n\x08RunEvent\x12\x0c\n\x04line\x18\x01 \x01(\x04\x12\x0c\n\x04json\x18\x02 \x01(\t\"\x12\n\x10ListSitesRequest\"5\n\x0eListSitesReply\x12#\n\x05sites\x18\x01 \x03(\x0b\x32\x14.fedtune.v1.SiteInfo\"r\n\x08SiteInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06online\x18\x03 \x01(\x08\x12\x11\n\tlast_seen\x18\x04 \x01(\t\x12&\n\x06status\x18\x05 \x01(\x0b\x32\x16.fedtune.v1.SiteStatus\"=\n\x0fSiteLogsRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0c\n\x04tail\x18\x02 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"\x17\n\x07LogLine\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x98\x03\n\nSiteStatus\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0c\n\x04step\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x1c\n\x14memory_allowed_bytes\x18\x07 \x01(\x04\x12\x18\n\x10\x62ytes_down_today\x18\x08 \x01(\x04\x12\x16\n\x0e\x62ytes_up_today\x18\t \x01(\x04\x12\x1d\n\x15link_down_bytes_per_s\x18\n \x01(\x01\x12\x1b\n\x13link_up_bytes_per_s\x18\x0b \x01(\x01\x12\x14\n\x0clast_refusal\x18\x0c \x01(\t\x12\x11\n\tlog_lines\x18\r \x03(\t\x12\x36\n\x08versions\x18\x0e \x03(\x0b\x32$.fedtune.v1.SiteStatus.VersionsEntry\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"!\n\tSiteOrder\x12\x14\n\x0cstopped_runs\x18\x01 \x03(\t\"?\n\x0fManifestRequest\x12\r\n\x03run\x18\x01 \x01(\tH\x00\x12\x15\n\x0b\x62\x61se_digest\x18\x02 \x01(\tH\x00\x42\x06\n\x04what\"A\n\x08Manifest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x18.fedtune.v1.ArtifactFile\":\n\x0c\x41rtifactFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"X\n\x0f\x44ownloadRequest\x12\'\n\x02of\x18\x01 \x01(\x0b\x32\x1b.fedtune.v1.ManifestRequest\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"5\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x32\xf6\x03\n\nRunService\x12<\n\x08StartRun\x12\x1b.fedtune.v1.StartRunRequest\x1a\x13.fedtune.v1.RunInfo\x12\x42\n\x08ListRuns\x12\x1b.fedtune.v1.ListRunsRequest\x1a\x19.fedtune.v1.ListRunsReply\x12\x32\n\x06GetRun\x12\x13.fedtune.v1.RunName\x1a\x13.fedtune.v1.RunInfo\x12\x33\n\x07StopRun\x12\x13.fedtune.v1.RunName\x1a\x13.fedtune.v1.RunInfo\x12\x35\n\tResumeRun\x12\x13.fedtune.v1.RunName\x1a\x13.fedtune.v1.RunInfo\x12?\n\x08WatchRun\x12\x1b.fedtune.v1.WatchRunRequest\x1a\x14.fedtune.v1.RunEvent0\x01\x12\x45\n\tListSites\x12\x1c.fedtune.v1.ListSitesRequest\x1a\x1a.fedtune.v1.ListSitesReply\x12>\n\x08SiteLogs\x12\x1b.fedtune.v1.SiteLogsRequest\x1a\x13.fedtune.v1.LogLine0\x01\x32K\n\x0bSiteService\x12<\n\x07\x43onnect\x12\x16.fedtune.v1.SiteStatus\x1a\x15.fedtune.v1.SiteOrder(\x01\x30\x01\x32\x91\x01\n\x0f\x41rtifactService\x12@\n\x0bGetManifest\x12\x1b.fedtune.v1.ManifestRequest\x1a\x14.fedtune.v1.Manifest\x12<\n\x08\x44ownload\x12\x1b.fedtune.v1.DownloadRequest\x1a\x11.fedtune.v1.Chunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64tune/v1/coordinator.proto\x12\nfedtune.v1\"9\n\x0fStartRunRequest\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\x12\x11\n\toverwrite\x18\x02 \x01(\x08\"\x17\n\x07RunName\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xd1\x01\n\x07RunInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x0f\n\x07updated\x18\x06 \x01(\t\x12\x10\n\x08restarts\x18\x07 \x01(\r\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\t \x03(\t\x12\r\n\x05since\x18\n \x01(\t\x12\x12\n\nbytes_sent\x18\x0b \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x0c \x01(\x04\"\x11\n\x0fListRunsRequest\"2\n\rListRunsReply\x12!\n\x04runs\x18\x01 \x03(\x0b\x32\x13.fedtune.v1.RunInfo\".\n\x0fWatchRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"&\n\x08RunEvent\x12\x0c\n\x04line\x18\x01 \x01(\x04\x12\x0c\n\x04json\x18\x02 \x01(\t\"\x12\n\x10ListSitesRequest\"5\n\x0eListSitesReply\x12#\n\x05sites\x18\x01 \x03(\x0b\x32\x14.fedtune.v1.SiteInfo\"r\n\x08SiteInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06online\x18\x03 \x01(\x08\x12\x11\n\tlast_seen\x18\x04 \x01(\t\x12&\n\x06status\x18\x05 \x01(\x0b\x32\x16.fedtune.v1.SiteStatus\"=\n\x0fSiteLogsRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0c\n\x04tail\x18\x02 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"\x17\n\x07LogLine\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x98\x03\n\nSiteStatus\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0c\n\x04step\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x1c\n\x14memory_allowed_bytes\x18\x07 \x01(\x04\x12\x18\n\x10\x62ytes_down_today\x18\x08 \x01(\x04\x12\x16\n\x0e\x62ytes_up_today\x18\t \x01(\x04\x12\x1d\n\x15link_down_bytes_per_s\x18\n \x01(\x01\x12\x1b\n\x13link_up_bytes_per_s\x18\x0b \x01(\x01\x12\x14\n\x0clast_refusal\x18\x0c \x01(\t\x12\x11\n\tlog_lines\x18\r \x03(\t\x12\x36\n\x08versions\x18\x0e \x03(\x0b\x32$.fedtune.v1.SiteStatus.VersionsEntry\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"!\n\tSiteOrder\x12\x14\n\x0cstopped_runs\x18\x01 \x03(\t\"?\n\x0fManifestRequest\x12\r\n\x03run\x18\x01 \x01(\tH\x00\x12\x15\n\x0b\x62\x61se_digest\x18\x02 \x01(\tH\x00\x42\x06\n\x04what\"A\n\x08Manifest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x18.fedtune.v1.ArtifactFile\":\n\x0c\x41rtifactFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"X\n\x0f\x44ownloadRequest\x12\'\n\x02of\x18\x01 \x01(\x0b\x32\x1b.fedtune.v1.ManifestRequest\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"5\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x32\xf6\x03\n\nRunService\x12<\n\x08StartRun\x12\x1b.fedtune.v1.StartRunRequest\x1a\x13.fedtune.v1.RunInfo\x12\x42\n\x08ListRuns\x12\x1b.fedtune.v1.ListRunsRequest\x1a\x19.fedtune.v1.ListRunsReply\x12\x32\n\x06GetRun\x12\x13.fedtune.v1.RunName\x1a\x13.fedtune.v1.RunInfo\x12\x33\n\x07StopRun\x12\x13.fedtune.v1.RunName\x1a\x13.fedtune.v1.RunInfo\x12\x35\n\tResumeRun\x12\x13.fedtune.v1.RunName\x1a\x13.fedtune.v1.RunInfo\x12?\n\x08WatchRun\x12\x1b.fedtune.v1.WatchRunRequest\x1a\x14.fedtune.v1.RunEvent0\x01\x12\x45\n\tListSites\x12\x1c.fedtune.v1.ListSitesRequest\x1a\x1a.fedtune.v1.ListSitesReply\x12>\n\x08SiteLogs\x12\x1b.fedtune.v1.SiteLogsRequest\x1a\x13.fedtune.v1.LogLine0\x01\x32K\n\x0bSiteService\x12<\n\x07\x43onnect\x12\x16.fedtune.v1.SiteStatus\x1a\x15.fedtune.v1.SiteOrder(\x01\x30\x01\x32\x91\x01\n\x0f\x41rtifactService\x12@\n\x0bGetManifest\x12\x1b.fedtune.v1.ManifestRequest\x1a\x14.fedtune.v1.Manifest\x12<\n\x08\x44ownload\x12\x1b.fedtune.v1.DownloadRequest\x1a\x11.fedtune.v1.Chunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,45 +38,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNNAME']._serialized_start=103
   _globals['_RUNNAME']._serialized_end=126
   _globals['_RUNINFO']._serialized_start=129
-  _globals['_RUNINFO']._serialized_end=279
-  _globals['_LISTRUNSREQUEST']._serialized_start=281
-  _globals['_LISTRUNSREQUEST']._serialized_end=298
-  _globals['_LISTRUNSREPLY']._serialized_start=300
-  _globals['_LISTRUNSREPLY']._serialized_end=350
-  _globals['_WATCHRUNREQUEST']._serialized_start=352
-  _globals['_WATCHRUNREQUEST']._serialized_end=398
-  _globals['_RUNEVENT']._serialized_start=400
-  _globals['_RUNEVENT']._serialized_end=438
-  _globals['_LISTSITESREQUEST']._serialized_start=440
-  _globals['_LISTSITESREQUEST']._serialized_end=458
-  _globals['_LISTSITESREPLY']._serialized_start=460
-  _globals['_LISTSITESREPLY']._serialized_end=513
-  _globals['_SITEINFO']._serialized_start=515
-  _globals['_SITEINFO']._serialized_end=629
-  _globals['_SITELOGSREQUEST']._serialized_start=631
-  _globals['_SITELOGSREQUEST']._serialized_end=692
-  _globals['_LOGLINE']._serialized_start=694
-  _globals['_LOGLINE']._serialized_end=717
-  _globals['_SITESTATUS']._serialized_start=720
-  _globals['_SITESTATUS']._serialized_end=1128
-  _globals['_SITESTATUS_VERSIONSENTRY']._serialized_start=1081
-  _globals['_SITESTATUS_VERSIONSENTRY']._serialized_end=1128
-  _globals['_SITEORDER']._serialized_start=1130
-  _globals['_SITEORDER']._serialized_end=1163
-  _globals['_MANIFESTREQUEST']._serialized_start=1165
-  _globals['_MANIFESTREQUEST']._serialized_end=1228
-  _globals['_MANIFEST']._serialized_start=1230
-  _globals['_MANIFEST']._serialized_end=1295
-  _globals['_ARTIFACTFILE']._serialized_start=1297
-  _globals['_ARTIFACTFILE']._serialized_end=1355
-  _globals['_DOWNLOADREQUEST']._serialized_start=1357
-  _globals['_DOWNLOADREQUEST']._serialized_end=1445
-  _globals['_CHUNK']._serialized_start=1447
-  _globals['_CHUNK']._serialized_end=1500
-  _globals['_RUNSERVICE']._serialized_start=1503
-  _globals['_RUNSERVICE']._serialized_end=2005
-  _globals['_SITESERVICE']._serialized_start=2007
-  _globals['_SITESERVICE']._serialized_end=2082
-  _globals['_ARTIFACTSERVICE']._serialized_start=2085
-  _globals['_ARTIFACTSERVICE']._serialized_end=2230
+  _globals['_RUNINFO']._serialized_end=338
+  _globals['_LISTRUNSREQUEST']._serialized_start=340
+  _globals['_LISTRUNSREQUEST']._serialized_end=357
+  _globals['_LISTRUNSREPLY']._serialized_start=359
+  _globals['_LISTRUNSREPLY']._serialized_end=409
+  _globals['_WATCHRUNREQUEST']._serialized_start=411
+  _globals['_WATCHRUNREQUEST']._serialized_end=457
+  _globals['_RUNEVENT']._serialized_start=459
+  _globals['_RUNEVENT']._serialized_end=497
+  _globals['_LISTSITESREQUEST']._serialized_start=499
+  _globals['_LISTSITESREQUEST']._serialized_end=517
+  _globals['_LISTSITESREPLY']._serialized_start=519
+  _globals['_LISTSITESREPLY']._serialized_end=572
+  _globals['_SITEINFO']._serialized_start=574
+  _globals['_SITEINFO']._serialized_end=688
+  _globals['_SITELOGSREQUEST']._serialized_start=690
+  _globals['_SITELOGSREQUEST']._serialized_end=751
+  _globals['_LOGLINE']._serialized_start=753
+  _globals['_LOGLINE']._serialized_end=776
+  _globals['_SITESTATUS']._serialized_start=779
+  _globals['_SITESTATUS']._serialized_end=1187
+  _globals['_SITESTATUS_VERSIONSENTRY']._serialized_start=1140
+  _globals['_SITESTATUS_VERSIONSENTRY']._serialized_end=1187
+  _globals['_SITEORDER']._serialized_start=1189
+  _globals['_SITEORDER']._serialized_end=1222
+  _globals['_MANIFESTREQUEST']._serialized_start=1224
+  _globals['_MANIFESTREQUEST']._serialized_end=1287
+  _globals['_MANIFEST']._serialized_start=1289
+  _globals['_MANIFEST']._serialized_end=1354
+  _globals['_ARTIFACTFILE']._serialized_start=1356
+  _globals['_ARTIFACTFILE']._serialized_end=1414
+  _globals['_DOWNLOADREQUEST']._serialized_start=1416
+  _globals['_DOWNLOADREQUEST']._serialized_end=1504
+  _globals['_CHUNK']._serialized_start=1506
+  _globals['_CHUNK']._serialized_end=1559
+  _globals['_RUNSERVICE']._serialized_start=1562
+  _globals['_RUNSERVICE']._serialized_end=2064
+  _globals['_SITESERVICE']._serialized_start=2066
+  _globals['_SITESERVICE']._serialized_end=2141
+  _globals['_ARTIFACTSERVICE']._serialized_start=2144
+  _globals['_ARTIFACTSERVICE']._serialized_end=2289
 # @@protoc_insertion_point(module_scope)

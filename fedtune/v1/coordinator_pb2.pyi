@@ -21,7 +21,7 @@ class RunName(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class RunInfo(_message.Message):
-    __slots__ = ("name", "run", "state", "round", "rounds", "updated", "restarts", "reason", "devices")
+    __slots__ = ("name", "run", "state", "round", "rounds", "updated", "restarts", "reason", "devices", "since", "bytes_sent", "bytes_received")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,9 @@ class RunInfo(_message.Message):
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     name: str
     run: str
     state: str
@@ -40,7 +43,10 @@ class RunInfo(_message.Message):
     restarts: int
     reason: str
     devices: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., run: _Optional[str] = ..., state: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., updated: _Optional[str] = ..., restarts: _Optional[int] = ..., reason: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ...) -> None: ...
+    since: str
+    bytes_sent: int
+    bytes_received: int
+    def __init__(self, name: _Optional[str] = ..., run: _Optional[str] = ..., state: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., updated: _Optional[str] = ..., restarts: _Optional[int] = ..., reason: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., since: _Optional[str] = ..., bytes_sent: _Optional[int] = ..., bytes_received: _Optional[int] = ...) -> None: ...
 
 class ListRunsRequest(_message.Message):
     __slots__ = ()

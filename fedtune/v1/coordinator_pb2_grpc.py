@@ -110,7 +110,8 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchRun(self, request, context):
-        """The ledger's lines from `after` on, and the coming ones until the run has ended.
+        """The ledger's lines from `after` on, and the coming ones until the run has ended. Lines that
+        begin again at 1 are of a ledger that replaced the one before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -503,7 +504,8 @@ class ArtifactServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Download(self, request, context):
-        """The bytes of one file from an offset on; a download that was cut continues there.
+        """The bytes of one file from an offset on; a download that was cut continues there. ABORTED: the
+        file changed meanwhile; ask for the manifest again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
