@@ -137,7 +137,7 @@ class Doorkeeper:
         expiry, _, nonce = content.partition(".")
         if len(cookie) > _MOST_TOKEN or not nonce or not _is_number(expiry):
             return False
-        good = [hmac.compare_digest(_mac(d, content).encode(), mac.encode()) for d in self._all()]
+        good = [_same(_mac(d, content), mac) for d in self._all()]
         return any(good) and int(expiry) > self._now() and nonce not in self._signed_out
 
     def sign_out(self, cookie: str) -> None:
@@ -167,3 +167,7 @@ def _sha256(text: str) -> bytes:
 def _mac(key: bytes, content: str) -> str:
     message = b"fedtune dashboard session\n" + content.encode("utf-8", "surrogatepass")
     return hmac.new(key, message, hashlib.sha256).hexdigest()
+
+
+def _same(mac: str, given: str) -> bool:
+    return hmac.compare_digest(mac.encode(), given.encode("utf-8", "surrogatepass"))

@@ -113,22 +113,64 @@ def told(desk: FakeDesk) -> FakeDesk:
         at = number * 100.0
         tell("spring", "round_started", at, round=number, devices=list(names))
         for index, name in enumerate(names):
-            tell("spring", "device_reported", at + 10 + index, round=number, device=name,
-                 staleness=0, loss_before=4.0 / number, train_loss=3.9 / number,
-                 download_bytes=2_000_000, upload_bytes=500_000, seconds=9.0, peak_bytes=None)
-        tell("spring", "round_finished", at + 15, round=number, reported=4, refused=0, late=0,
-             held_out_loss=4.0 / number, train_loss=3.9 / number, seconds=15.0,
-             planned_seconds=20.0, download_bytes=8_000_000, upload_bytes=2_000_000)
+            tell(
+                "spring",
+                "device_reported",
+                at + 10 + index,
+                round=number,
+                device=name,
+                staleness=0,
+                loss_before=4.0 / number,
+                train_loss=3.9 / number,
+                download_bytes=2_000_000,
+                upload_bytes=500_000,
+                seconds=9.0,
+                peak_bytes=None,
+            )
+        tell(
+            "spring",
+            "round_finished",
+            at + 15,
+            round=number,
+            reported=4,
+            refused=0,
+            late=0,
+            held_out_loss=4.0 / number,
+            train_loss=3.9 / number,
+            seconds=15.0,
+            planned_seconds=20.0,
+            download_bytes=8_000_000,
+            upload_bytes=2_000_000,
+        )
     tell("spring", "round_started", 300, round=3, devices=list(names))
-    tell("spring", "device_reported", 312, round=3, device="north", staleness=0, loss_before=1.4,
-         train_loss=1.3, download_bytes=2_000_000, upload_bytes=500_000, seconds=9.0)
+    tell(
+        "spring",
+        "device_reported",
+        312,
+        round=3,
+        device="north",
+        staleness=0,
+        loss_before=1.4,
+        train_loss=1.3,
+        download_bytes=2_000_000,
+        upload_bytes=500_000,
+        seconds=9.0,
+    )
     tell("spring", "device_refused", 314, round=3, device=HOSTILE, reason=f"norm {HOSTILE}")
     tell("spring", "device_late", 330, round=3, device="east", seconds=30.0)
     seen = T0.isoformat(timespec="seconds")
     report = SiteReport(
-        state="training", run="spring", round=3, step=7, steps=20, memory_bytes=1_250_000_000,
-        memory_allowed_bytes=2_000_000_000, bytes_down_today=31_000_000, bytes_up_today=6_000_000,
-        link_down_bytes_per_s=2_400_000.0, link_up_bytes_per_s=310_000.0,
+        state="training",
+        run="spring",
+        round=3,
+        step=7,
+        steps=20,
+        memory_bytes=1_250_000_000,
+        memory_allowed_bytes=2_000_000_000,
+        bytes_down_today=31_000_000,
+        bytes_up_today=6_000_000,
+        link_down_bytes_per_s=2_400_000.0,
+        link_up_bytes_per_s=310_000.0,
         device="Linux, 8 cores, 16 GB",
     )
     waiting = SiteReport(state="waiting", run="spring", round=3, device=HOSTILE)
