@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import ssl
@@ -77,6 +78,14 @@ class _Server(uvicorn.Server):
             self._renew()
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for open connections a little, then cut those that do not answer a goodbye."""
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        await asyncio.sleep(0.05)  # the loop closes their sockets
+
     def _renew(self) -> None:
         stamp = _stamp(self.config)
         if stamp == self._seen or self.config.ssl is None or self.config.ssl_certfile is None:
@@ -132,6 +141,7 @@ def serve(
 def _config(app: Guard, home: CoordinatorHome, insecure: bool) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
+        loop="asyncio",  # the same on every machine, whatever else is installed
         http="h11",
         ws="none",
         lifespan="off",
