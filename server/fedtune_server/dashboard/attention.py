@@ -1,0 +1,142 @@
+"""What of a deployment deserves a person's attention now, beside the alarms of a run's events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+
+from fedtune_server.dashboard.readings import Reading
+from fedtune_server.desk.view import RunEntry, SiteEntry
+
+CERTIFICATE_DAYS = 30.0
+"""A certificate that ends sooner is an alarm; a month is time for a change window."""
+RESTARTS = 3
+"""Restarts of one process or run that are a crash loop, and not an accident."""
+
+_MOST_BYTES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One cause.
+
+    Attributes:
+        name: as in docs/watch.md, or `certificate`, `offline`, `crashes`, `failed`, `ledger`.
+        time: when it was written, or a site was last seen, UTC, ISO 8601; empty: it holds now.
+    """
+
+    name: str
+    text: str
+    time: str = ""
+
+
+def attention(
+    runs: Sequence[RunEntry],
+    sites: Sequence[SiteEntry],
+    reading: Reading,
+    certificate_days: float | None,
+    processes: Mapping[str, int],
+) -> tuple[Attention, ...]:
+    """Everything that deserves attention; what holds now comes first.
+
+    Args:
+        reading: of the run that is shown.
+        certificate_days: until the server's certificate ends; None: not known.
+        processes: restarts of each process of the coordinator.
+    """
+    found = [
+        *_of_certificate(certificate_days),
+        *_of_processes(processes),
+        *_of_runs(runs),
+        *_of_sites(runs, sites),
+    ]
+    if reading.error:
+        found.append(Attention("ledger", reading.error))
+    for each in reading.alarms:
+        time = each.time.isoformat(timespec="seconds") if each.time else ""
+        found.append(Attention(each.alarm.name, each.alarm.text, time))
+    return tuple(found)
+
+
+def _of_certificate(days: float | None) -> Iterator[Attention]:
+    if days is not None and days <= 0:
+        text = "the server's certificate has ended: sites cannot connect; renew it with: "
+        yield Attention("certificate", text + "fedtune server rotate")
+    elif days is not None and days < CERTIFICATE_DAYS:
+        text = f"the server's certificate ends in {days:.0f} days; renew it with: "
+        yield Attention("certificate", text + "fedtune server rotate")
+
+
+def _of_processes(processes: Mapping[str, int]) -> Iterator[Attention]:
+    for name, restarts in processes.items():
+        if restarts >= RESTARTS:
+            yield Attention(
+                "crashes", f"the process {name} was started again {restarts} times; read its log"
+            )
+
+
+def _of_runs(runs: Sequence[RunEntry]) -> Iterator[Attention]:
+    for run in runs:
+        if run.state == "running" and run.restarts >= RESTARTS:
+            why = f": {run.reason}" if run.reason else ""
+            yield Attention(
+                "crashes", f"run {run.name} was started again {run.restarts} times{why}"
+            )
+        elif run.state == "failed":
+            yield Attention("failed", f"run {run.name} failed: {run.reason or 'no reason given'}")
+
+
+def _of_sites(runs: Sequence[RunEntry], sites: Sequence[SiteEntry]) -> Iterator[Attention]:
+    wanted = {name: run.name for run in runs if run.state == "running" for name in run.devices}
+    for site in sites:
+        if site.state == "enrolled" and not site.online and site.name in wanted:
+            text = f"site {site.name} takes part in run {wanted[site.name]} and is offline"
+            seen = "; last seen" if site.last_seen else "; it was not seen since this start"
+            yield Attention("offline", text + seen, site.last_seen)
+
+
+def certificate_end(path: Path) -> datetime | None:
+    """When a certificate ends, UTC; None where it cannot be read."""
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    except (OSError, ValueError):
+        return None
+
+
+def days_until(end: datetime | None, now: datetime | None = None) -> float | None:
+    """Days from now on; negative: it is over."""
+    if end is None:
+        return None
+    return (end - (now or datetime.now(UTC))).total_seconds() / 86_400
+
+
+def restarts_of_processes(path: Path) -> dict[str, int]:
+    """Restarts of each child of the supervisor, from its status file; empty where there is none.
+
+    Args:
+        path: `logs/supervisor.json` of the coordinator's home.
+    """
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            return {}
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    children = tree.get("children") if isinstance(tree, dict) else None
+    if isinstance(children, dict):
+        children = [{"name": name, **_mapping(child)} for name, child in children.items()]
+    found: dict[str, int] = {}
+    for child in children if isinstance(children, list) else ():
+        restarts = _mapping(child).get("restarts")
+        if isinstance(restarts, int):
+            found[str(child.get("name", ""))] = restarts
+    return found
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}
