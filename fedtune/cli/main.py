@@ -19,9 +19,9 @@ from fedtune.cli.logs import logs
 from fedtune.cli.measure import measure
 from fedtune.cli.plan import plan
 from fedtune.cli.probe import probe
-from fedtune.cli.server import server
 from fedtune.cli.ps import ps
 from fedtune.cli.run import run
+from fedtune.cli.server import server
 from fedtune.cli.simulate import simulate
 from fedtune.cli.status import status
 from fedtune.cli.stop import resume, stop
