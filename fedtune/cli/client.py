@@ -9,10 +9,14 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.apps import load_app
+from fedtune.cli.client_pull import pull
+from fedtune.cli.client_start import start
 from fedtune.cli.server import chosen_services
 from fedtune.deploy.operator import DEFAULT_SITE_HOME
 
 client = typer.Typer(name="client", help="Join and run a site.", no_args_is_help=True)
+client.command("start")(start)
+client.command("pull")(pull)
 
 
 @client.command("join")

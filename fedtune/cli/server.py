@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtune.cli.apps import load_app
+from fedtune.cli.server_start import start
 from fedtune.deploy.addresses import join_address
 from fedtune.deploy.coordinator_home import (
     make_coordinator,
@@ -27,6 +28,8 @@ from fedtune.deploy.service_files import ServiceKind
 server = typer.Typer(
     name="server", help="Make and run a coordinator, and invite sites.", no_args_is_help=True
 )
+
+server.command("start")(start)
 
 Home = Annotated[Path, typer.Option("--dir", help="the coordinator's folder", show_default=True)]
 

@@ -230,7 +230,7 @@ class BackboneShelf:
 
 
 def _held_bytes(backbones: Sequence[Backbone]) -> int:
-    tensors = {
+    tensors: dict[int, int] = {
         id(tensor): tensor.numel() * tensor.element_size()
         for backbone in backbones
         for tensor in (*backbone.model.parameters(), *backbone.model.buffers())

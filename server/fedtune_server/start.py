@@ -56,7 +56,7 @@ def start(
         "coordinator",
         version("fedtune"),
         partial(certificate_days, home.certificate),
-        (home.logs / "desk.prom", home.logs / "link.prom"),
+        (home.path / "state" / "desk.prom",),
     )
     children = coordinator_children(home, settings, dashboard=dashboard, insecure=insecure)
     run = HomeRun(home.path, home.logs, identity, children, ports, settings.health_port)
