@@ -7,7 +7,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 PATH = "/fedtune/v1/echo"
-MOST_BYTES = 4_000_000
+MOST_BYTES = 4 << 20
 
 
 async def echo(request: Request) -> Response:
