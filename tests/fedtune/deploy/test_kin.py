@@ -68,7 +68,7 @@ def test_a_signal_ends_all_in_an_instant(processes: Processes, tmp_path: Path, n
     begun = time.monotonic()
     started.send(number)
     assert started.wait() == 0
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 3  # without the wait that ends in a kill
     processes.assert_none_left(timeout_s=0)
 
 
@@ -92,7 +92,7 @@ def test_a_second_signal_kills_at_once(processes: Processes, tmp_path: Path) -> 
     wait_for(lambda: '"stopping"' in started.output(), 5, "it stops")
     started.send(signal.SIGINT)
     assert started.wait() == 0
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 3  # without the wait that ends in a kill
     processes.assert_none_left(timeout_s=0)
 
 
