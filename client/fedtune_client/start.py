@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from fedtune.deploy.answers import tcp
 from fedtune.deploy.health import Identity
 from fedtune.deploy.home_run import INSECURE_VARIABLE, INSECURE_WARNING, HomeRun, run_home
 from fedtune.deploy.homes import SiteHome
@@ -45,14 +46,14 @@ def start(
         home.path,
         home.logs,
         identity,
-        site_children(home, insecure=insecure),
+        site_children(home, settings.site.node_port, insecure=insecure),
         {"node_port": ("127.0.0.1", settings.site.node_port)},
         settings.site.health_port,
     )
     return run_home(run, view, (INSECURE_WARNING,) if insecure else ())
 
 
-def site_children(home: SiteHome, *, insecure: bool) -> tuple[Child, ...]:
+def site_children(home: SiteHome, node_port: int, *, insecure: bool) -> tuple[Child, ...]:
     """The processes: Flower's node, and the executor that trains; each waits for the other."""
     environment = {
         "FEDTUNE_SITE_HOME": str(home.path),
@@ -69,6 +70,12 @@ def site_children(home: SiteHome, *, insecure: bool) -> tuple[Child, ...]:
         return (sys.executable, "-P", "-m", f"fedtune_client.{module}", str(home.path), *plain)
 
     return (
-        Child("node", command("node"), environment, essential=True),
+        Child(
+            "node",
+            command("node"),
+            environment,
+            answers=tcp("127.0.0.1", node_port),
+            essential=True,
+        ),
         Child("executor", command("executor"), environment),
     )

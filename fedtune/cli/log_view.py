@@ -48,7 +48,8 @@ def record_text(record: Mapping[str, Any]) -> Text:
     fields = record.get("fields")
     if isinstance(fields, Mapping):
         parts += [_printable(f"{key}={value}")[:80] for key, value in list(fields.items())[:6]]
-    text = Text(f"{_clock(record.get('time'))} {record.get('process', '')!s:<10} ", style="dim")
+    text = Text()
+    text.append(f"{_clock(record.get('time'))} {record.get('process', '')!s:<10} ", style="dim")
     if level in ("warning", "error", "critical"):
         text.append(f"{level}: ", style=_STYLES[level])
     text.append("  ".join(parts), style=_STYLES.get(level, "default"))

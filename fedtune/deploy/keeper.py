@@ -99,7 +99,8 @@ class Patience:
     """Seconds that a process is given.
 
     Attributes:
-        grace_s: from the request to end to the kill.
+        grace_s: from the request to end to the kill; with what a busy machine adds, the end of all
+            is to come within five seconds.
         silent_s: without an answer until it is called silent.
         hung_s: without an answer until it is killed and started again.
         often_s: between two questions before the first answer.
@@ -107,7 +108,7 @@ class Patience:
         tick_s: between two looks at all processes, where nothing wakes the supervisor.
     """
 
-    grace_s: float = 4.0
+    grace_s: float = 3.5
     silent_s: float = 40.0
     hung_s: float = 300.0
     often_s: float = 0.25

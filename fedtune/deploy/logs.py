@@ -260,6 +260,7 @@ def configure(
         handler = _StreamHandler(sys.stderr)
     else:
         handler = _FileHandler(RotatingFile(folder / f"{name}.log", most_bytes, keep))
+    handler.setLevel(level)  # Flower sets its own logger to the finest
     handler.setFormatter(JsonFormatter(name))
     root = logging.getLogger()
     root.handlers[:] = [handler]

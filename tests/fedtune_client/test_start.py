@@ -45,6 +45,7 @@ def test_a_site_is_a_node_and_an_executor(
     ]
     assert [child.after for child in found.children] == [(), ()]
     assert [child.essential for child in found.children] == [True, False]
+    assert [child.answers is not None for child in found.children] == [True, False]
     assert found.identity.name == "north"
     assert found.identity.metric_files == (home / "state" / "metrics.prom",)
     assert found.ports == {"node_port": ("127.0.0.1", 9411)}

@@ -68,7 +68,7 @@ def test_a_signal_ends_all_in_an_instant(processes: Processes, tmp_path: Path, n
     begun = time.monotonic()
     started.send(number)
     assert started.wait() == 0
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 3  # without the wait that ends in a kill
     processes.assert_none_left(timeout_s=0)
 
 
@@ -78,7 +78,7 @@ def test_one_that_ignores_sigterm_is_killed_within_five_seconds(
     started = supervise(processes, tmp_path, {"deaf": DEAF, "a": SLEEP})
     begun = time.monotonic()
     assert started.stop() == 0
-    assert 3.9 < time.monotonic() - begun < 5
+    assert 3.4 < time.monotonic() - begun < 5
     processes.assert_none_left(timeout_s=0)
     status = json.loads((tmp_path / "logs" / "supervisor.json").read_text())
     assert status["state"] == "stopped"
@@ -92,7 +92,7 @@ def test_a_second_signal_kills_at_once(processes: Processes, tmp_path: Path) -> 
     wait_for(lambda: '"stopping"' in started.output(), 5, "it stops")
     started.send(signal.SIGINT)
     assert started.wait() == 0
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 3  # without the wait that ends in a kill
     processes.assert_none_left(timeout_s=0)
 
 
