@@ -41,7 +41,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -75,6 +75,7 @@ __all__ = [
     "ErrorCode",
     "FlowerNode",
     "FlowerRun",
+    "LinkNodes",
     "NodeInfo",
     "Run",
     "ServerTask",
@@ -434,7 +435,7 @@ def signing_fault(public_key: bytes, signature: bytes, timestamp: str) -> str:
 # ---------------------------------------------------------------- the coordinator's link
 
 
-def link_app(arguments: Sequence[str], on_activate: Callable[[Any, Any], None]) -> Any:
+def link_app(arguments: Sequence[str], on_activate: Callable[[bytes], None]) -> Any:
     """Flower's link as an ASGI app, patient and without a server around it.
 
     A node that comes back while its last process still counts as online takes its place at once:
@@ -442,7 +443,7 @@ def link_app(arguments: Sequence[str], on_activate: Callable[[Any, Any], None]) 
 
     Args:
         arguments: of the command `flower-superlink`.
-        on_activate: called before a node is activated, with Flower's request and state.
+        on_activate: called before a node is activated, with its public key.
     """
     from flwr.supercore import constant, sql_mixin
     from flwr.supercore.corestate import sql_corestate
@@ -457,7 +458,7 @@ def link_app(arguments: Sequence[str], on_activate: Callable[[Any, Any], None]) 
     activate = fleet_handlers.activate_node
 
     def activate_node(request: Any, state: Any) -> Any:
-        on_activate(request, state)
+        on_activate(request.public_key)
         return activate(request=request, state=state)
 
     fleet_handlers.activate_node = activate_node
@@ -475,26 +476,41 @@ TASK_PATIENCE: Final = 5
 """Heartbeats of 30 s that a ServerApp may miss: the link may be away for two minutes."""
 
 
-def take_node_over(request: Any, state: Any, name: str) -> int:
-    """Make ready that a node becomes active: known to Flower, and not online. Returns its id."""
-    from flwr.common.constant import (
-        HEARTBEAT_DEFAULT_INTERVAL,
-        NOOP_ACCOUNT_NAME,
-        NOOP_FLWR_AID,
-    )
+class LinkNodes:
+    """The nodes that a link's database knows, for the process of the link itself."""
 
-    node_id = state.get_node_id_by_public_key(request.public_key)
-    if node_id is None:
-        node_id = state.create_node(
-            NOOP_FLWR_AID,
-            NOOP_ACCOUNT_NAME,
-            request.public_key,
+    def __init__(self, app: Any) -> None:
+        app.state.enable_supernode_auth = True  # also where a proxy in front ends TLS
+        self._state = app.state.linkstate_factory.state
+
+    def register(self, public_key: bytes) -> int:
+        """Let a key's node connect; returns its id. One that is known stays as it is."""
+        from flwr.common.constant import (
             HEARTBEAT_DEFAULT_INTERVAL,
-            name=name,
+            NOOP_ACCOUNT_NAME,
+            NOOP_FLWR_AID,
         )
-    else:
-        state.deactivate_node(node_id)
-    return int(node_id)
+
+        state = self._state()
+        node_id = state.get_node_id_by_public_key(public_key)
+        if node_id is None:
+            node_id = state.create_node(
+                NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public_key, HEARTBEAT_DEFAULT_INTERVAL
+            )
+        return int(node_id)
+
+    def make_ready(self, public_key: bytes) -> int:
+        """Have a key's node known and not online, so that it can be activated; returns its id."""
+        node_id = self.register(public_key)
+        self._state().deactivate_node(node_id)
+        return node_id
+
+    def forget(self, node_id: int) -> None:
+        """Let a node connect no longer."""
+        from flwr.common.constant import NOOP_FLWR_AID
+
+        with suppress(ValueError):  # unknown
+            self._state().delete_node(NOOP_FLWR_AID, node_id)
 
 
 def known_paths(prefix: str) -> frozenset[str]:
@@ -552,11 +568,12 @@ def guard_node_app(wrap: Callable[[Any], Any]) -> None:
     main.create_app = lambda *args, **kwargs: wrap(create(*args, **kwargs))
 
 
-def run_node(arguments: Sequence[str]) -> None:
+def run_node(arguments: Sequence[str], *, plaintext: bool = False) -> None:
     """Run Flower's node in this thread, until it ends; it survives failing requests.
 
     Args:
         arguments: of the command `flower-supernode`.
+        plaintext: sign requests but do not encrypt them, which Flower does not offer.
     """
     from flwr.supercore.exit import exit as flower_exit
     from flwr.supernode import fleet_http_connection
@@ -578,6 +595,14 @@ def run_node(arguments: Sequence[str]) -> None:
             super().__init__(patient_beat)
 
     fleet_http_connection.HeartbeatSender = PatientSender
+    if plaintext:
+        fleet_client = fleet_http_connection.FleetHttpClient
+        open_client = fleet_client.from_server_address
+
+        def open_plain(address: str, _insecure: bool, _ca: object, interceptors: Any) -> Any:
+            return open_client(address, True, None, interceptors)
+
+        fleet_client.from_server_address = open_plain
     before, sys.argv = sys.argv, ["flower-supernode", *arguments]
     try:
         command.flower_supernode()

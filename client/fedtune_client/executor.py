@@ -68,6 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m fedtune_client.executor", description=__doc__)
     parser.add_argument("home", type=Path)
     parser.add_argument("--app", default=APP, help="installed module with client_app(home)")
+    parser.add_argument("--insecure", action="store_true", help="for the app; see the node")
     options = parser.parse_args(arguments)
     home = SiteHome(options.home)
     talk_to_the_coordinator_alone(home.state / "flower")

@@ -45,24 +45,26 @@ def main(arguments: Sequence[str]) -> None:
     """The process; it never returns."""
     parser = argparse.ArgumentParser("python -m fedtune_client.node", description=__doc__)
     parser.add_argument("home", type=Path)
-    home = SiteHome(parser.parse_args(arguments).home)
+    parser.add_argument("--insecure", action="store_true", help="plaintext")
+    options = parser.parse_args(arguments)
+    home = SiteHome(options.home)
     talk_to_the_coordinator_alone(home.state / "flower")
     start_log("node", home.logs)
     try:
-        run(home)
+        run(home, insecure=options.insecure)
     except DeploymentError as error:
         _log.error("%s", error)
         leave(EXIT_CONFIG)
 
 
-def run(home: SiteHome) -> None:
+def run(home: SiteHome, *, insecure: bool = False) -> None:
     """Be the site's node until SIGTERM; ends the process.
 
     Raises:
         DeploymentError: the home is not complete.
     """
     settings = home.settings().site
-    for path in (home.ca_certificate, home.node_key):
+    for path in (home.node_key, *(() if insecure else (home.ca_certificate,))):
         if not path.is_file():
             raise DeploymentError(f"{path} is missing; make it with: fedtune client join")
     secret = executor_secret(home.state)
@@ -80,17 +82,21 @@ def run(home: SiteHome) -> None:
     watch_node_requests(Watch(link))
     expire_tasks_of_a_lost_executor()
     guard_node_app(lambda app: ExecutorDoor(app, secret))
-    measure_clock(settings.server, home.ca_certificate, link)
+    ca = None if insecure else str(home.ca_certificate)
+    if insecure:
+        _log.warning("--insecure: this site speaks plaintext; anybody on the way can read it")
+    measure_clock(settings.server, ca, link)
     code = EXIT_RESTART
     try:
         run_node(
             [
                 *("--superlink", settings.server),
-                *("--root-certificates", str(home.ca_certificate)),
+                *(("--root-certificates", ca) if ca else ()),
                 *("--auth-supernode-private-key", str(home.node_key)),
                 *("--host", "127.0.0.1", "--port", str(settings.node_port)),
                 *("--isolation", "process"),
-            ]
+            ],
+            plaintext=insecure,
         )
         _log.warning("Flower's loop has ended; asking to be started again")
     except SystemExit as end:
@@ -100,19 +106,24 @@ def run(home: SiteHome) -> None:
     leave(code)
 
 
-def measure_clock(server: str, ca_certificate: Path, link: LinkState) -> None:
-    """Ask the coordinator for the time before anything is signed; without an answer, go on."""
+def measure_clock(server: str, ca_certificate: str | None, link: LinkState) -> None:
+    """Ask the coordinator for the time before anything is signed; without an answer, go on.
+
+    Args:
+        ca_certificate: path; None: plaintext.
+    """
     import ssl
 
     import httpx
 
-    context = ssl.create_default_context(cafile=str(ca_certificate))
+    url = f"{'https' if ca_certificate else 'http'}://{server}/health"
+    verify = ssl.create_default_context(cafile=ca_certificate) if ca_certificate else True
     started = time.monotonic()
     try:
-        with httpx.Client(verify=context, timeout=10.0, trust_env=False) as client:
-            client.get(f"https://{server}/health")  # opens the connection
+        with httpx.Client(verify=verify, timeout=10.0, trust_env=False) as client:
+            client.get(url)  # opens the connection
             started = time.monotonic()
-            answer = client.get(f"https://{server}/health")
+            answer = client.get(url)
     except httpx.HTTPError as error:
         _log.warning("the coordinator at %s does not answer yet (%s)", server, error)
         return

@@ -97,7 +97,7 @@ class Runner:
 
     def __init__(self, home: CoordinatorHome, app: str, *, insecure: bool = False) -> None:
         self._home = home
-        self._command = [sys.executable, "-m", "fedtune_server.runner", str(home.path)]
+        self._command = [sys.executable, "-P", "-m", "fedtune_server.runner", str(home.path)]
         self._command += ["--app", app, "--task", *(["--insecure"] if insecure else [])]
         self._insecure = insecure
         self._children: dict[str, subprocess.Popen[bytes]] = {}  # by task token

@@ -22,9 +22,9 @@ def server(grid: Any, context: Context) -> None:
     """Asks every node once and writes what came to HOME/result.json; obeys HOME/plan.json."""
     home = Path(os.environ["FEDTUNE_COORDINATOR_HOME"])
     plan = json.loads((home / "plan.json").read_text("utf-8"))
-    nodes = wait_for_nodes(grid, plan["nodes"])
     if plan.get("die"):
         os._exit(9)
+    nodes = wait_for_nodes(grid, plan["nodes"])
     answers: dict[str, str] = {}
     for turn in range(plan.get("rounds", 1)):
         body = str(plan.get("body", "")).encode()

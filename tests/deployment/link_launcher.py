@@ -38,6 +38,9 @@ class FileSites:
     def by_token(self, token: str) -> FileSite | None:
         return next((site for site in self._all() if site.token == token), None)
 
+    def set_node(self, name: str, node_id: int) -> None:
+        return
+
 
 class Faults:
     """Answers a path with a status, a number of times."""
@@ -63,7 +66,9 @@ def main(path: Path) -> None:
     start_log("link", home.logs)
     from fedtune_server.link.serving import LinkParts, serve
 
-    parts = LinkParts(FileSites(home.path / "test_sites.json"), [], Faults(path / "faults.json"))
+    sites = FileSites(home.path / "test_sites.json")
+    faults = Faults(home.path / "faults.json")
+    parts = LinkParts(sites, lambda register: [], lambda register, forget: None, faults)
     serve(home, home.settings(), parts)
     leave(0)
 

@@ -1,22 +1,39 @@
-"""What the coordinator expects of Flower's private names; fails when a release moves them."""
+"""What we expect of Flower's private names; fails when a release moves them."""
 
 from __future__ import annotations
 
+import datetime
+import importlib
+import io
 import logging
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
+import httpx
 import pytest
 from flwr.app import Error, Message, RecordDict
 from flwr.supercore import telemetry
+from flwr.supercore.run import RunNotRunningException
 
 from fedtune.flwr_compat import (
+    HEARTBEAT_PATIENCE,
     SUPERLINK_NODE_ID,
     ErrorCode,
     NodeInfo,
     Run,
     become_coordinator,
     copy_over_wire,
+    correct_clock,
+    expire_tasks_of_a_lost_executor,
+    known_paths,
+    patient_retries,
     quiet_flower,
     readable_reason,
+    run_fab,
     set_message_id,
     set_source,
 )
@@ -109,3 +126,179 @@ def test_telemetry_that_a_person_asked_for_stays_on(monkeypatch: pytest.MonkeyPa
 )
 def test_a_reason_is_one_line_for_a_person(reason: str | None, line: str) -> None:
     assert readable_reason(reason) == line
+
+
+# ---------------------------------------------------------------- a deployment's private names
+
+
+def test_a_runs_bundle_is_its_configuration_and_no_code() -> None:
+    from flwr.common.config import get_fused_config_from_fab
+
+    config = {"fedtune-run": "nördlich", "fedtune-task": '{"a": "b\\n\x7f"}'}
+    fab = run_fab(config)
+    with zipfile.ZipFile(io.BytesIO(fab)) as archive:
+        assert sorted(archive.namelist()) == [".info/CONTENT", "pyproject.toml"]
+    assert get_fused_config_from_fab(fab, Run.create_empty(1)) == config
+    assert len(fab) < 10_000
+
+
+def test_the_links_paths_are_known() -> None:
+    fleet = known_paths("/v1/fleet/")
+    assert {"/v1/fleet/activate-node", "/v1/fleet/push-object"} <= fleet
+    assert {"/v1/control/start-run", "/v1/control/list-nodes"} <= known_paths("/v1/control/")
+    assert {"/v1/runtime/acquire-task", "/v1/runtime/push-task-output"} <= known_paths(
+        "/v1/runtime/"
+    )
+    assert all(re.fullmatch(r"/v1/fleet/[a-z-]+", path) for path in fleet)
+
+
+def test_an_offset_moves_every_clock_of_flower_and_only_those(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.app.message import message as flowers_message
+    from flwr.supercore import date
+
+    before, here = date.now, flowers_message.now
+    monkeypatch.setattr(date, "now", before)  # put back after the test
+    monkeypatch.setattr(flowers_message, "now", here)
+    changed = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("flwr.") and getattr(module, "now", None) is before
+    ]
+    try:
+        correct_clock(lambda: 3600.0)
+        ahead = (flowers_message.now() - datetime.datetime.now(datetime.UTC)).total_seconds()
+        assert 3599 < ahead < 3601
+        assert all(module.now is date.now for module in changed)
+    finally:
+        for module in changed:
+            module.now = before
+
+
+def retried(error: Exception) -> bool:
+    invoker = patient_retries()
+    invoker.wait_function = lambda seconds: None
+    calls = []
+
+    def target() -> str:
+        calls.append(1)
+        if len(calls) == 1:
+            raise error
+        return "answered"
+
+    try:
+        return bool(invoker.invoke(target) == "answered")
+    except type(error):
+        return False
+
+
+@pytest.mark.parametrize(
+    ("status", "again"), [(500, True), (429, True), (503, True), (401, False), (404, False)]
+)
+def test_retries_outlast_what_passes_and_nothing_else(status: int, again: bool) -> None:
+    request = httpx.Request("POST", "https://link/")
+    answer = httpx.Response(status, text="", request=request)
+    assert retried(httpx.HTTPStatusError("", request=request, response=answer)) is again
+
+
+def test_a_link_that_breaks_a_handshake_is_asked_again() -> None:
+    assert retried(httpx.ConnectError("[SSL: UNEXPECTED_EOF_WHILE_READING] ..."))
+
+
+def test_a_site_that_was_stopped_is_not_taken_for_a_broken_link() -> None:
+    request = httpx.Request("POST", "https://link/")
+    answer = httpx.Response(403, text="", request=request)
+    invoker = patient_retries()
+    with pytest.raises(RunNotRunningException):
+        invoker.invoke(
+            lambda: (_ for _ in ()).throw(
+                httpx.HTTPStatusError("", request=request, response=answer)
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("flwr.superlink.cli.flower_superlink", "_parse_superlink_lifespan_config"),
+        ("flwr.superlink.cli.flower_superlink", "SuperLinkLifespan"),
+        ("flwr.superlink.main", "create_app"),
+        ("flwr.superlink.servicer.fleet.fleet_handlers", "activate_node"),
+        ("flwr.supercore.sql_mixin", "SQLITE_PRAGMAS"),
+        ("flwr.supercore.corestate.sql_corestate", "HEARTBEAT_PATIENCE"),
+        ("flwr.supernode.cli.flower_supernode", "flower_supernode"),
+        ("flwr.supernode.main", "create_app"),
+        ("flwr.supernode.fleet_http_connection", "make_simple_http_retry_invoker"),
+        ("flwr.supernode.fleet_http_connection", "HeartbeatSender"),
+        ("flwr.supernode.fleet_http_connection", "NodeAuthHttpInterceptor"),
+        ("flwr.supernode.fleet_http_connection", "FleetHttpClient"),
+        ("flwr.supernode.servicer.runtime.runtime_handlers", "acquire_task"),
+        ("flwr.supernode.runtime.run_clientapp", "pull_task_input"),
+        ("flwr.supernode.runtime.run_clientapp", "push_message"),
+        ("flwr.supernode.runtime.run_clientapp", "push_task_output"),
+        ("flwr.supercore.exit.exit", "FORCE_EXIT_TIMEOUT_SECONDS"),
+        ("flwr.supercore.heartbeat", "HeartbeatSender"),
+        ("flwr.superlink.grid", "HttpGrid"),
+        ("flwr.supercore.control", "ControlHttpClient"),
+        ("flwr.supercore.runtime", "RuntimeHttpClient"),
+        ("flwr.common.constant", "NOOP_FLWR_AID"),
+        ("flwr.common.constant", "NOOP_ACCOUNT_NAME"),
+    ],
+)
+def test_a_name_that_is_replaced_or_called_is_there(module: str, names: str) -> None:
+    assert hasattr(importlib.import_module(module), names)
+
+
+def test_a_node_waits_two_heartbeats_and_a_query_for_its_lock() -> None:
+    from flwr.common import constant
+    from flwr.supercore.sql_mixin import SQLITE_PRAGMAS
+
+    assert constant.HEARTBEAT_PATIENCE == HEARTBEAT_PATIENCE
+    assert constant.HEARTBEAT_DEFAULT_INTERVAL == 30
+    assert "busy_timeout" in dict(SQLITE_PRAGMAS)
+
+
+def test_a_killed_executors_task_is_answered_for_when_the_next_one_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.proto.runtime_pb2 import AcquireTaskRequest
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode.nodestate import NodeStateFactory
+    from flwr.supernode.servicer.runtime import runtime_handlers
+
+    state = NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
+    state.set_node_id(9)
+    monkeypatch.setattr(runtime_handlers, "acquire_task", runtime_handlers.acquire_task)
+    expire_tasks_of_a_lost_executor()
+    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    task_id = state.create_task(task_type=TaskType.CLIENT_APP, run_id=5, fab_hash="f")
+    assert runtime_handlers.acquire_task(request, state).task.task_id == task_id
+    assert state.activate_task(task_id)
+    assert not runtime_handlers.acquire_task(request, state).token
+    (task,) = state.get_tasks(task_ids=[task_id])
+    assert (task.status.status, task.status.sub_status) == ("finished", "failed")
+
+
+def test_the_links_database_learns_of_nodes_and_forgets_them(tmp_path: Path) -> None:
+    code = (
+        "import sys; from fedtune.flwr_compat import LinkNodes, link_app\n"
+        "from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes\n"
+        "key = public_key_to_bytes(generate_key_pairs()[1])\n"
+        f"app = link_app(['--insecure', '--isolation', 'process', '--database',"
+        f" {str(tmp_path / 'state.db')!r}], print)\n"
+        "nodes = LinkNodes(app); node = nodes.register(key)\n"
+        "assert nodes.register(key) == node == nodes.make_ready(key)\n"
+        "state = app.state.linkstate_factory.state()\n"
+        "assert state.activate_node(node, 30) and not state.activate_node(node, 30)\n"
+        "assert nodes.make_ready(key) == node and state.activate_node(node, 30)\n"
+        "nodes.forget(node); nodes.forget(7)\n"
+        "from flwr.supercore.corestate import sql_corestate\n"
+        "assert sql_corestate.HEARTBEAT_PATIENCE == 5\n"
+    )
+    environment = {**os.environ, "FLWR_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

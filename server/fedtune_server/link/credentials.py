@@ -39,6 +39,8 @@ class Sites(Protocol):
 
     def by_token(self, token: str) -> Site | None: ...
 
+    def set_node(self, name: str, node_id: int) -> None: ...
+
 
 class OperatorToken:
     """The operator's token, read anew when its file has changed."""

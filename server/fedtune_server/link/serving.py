@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,16 @@ class LinkParts:
 
     Attributes:
         sites: the registry.
-        routes: Starlette's routes of enrolment, all public.
+        routes: Starlette's routes of enrolment, all public; made with the function that lets
+            Flower know of a public key (PEM) and returns its node's id.
+        reconcile: called once Flower's database is open, with that function and with one that has
+            Flower forget a node.
         hook: see `Guard`.
     """
 
     sites: Sites
-    routes: Sequence[Any]
+    routes: Callable[[Callable[[bytes], int]], Sequence[Any]]
+    reconcile: Callable[[Callable[[bytes], int], Callable[[int], None]], None]
     hook: Hook | None = None
 
 
@@ -73,9 +78,9 @@ def deployed_parts(home: CoordinatorHome) -> LinkParts:
     """The registry and the enrolment of a coordinator."""
     registry = importlib.import_module("fedtune_server.registry").Registry(home.registry)
     enrolment = importlib.import_module("fedtune_server.enrolment")
-    # A node is made known to Flower when it first connects (`_on_activate`), so that a lost
-    # database heals by itself; enrolling needs no call to a link that may not be up yet.
-    return LinkParts(registry, enrolment.routes(home, lambda public_key: 0))
+    return LinkParts(
+        registry, partial(enrolment.routes, home), partial(enrolment.reconcile, registry)
+    )
 
 
 def guarded_app(
@@ -84,26 +89,28 @@ def guarded_app(
     """Flower's link with the guard around it."""
     from starlette.applications import Starlette
 
-    from fedtune.flwr_compat import known_paths, link_app, take_node_over
+    from fedtune.flwr_compat import LinkNodes, known_paths, link_app
     from fedtune_server.link.credentials import OperatorToken
     from fedtune_server.link.echo import PATH, echo_route
     from fedtune_server.link.guard import Bounds, Doors, Guard
 
-    def on_activate(request: Any, state: Any) -> None:
-        site = parts.sites.by_public_key(request.public_key)
-        name = site.name if site is not None else ""
-        node_id = take_node_over(request, state, name)
-        if name and (set_node := getattr(parts.sites, "set_node", None)) is not None:
-            set_node(name, node_id)
-        _log.info("%s connects", name, extra={"fields": {"site": name, "node_id": node_id}})
+    def on_activate(public_key: bytes) -> None:
+        # Flower's database may be younger than the registry: then it learns of the node here.
+        node_id = nodes.make_ready(public_key)
+        if (site := parts.sites.by_public_key(public_key)) is not None:
+            parts.sites.set_node(site.name, node_id)
+            fields = {"site": site.name, "node_id": str(node_id)}
+            _log.info("%s connects", site.name, extra={"fields": fields})
 
     home.flower.mkdir(parents=True, exist_ok=True)
     flower = link_app(_flower_arguments(home, settings, insecure), on_activate)
-    flower.state.enable_supernode_auth = True
+    nodes = LinkNodes(flower)
+    parts.reconcile(nodes.register, nodes.forget)
+    routes = parts.routes(nodes.register)
     doors = Doors(
         fleet=known_paths("/v1/fleet/") - set(_NOT_FOR_DEVICES),
         operator=known_paths("/v1/control/") | known_paths("/v1/runtime/"),
-        public=frozenset(route.path for route in parts.routes),
+        public=frozenset(route.path for route in routes),
         tokened=frozenset({PATH}),
     )
     limits = settings.limits
@@ -113,7 +120,7 @@ def guarded_app(
         limits.body_bytes,
         trust_loopback=not settings.behind_proxy,
     )
-    ours = Starlette(routes=[echo_route(), *parts.routes])
+    ours = Starlette(routes=[echo_route(), *routes])
     operator = OperatorToken(home.operator_file)
     operator.read()
     return Guard(flower, ours, doors, parts.sites, operator, bounds, parts.hook)
