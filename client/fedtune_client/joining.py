@@ -31,6 +31,7 @@ from fedtune.deploy.files import (
 )
 from fedtune.deploy.homes import SiteHome, SiteSettings
 from fedtune.deploy.join_code import FINGERPRINT_BYTES, JoinCode, parse_join_code
+from fedtune.deploy.policy_file import policy_template
 from fedtune.deploy.service_files import ServiceKind, site_files, write_service_files
 from fedtune.errors import AccessError, DataError, DeploymentError, ModelError
 from fedtune.sections.toml_text import file_lines
@@ -181,6 +182,7 @@ def _settle(
     values = _values(asked, answer, host, port)
     text = "\n".join((*_HEAD, *file_lines(SiteSettings, values))) + "\n"
     write_private(fresh.settings_file, text.encode("utf-8"))
+    write_private(fresh.policy_file, policy_template().encode("utf-8"))
     for inner in (fresh.state, fresh.bases, fresh.logs):
         make_private_folder(inner)
     reads = [path.absolute() for path in (*asked.bases, *([asked.data] if asked.data else []))]
