@@ -310,6 +310,8 @@ class Registry:
         Raises:
             AccessError: the site is unknown.
         """
+        if self.site(name).node_id == node_id:  # at every reconnection: nothing to write
+            return
         with self._changing() as change:
             site = self.site(name)
             if site.state == "revoked":  # it was revoked while Flower was told of it

@@ -85,6 +85,7 @@ def test_a_revoked_site_has_no_right_left_and_its_key_tells_why(registry: Regist
     token = registry.enrol(code.secret, KEYS[0]).token
     registry.set_node("north", 7)
     registry.revoke("north")
+    registry.set_node("north", 7)
     site = registry.by_public_key(KEYS[0])
     assert site is not None
     assert site.state == "revoked"
@@ -183,7 +184,9 @@ import sys
 from pathlib import Path
 from fedtune_server.registry import Registry
 registry = Registry(Path(sys.argv[1]))
-for i in range(15):
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(40):
     registry.invite(f"site-{sys.argv[2]}-{i}")
 """
 
@@ -191,10 +194,21 @@ for i in range(15):
 def test_processes_that_change_it_together_lose_nothing(registry: Registry, tmp_path: Path) -> None:
     path = str(tmp_path / "home" / "sites.json")
     commands = [[sys.executable, "-c", INVITES, path, str(i)] for i in range(2)]
-    processes = [subprocess.Popen(command) for command in commands]
+    pipe = subprocess.PIPE
+    processes = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for command in commands
+    ]
     for process in processes:
-        assert process.wait(60) == 0
-    assert len(registry.sites()) == 30
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert len(registry.sites()) == 80
 
 
 class Doors(RuleBasedStateMachine):

@@ -31,6 +31,7 @@ from fedtune.deploy.certificates import (
 from fedtune.deploy.coordinator_home import make_coordinator
 from fedtune.deploy.homes import CoordinatorHome, SiteHome
 from fedtune.deploy.join_code import JoinCode
+from fedtune.deploy.policy_file import PolicySettings, read_policy
 from fedtune.errors import AccessError, DataError, DeploymentError, ModelError
 from fedtune_client.joining import Joining, join
 from fedtune_server.enrolment import reconcile, routes
@@ -115,6 +116,7 @@ def test_a_site_joins_and_both_sides_know_each_other(
     assert settings.site.service == "localhost:9401"
     assert settings.data.train == str(rows)
     assert settings.base.folders == (str(base),)
+    assert read_policy(joined.home.policy_file) == PolicySettings()
     token = joined.home.token.read_text()
     site = coordinator.registry.by_token(token)
     assert site is not None
