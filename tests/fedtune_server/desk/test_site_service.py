@@ -180,7 +180,7 @@ def test_log_lines_are_kept_and_followed(office: Office) -> None:
         north.tell(log_lines=["\x1b[2Jnot json\n\n"])
         assert json.loads(next(stream).json) == {"message": "[2Jnot json"}
         stream.cancel()
-        with pytest.raises(grpc.RpcError, match="no site is called .* here"):
+        with pytest.raises(grpc.RpcError, match="no site is called"):
             list(runs.SiteLogs(pb.SiteLogsRequest(site="../x"), timeout=5))
 
 
