@@ -125,5 +125,7 @@ def spoken(error: Any, service: str = "") -> DeploymentError:
 
 def one_line(text: str, most: int = 2000) -> str:
     """A text from the network, fit for a terminal: one line, no control characters, clipped."""
-    clean = "".join(c if c.isprintable() else " " for c in text[: 4 * most])
+    clean = text[: 4 * most]
+    if not clean.isprintable():
+        clean = "".join(c if c.isprintable() else " " for c in clean)
     return " ".join(clean.split())[:most]

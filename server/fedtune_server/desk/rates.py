@@ -52,13 +52,13 @@ class PeerRates:
         self._rate, self._burst, self._now = rate, burst, now
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
 
-    def take(self, peer: str) -> bool:
-        """Whether the peer may ask once more; counts it."""
+    def take(self, peer: str, amount: float = 1.0) -> bool:
+        """Whether the peer may have so much more; counts it."""
         bucket = self._buckets.pop(peer, None) or Bucket(self._rate, self._burst, self._now)
         self._buckets[peer] = bucket
         while len(self._buckets) > _MOST_PEERS:
             self._buckets.popitem(last=False)
-        return bucket.take()
+        return bucket.take(amount)
 
 
 class Bandwidth:

@@ -31,7 +31,7 @@ _OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_receive_message_length", 2 << 20),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.max_metadata_size", 16 << 10),
-    ("grpc.max_concurrent_streams", 64),  # of one connection
+    ("grpc.max_concurrent_streams", 256),  # of one connection
     # A site that is gone is noticed within 30 s; who pings more often than agreed is cut off.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),

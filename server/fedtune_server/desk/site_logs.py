@@ -22,7 +22,8 @@ MOST_LINES = 200
 """Of one message; a site that has more sends them with the next."""
 _MOST_CHARACTERS = 8192
 _ROTATE_BYTES = 5_000_000
-_LINES_PER_S, _LINES_BURST = 100.0, 5000.0
+_CHARACTERS_PER_S, _CHARACTERS_BURST = 20_000.0, 1_000_000.0
+"""Of one site: far above what a site at work says, and nothing to clean for a coordinator."""
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class SiteLogs:
 
     def __init__(self, folder: Path, rotate_bytes: int = _ROTATE_BYTES) -> None:
         self._folder, self._rotate_bytes = folder, rotate_bytes
-        self._rates = PeerRates(_LINES_PER_S, _LINES_BURST)
+        self._rates = PeerRates(_CHARACTERS_PER_S, _CHARACTERS_BURST)
         self._lock = threading.Lock()
 
     def path(self, site: str) -> Path:
@@ -41,7 +42,8 @@ class SiteLogs:
 
     def keep(self, site: str, lines: Sequence[str]) -> None:
         """Append lines; a disk that is full costs the lines and nothing else."""
-        kept = [_clean(line) for line in lines[:MOST_LINES] if self._rates.take(site)]
+        clipped = (line[:_MOST_CHARACTERS] for line in lines[:MOST_LINES])
+        kept = [_clean(line) for line in clipped if self._rates.take(site, len(line) + 1)]
         if not kept:
             return
         content = "".join(f"{line}\n" for line in kept).encode("utf-8", "replace")
