@@ -1,8 +1,9 @@
 """The run file, read once at the edge: from TOML and `--set` to a frozen `RunConfig`.
 
-`load_run_config` is the only place that reads a run file; `cache_folder`, `kernel_path` and
-`c_compilers` are the only ones that read the environment. Unknown keys and bad values are one-line
-errors that name the file, the key, the value, what is allowed and the nearest valid key.
+`load_run_config` is the only place that reads a run file; `cache_folder`, `kernel_path`,
+`c_compilers` and `is_insecure` are the only ones that read the environment. Unknown keys and bad
+values are one-line errors that name the file, the key, the value, what is allowed and the nearest
+valid key.
 """
 
 from __future__ import annotations
@@ -199,6 +200,11 @@ def c_compilers() -> tuple[str, ...]:
     """Names or paths of C compilers, the first choice first: `CC` and `CXX` where they are set."""
     chosen = (os.environ.get("CC", ""), os.environ.get("CXX", ""))
     return tuple(dict.fromkeys(name for name in (*chosen, "cc", "gcc", "clang", "g++") if name))
+
+
+def is_insecure() -> bool:
+    """Whether `--insecure` started this site: it talks to its coordinator without TLS."""
+    return os.environ.get("FEDTUNE_INSECURE", "") == "1"
 
 
 # ---------------------------------------------------------------- refusing

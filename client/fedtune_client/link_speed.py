@@ -18,7 +18,7 @@ from fedtune.wire.durable import write_durably
 from fedtune_client.traffic_day import read_object
 
 _FIRST_BYTES: Final = 64 * 1024
-_MOST_BYTES: Final = 4 << 20
+_MOST_BYTES: Final = 4_000_000
 """The coordinator answers no more at once."""
 _LONG_S: Final = 0.5
 """A transfer that takes so long is measured well enough; chosen."""

@@ -50,7 +50,7 @@ def test_both_ways_are_measured(down: float, up: float) -> None:
     assert found.down_bytes_per_s == pytest.approx(down)
     assert found.up_bytes_per_s == pytest.approx(up)
     assert line.time < 12
-    assert max(size for _, size in line.sizes) <= 4 << 20
+    assert max(size for _, size in line.sizes) <= 4_000_000
 
 
 def test_a_slow_line_is_not_held_for_long() -> None:
