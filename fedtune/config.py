@@ -1,9 +1,8 @@
 """The run file, read once at the edge: from TOML and `--set` to a frozen `RunConfig`.
 
-`load_run_config` is the only place that reads a run file; `cache_folder`, `kernel_path`,
-`c_compilers` and `is_insecure` are the only ones that read the environment. Unknown keys and bad
-values are one-line errors that name the file, the key, the value, what is allowed and the nearest
-valid key.
+`load_run_config` is the only place that reads a run file; `cache_folder`, `kernel_path` and
+`c_compilers` are the only ones that read the environment. Unknown keys and bad values are one-line
+errors that name the file, the key, the value, what is allowed and the nearest valid key.
 """
 
 from __future__ import annotations
