@@ -247,6 +247,11 @@ def c_compilers() -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in (*chosen, "cc", "gcc", "clang", "g++") if name))
 
 
+def is_insecure() -> bool:
+    """Whether `--insecure` started this site: it talks to its coordinator without TLS."""
+    return os.environ.get("FEDTUNE_INSECURE", "") == "1"
+
+
 # ---------------------------------------------------------------- refusing
 
 

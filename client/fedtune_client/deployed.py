@@ -23,7 +23,7 @@ import httpx
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.config import cache_folder
+from fedtune.config import cache_folder, is_insecure
 from fedtune.deploy.homes import SiteHome, SiteSettings
 from fedtune.deploy.site_task import SiteTask, read_site_task
 from fedtune.devices.measurement import package_versions
@@ -60,11 +60,14 @@ _MOST_WAIT_S: Final = 20.0
 """Longest that a profile query waits for a download; a query that is late is lost."""
 
 
+_LOGGERS: Final = ("fedtune", "fedtune_client")
+"""Whose lines an operator may read; the root's handlers are those of whoever writes the log."""
+
 _log = logging.getLogger(__name__)
 _devices: dict[Path, Device] = {}
 
 
-def client_app(home: Path, *, insecure: bool = False) -> ClientApp:
+def client_app(home: Path) -> ClientApp:
     """The app of the site that lives in a folder; begins its presence and its metrics.
 
     Raises:
@@ -74,7 +77,7 @@ def client_app(home: Path, *, insecure: bool = False) -> ClientApp:
     if path not in _devices:
         site = SiteHome(path)
         settings = site.settings()
-        device = Device(site, settings, Coordinator(site, settings, insecure))
+        device = Device(site, settings, Coordinator(site, settings, is_insecure()))
         device.start()
         _devices[path] = device
     return make_answering_app(_devices[path].worker)
@@ -171,7 +174,8 @@ class Device:
 
     def start(self) -> None:
         """Begin presence, metrics and the first measurements."""
-        logging.getLogger().addHandler(self._lines)
+        for name in _LOGGERS:
+            logging.getLogger(name).addHandler(self._lines)
         self._presence.start()
         self._ticker.start()
         threading.Thread(target=self._know_link, name="link", daemon=True).start()
@@ -183,7 +187,8 @@ class Device:
         self.stop.now("the site's process ends")
         self._presence.close()
         self._ticker.close()
-        logging.getLogger().removeHandler(self._lines)
+        for name in _LOGGERS:
+            logging.getLogger(name).removeHandler(self._lines)
 
     def worker(self, message: Message, context: Context) -> Worker:
         """Who answers a message.

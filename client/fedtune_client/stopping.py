@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from typing import Final, Protocol
 
@@ -34,31 +33,30 @@ UNWATCHED: Final[Watch] = _Unwatched()
 
 
 class Stop:
-    """Whether the work at hand is still wanted; safe to use from several threads.
+    """Whether the work at hand is still wanted; safe to use from several threads, and in signals.
 
     Work that is stopped raises in its own thread, at a place where nothing is half done: what a
     device carries from round to round is written after its last step alone.
+
+    There is no lock, because a signal may come while the thread that it interrupts holds one: each
+    attribute is replaced as a whole.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._runs: frozenset[str] = frozenset()
         self._reason = ""
 
     def order(self, runs: Iterable[str]) -> None:
         """Take the coordinator's whole list of runs to work for no longer."""
-        with self._lock:
-            self._runs = frozenset(runs)
+        self._runs = frozenset(runs)
 
     def now(self, reason: str) -> None:
         """Stop the work at hand, whatever run it is for."""
-        with self._lock:
-            self._reason = reason
+        self._reason = reason
 
     def begin(self) -> None:
         """New work begins; what stopped the work before it does not count for it."""
-        with self._lock:
-            self._reason = ""
+        self._reason = ""
 
     def check(self, run: str) -> None:
         """Go on, or not.
@@ -66,8 +64,8 @@ class Stop:
         Raises:
             StoppedError: the run is on the coordinator's list, or the work at hand was stopped.
         """
-        with self._lock:
-            if self._reason:
-                raise StoppedError(f"{run}: stopped: {self._reason}")
-            if run in self._runs:
-                raise StoppedError(f"{run}: the operator has stopped this run")
+        reason = self._reason
+        if reason:
+            raise StoppedError(f"{run}: stopped: {reason}")
+        if run in self._runs:
+            raise StoppedError(f"{run}: the operator has stopped this run")

@@ -235,7 +235,8 @@ def _held_bytes(backbones: Sequence[Backbone]) -> int:
         for backbone in backbones
         for tensor in (*backbone.model.parameters(), *backbone.model.buffers())
     }
-    return sum(tensors.values()) + sum(backbone.packed_bytes for backbone in backbones)
+    packed = sum(backbone.packed_bytes for backbone in backbones)
+    return packed + sum(tensors.values())
 
 
 def _finish(forms: Mapping[str, MatrixForm], weight: Callable[[str], Tensor]) -> Finished:

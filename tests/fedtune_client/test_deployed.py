@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +23,7 @@ from flwr.app import Message, RecordDict
 from fedtune.config import parse_run_config
 from fedtune.deploy.homes import SiteHome
 from fedtune.deploy.policy_file import policy_template
-from fedtune.deploy.site_task import flower_config
+from fedtune.deploy.site_task import flower_config, site_task
 from fedtune.settings import RunConfig
 from fedtune.wire import messages
 from fedtune.wire.calibration import (
@@ -77,6 +79,8 @@ def home(
 ) -> SiteHome:
     """The site `north`, with its own rows."""
     monkeypatch.setenv("FEDTUNE_CACHE", str(cache))
+    # A first step of this process has been taken, if not here.
+    monkeypatch.setattr("fedtune.train.idle.settle", lambda: None)
     return make_home(tmp_path / "site", desk.folder, colour_rows)
 
 
@@ -420,6 +424,64 @@ def test_a_new_process_goes_on_from_the_kept_state(
     assert anew != fresh
 
 
+_TRAINS = """
+import os, signal, sys
+from pathlib import Path
+from fedtune.deploy.homes import SiteHome
+from fedtune.deploy.site_task import SiteTask
+from fedtune.errors import StoppedError
+from fedtune.wire.messages import decode_train_instruction
+from fedtune_client import deployed
+from fedtune_client.deployed import DeployedWorker, Device
+folder = Path(sys.argv[1])
+home = SiteHome(folder / "site")
+device = Device(home, home.settings(), deployed.Coordinator(home, home.settings()))
+deployed._devices[home.path] = device
+signal.signal(signal.SIGTERM, lambda *_: deployed.interrupt(home.path, "the process ends"))
+device.board.change = lambda **fields: print(fields, flush=True)
+task = SiteTask.model_validate_json((folder / "task.json").read_bytes())
+order = decode_train_instruction((folder / "order").read_bytes())
+try:
+    DeployedWorker(device, task, 0).train(order, (folder / "tensors").read_bytes())
+except StoppedError as error:
+    print("left:", error, flush=True)
+    os._exit(0)
+os._exit(1)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to handle")
+def test_a_process_that_is_told_to_end_leaves_its_training_at_once(
+    home: SiteHome, desk: Desk, config: RunConfig
+) -> None:
+    folder = home.path.parent
+    plan = desk.plan("north", local_steps=5_000, batch_size=1, micro_batch=1)
+    packed = desk.tensors(plan)
+    (folder / "tensors").write_bytes(packed)
+    (folder / "order").write_bytes(messages.encode_train_instruction(desk.order(plan, packed)))
+    (folder / "task.json").write_text(site_task(config).model_dump_json(), encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-c", _TRAINS, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "'step': 3}" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+        assert process.wait(60) == 0
+        # It is left long before its last step; in seconds, it depends on who else computes here.
+        assert len(rest.splitlines()) < 4_000
+        assert "left: first: stopped: the process ends" in rest
+        assert not list(home.state.rglob("*.safetensors"))
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
 # ---------------------------------------------------------------- the process around it
 
 
@@ -437,6 +499,8 @@ def test_an_app_tells_of_itself_and_ends_at_once(
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert "fedtune_device_working 0.0" in metrics.read_text(encoding="utf-8")
+        # Whoever configures the log replaces the root's handlers.
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
         logging.getLogger("fedtune_client.test").warning("a line of the log")
         assert not device.status().log_lines
         home.policy_file.write_text("share_logs = true", encoding="utf-8")

@@ -49,14 +49,15 @@ def test_both_ways_are_measured(down: float, up: float) -> None:
     found = measure_link(line.client, clock=line.clock)
     assert found.down_bytes_per_s == pytest.approx(down)
     assert found.up_bytes_per_s == pytest.approx(up)
-    assert line.time < 12
-    assert max(size for _, size in line.sizes) <= 4 << 20
+    assert line.time < 4
+    assert line.time > 0.5 or line.sizes[-1][1] > 2_000_000
+    assert max(size for _, size in line.sizes) <= 4_000_000
 
 
 def test_a_slow_line_is_not_held_for_long() -> None:
-    line = Line(2e4, 1e4)
+    line = Line(7e3, 7e3)  # a modem
     measure_link(line.client, clock=line.clock)
-    assert line.time < 14
+    assert line.time < 5
 
 
 def test_a_probe_is_kept_and_what_transfers_showed_goes_first(tmp_path: Path) -> None:

@@ -110,6 +110,8 @@ def test_a_site_tells_of_itself_and_of_changes(service: Service, site: Site) -> 
     wait_for(lambda: service.heard[-1].step == 7)
     assert service.heard[0].state == "idle"
     assert service.heard[-1].state == "training"
+    site.presence.close()
+    assert not site.presence._thread.is_alive()
 
 
 def test_an_order_holds_until_the_next_one(service: Service, site: Site) -> None:
