@@ -32,7 +32,8 @@ class Collected:
         troubled: those, and devices whose update was refused or did not come.
         lost: devices whose work of this round was lost, as Flower says: they are gone, or the
             process that did it is.
-        took: device -> seconds from being asked to its update; of this round's updates.
+        took: device -> seconds from being asked to its update, which may be of an earlier round.
+        silent: devices that did not answer in the time that they had.
         refused: answers that were not good, or did not come.
         upload_bytes: of all tensors that came.
     """
@@ -43,6 +44,7 @@ class Collected:
     troubled: set[str] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)
     took: dict[str, float] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
     refused: int = 0
     upload_bytes: int = 0
 
@@ -99,8 +101,7 @@ def collect(
             collected.troubled.discard(flight.device)
             collected.lost.discard(flight.device)
             staleness = collected.round - flight.round
-            if staleness == 0:
-                collected.took[flight.device] = flights.clock.now() - flight.left
+            collected.took[flight.device] = flights.clock.now() - flight.left
             downloaded, uploaded = len(flight.sent.packed), len(answer.tensors or b"")
             emit(reported(each.update, downloaded, uploaded, collected.round, staleness))
         after_each()
@@ -168,6 +169,8 @@ def _judge(
 def _refuse(flight: Flight, answer: Answer, reason: str, collected: Collected, emit: Emit) -> None:
     collected.refused += 1
     staleness = collected.round - flight.round
+    if answer.silent:
+        collected.silent.add(flight.device)
     if staleness == 0:
         collected.troubled.add(flight.device)
         if answer.failure and not answer.silent:

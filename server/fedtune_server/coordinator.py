@@ -33,7 +33,7 @@ from fedtune.wire.checkpoint import as_written, prune_checkpoints, write_checkpo
 from fedtune.wire.file_digests import checkpoint_saved
 from fedtune.wire.messages import TaskSpec
 from fedtune_server.clock import Clock
-from fedtune_server.deadlines import Allowances
+from fedtune_server.deadlines import LOADING_S, Allowances
 from fedtune_server.defend import check_root
 from fedtune_server.distortion import Measure
 from fedtune_server.evaluation import evaluate
@@ -120,8 +120,8 @@ class Coordinator:
         while state.round < self._config.run.rounds:
             live = self._live(grid, roster, lineup.fleet, allowances)
             state = self._round(grid, lineup, state, live)
-        after = evaluate(
-            grid, lineup.fleet, self._rule, state.adapter, lineup.plans, self._terms, self._emit
+        after = self._evaluate(
+            grid, lineup, state, self._live(grid, roster, lineup.fleet, allowances)
         )
         fields = {
             "seconds": time.perf_counter() - started,
@@ -229,6 +229,20 @@ class Coordinator:
             values = rng.normal(0.0, _HEAD_STD, shape) if len(shape) > 1 else np.zeros(shape)
             heads[name] = values.astype(np.float32)
         return heads
+
+    def _evaluate(
+        self, grid: Grid, lineup: Lineup, state: RunState, live: Live | None
+    ) -> float | None:
+        """The held-out loss of the last adapter; of the devices that are there."""
+        plans, terms = lineup.plans, self._terms
+        if live is not None:
+            here = live.presence.here()
+            plans = [plan for plan in plans if plan.device in here]
+            reports = lineup.fleet.reports
+            allowed = [live.allowances.seconds(p, reports[p.device].profile) for p in plans]
+            longest = max(allowed, default=0.0) + LOADING_S  # a plan counts no such pass
+            terms = replace(terms, deadline_s=min(longest, terms.deadline_s))
+        return evaluate(grid, lineup.fleet, self._rule, state.adapter, plans, terms, self._emit)
 
     def _live(
         self, grid: Grid, roster: Roster, fleet: Fleet, allowances: Allowances

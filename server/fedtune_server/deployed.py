@@ -141,6 +141,8 @@ def play_deployed(
                 measure=_measure(model, shapes),
             )
     except KeyboardInterrupt:
+        if read_order(home, name).stopped:
+            raise StoppedError(f"the operator stopped run {name}") from None
         raise StoppedError(
             f"the process that played run {name} was told to end; the run goes on when it is "
             "started again"
@@ -231,12 +233,16 @@ def _named_ends(home: CoordinatorHome, name: str) -> Iterator[None]:
 
 @contextmanager
 def _ended_by_signal() -> Iterator[None]:
-    """Let SIGTERM end a run like Ctrl-C does, so that its folder says so."""
+    """Let SIGTERM end a run like Ctrl-C does, so that its folder says so.
+
+    Who started this process may have seen to that, and to a process that does not end; that stays.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    own_thread = threading.current_thread() is threading.main_thread()
+    if not own_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
     before = signal.signal(signal.SIGTERM, end)

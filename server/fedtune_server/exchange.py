@@ -7,14 +7,14 @@ device that comes back late is told so by Flower, and every wait has an end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import ProtocolError
-from fedtune.flwr_compat import readable_reason
+from fedtune.flwr_compat import ErrorCode, readable_reason
 from fedtune.wire.flower import from_record
 from fedtune_server.clock import FIRST_POLL_S, LONGEST_POLL_S, RealClock
 
@@ -60,6 +60,8 @@ def exchange(
     end = clock.now() + deadline_s
     ttl_s = dict.fromkeys(contents, deadline_s)
     waiting = post(grid, contents, nodes, kind=kind, group=group, ttl_s=ttl_s)
+    for device in sorted(contents.keys() - set(waiting.values())):
+        yield unsent_answer(device)
     poll_s = FIRST_POLL_S
     while waiting and clock.now() < end:
         replies = list(grid.pull_messages(list(waiting)))
@@ -85,6 +87,8 @@ def post(
 ) -> dict[str, str]:
     """Send each device its message, in the order of their names; message id -> device.
 
+    A device whose message Flower does not take, because its node is registered no more, has none.
+
     Args:
         ttl_s: device -> how long it may take to answer, in seconds.
     """
@@ -99,7 +103,16 @@ def post(
         )
         for device in order
     ]
-    return dict(zip(grid.push_messages(messages), order, strict=True))
+    # Flower gives None in place of the id of a message that it does not take.
+    ids: Sequence[str | None] = list(grid.push_messages(messages))
+    pairs = zip(ids, order, strict=True)
+    return {message_id: device for message_id, device in pairs if message_id is not None}
+
+
+def unsent_answer(device: str) -> Answer:
+    """Stands for the answer to a message that Flower did not take."""
+    failure = "Flower did not take its message: its node is not registered any more"
+    return Answer(device, failure=failure, code=ErrorCode.NODE_UNAVAILABLE)
 
 
 def read_answer(device: str, node: int, reply: Message, kind: str) -> Answer:

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from fedtune.records import DevicePlan
 from fedtune.wire.flower import TRAIN
 from fedtune_server.clock import Clock, RealClock
-from fedtune_server.exchange import Answer, post, read_answer, silent_answer
+from fedtune_server.exchange import Answer, post, read_answer, silent_answer, unsent_answer
 from fedtune_server.starts import Sent
 
 
@@ -93,10 +93,13 @@ class Flights:
         """
         left = self.clock.now()
         ids = post(grid, contents, nodes, kind=TRAIN, group=str(round), ttl_s=ttl_s)
-        for message_id, name in ids.items():
-            self._open[message_id] = Flight(
-                name, nodes[name], round, plans[name], sent[name], left, ttl_s[name]
-            )
+        flights = {
+            name: Flight(name, nodes[name], round, plans[name], sent[name], left, ttl_s[name])
+            for name in sorted(contents)
+        }
+        self._open |= {message_id: flights[name] for message_id, name in ids.items()}
+        for name in sorted(flights.keys() - set(ids.values())):
+            self._landed.append((flights[name], unsent_answer(name)))
 
     def drop(self, device: str) -> None:
         """Forget what a device was sent: it is lost, and so is its answer."""

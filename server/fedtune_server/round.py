@@ -150,7 +150,7 @@ def train(
         asking.take_new_plans(plan_anew)
     late = asking.name_late()
     if live is not None:
-        live.allowances.learn(collected.took)
+        live.allowances.learn(collected.took, collected.silent)
     good = defend(collected.in_order, terms.defence, round, emit)
     joined = rule.join(adapter, good)
     own = [each for each in good if each.update.round == round]

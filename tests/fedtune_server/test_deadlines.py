@@ -51,3 +51,13 @@ def test_a_device_may_take_what_it_took_before() -> None:
 def test_no_device_may_take_longer_than_the_rounds_deadline() -> None:
     allowances = Allowances(3.0, 100.0)
     assert allowances.seconds(plan(60.0, _SEVEN_B, _MBIT), profile(_MBIT)) == 100.0
+
+
+def test_a_device_that_was_silent_may_take_twice_as_long_until_it_answers() -> None:
+    allowances = Allowances(3.0, 3600.0)
+    work = plan(10.0, 1000, 1e7), profile(1e7)
+    first = allowances.seconds(*work)
+    allowances.learn({}, ["a"])
+    assert allowances.seconds(*work) == pytest.approx(2 * first)
+    allowances.learn({"a": 8.0})
+    assert allowances.seconds(*work) < first

@@ -320,3 +320,26 @@ def test_a_device_that_dies_each_time_is_asked_three_times_a_round(runs: Runs) -
         runs.play(grid)
     assert len(runs.fake.all("device_asked_again")) == 2
     assert [f["reported"] for f in runs.fake.all("round_finished")] == [2, 3, 3]
+
+
+def test_a_device_whose_node_flower_has_forgotten_fails_alone(runs: Runs) -> None:
+    """Flower gives None in place of the id of a message to such a node."""
+    with LiveGrid(runs.fake) as grid:
+        real = grid.push_messages
+
+        def push(messages: Any) -> list[Any]:
+            messages = list(messages)
+            kept = [m for m in messages if not forgotten(m)]
+            ids = iter(real(kept) if kept else [])
+            return [None if forgotten(m) else next(ids) for m in messages]
+
+        def forgotten(message: Any) -> bool:
+            last = message.metadata.group_id in ("2", "3", "end")
+            return last and grid.names[message.metadata.dst_node_id - 1000] == "b"
+
+        grid.push_messages = push  # type: ignore[method-assign]
+        runs.play(grid)
+    assert [f["reported"] for f in runs.fake.all("round_finished")] == [3, 2, 2]
+    reasons = {f["reason"] for f in runs.fake.all("device_refused")}
+    assert len(reasons) == 1
+    assert "not registered any more" in reasons.pop()

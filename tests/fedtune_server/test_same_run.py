@@ -72,6 +72,7 @@ def test_what_may_differ_is_no_difference_and_is_written_down(tmp_path: Path) ->
         "rounds": {"repeats": 7},
         "simulation": {"devices_per_pass": 1},
         "data": {"test": "test.jsonl", "test_stride": 2},
+        "deployment": {"sites": ["a", "b"], "minimum": 1, "deadline_s": 5.0, "slack": 2.0},
         "outputs": {"exports": [], "keep_checkpoints": 9},
     }
     begun(tmp_path)
