@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
@@ -58,10 +58,23 @@ DEVICE_COUNTERS = {
 
 
 def metrics_text(readings: Readings) -> bytes:
-    """Everything that this process tells Prometheus: its own metrics, and those of the runs."""
-    own = CollectorRegistry()
-    own.register(BoardCollector(readings))
-    return generate_latest(REGISTRY) + generate_latest(own)
+    """Everything that this process tells Prometheus: of the runs, and of the process itself."""
+    return generate_latest(_Both(BoardCollector(readings), REGISTRY))
+
+
+class _Both(Collector):
+    """Two collectors as one; a name that both have is the first one's, as a name stands once."""
+
+    def __init__(self, first: Collector, second: Collector) -> None:
+        self._two = first, second
+
+    def collect(self) -> Iterator[Metric]:
+        seen: set[str] = set()
+        for collector in self._two:
+            for family in collector.collect():
+                if family.name not in seen:
+                    seen.add(family.name)
+                    yield family
 
 
 class BoardCollector(Collector):

@@ -16,7 +16,7 @@ from fedtune_server.dashboard.attention import (
     attention,
     certificate_end,
     days_until,
-    restarts_of_processes,
+    troubled_processes,
 )
 from fedtune_server.dashboard.feed import Feed, Readings
 from fedtune_server.dashboard.model import chosen_run, parts
@@ -214,9 +214,9 @@ def test_crash_loops_of_runs_and_processes_and_failed_runs_are_alarms() -> None:
         return RunEntry(name, "", state, 1, 2, "", "", restarts, reason, ())  # type: ignore[arg-type]
 
     runs = [run("a", "running", 3, "died"), run("b", "running", 2), run("c", "failed", 0, "why")]
-    found = [a.text for a in attention(runs, (), Reading(), None, {"link": 5, "desk": 1})]
+    found = [a.text for a in attention(runs, (), Reading(), None, {"link": "disk full"})]
     assert found == [
-        "the process link was started again 5 times; read its log",
+        "the process link is in a crash loop: disk full",
         "run a was started again 3 times: died",
         "run c failed: why",
     ]
@@ -230,20 +230,16 @@ def test_days_left_come_from_the_certificate(home: Any, renew: Any) -> None:
     assert days_until(certificate_end(home.certificate)) is None
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ('{"children": [{"name": "link", "restarts": 4}, {"restarts": "x"}, 3]}', {"link": 4}),
-        ('{"children": {"link": {"restarts": 2}}}', {"link": 2}),
-        ("[]", {}),
-        ("{", {}),
-    ],
-)
-def test_restarts_are_read_leniently(tmp_path: Path, text: str, found: dict[str, int]) -> None:
+def test_crash_loops_are_read_from_the_supervisors_file(tmp_path: Path) -> None:
     path = tmp_path / "supervisor.json"
-    path.write_text(text, encoding="utf-8")
-    assert restarts_of_processes(path) == found
-    assert restarts_of_processes(tmp_path / "none") == {}
+    assert troubled_processes(path) == {}
+    bad = {"restarts": 6, "crash_loop": True, "last_error": "disk full"}
+    children = {"link": bad, "desk": {"restarts": 9, "crash_loop": False}, "runner": 3}
+    path.write_text(json.dumps({"children": children}), encoding="utf-8")
+    assert troubled_processes(path) == {"link": "started again 6 times; disk full"}
+    for text in ("[]", "{", '{"children": []}', " " * 1_000_001):
+        path.write_text(text, encoding="utf-8")
+        assert troubled_processes(path) == {}
 
 
 # ---------------------------------------------------------------- the reader and the feed
