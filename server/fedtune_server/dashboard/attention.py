@@ -75,7 +75,7 @@ def _of_certificate(days: float | None) -> Iterator[Attention]:
 
 def _of_processes(processes: Mapping[str, str]) -> Iterator[Attention]:
     for name, why in processes.items():
-        yield Attention("crashes", f"the process {name} is in a crash loop: {why}")
+        yield Attention("crashes", f"the process {name} {why}")
 
 
 def _of_runs(runs: Sequence[RunEntry]) -> Iterator[Attention]:
@@ -125,11 +125,17 @@ def troubled_processes(path: Path) -> dict[str, str]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {
-        str(name): f"started again {child.get('restarts')} times; {child.get('last_error')}"
-        for name, child in _mapping(_mapping(tree).get("children")).items()
-        if _mapping(child).get("crash_loop") is True
-    }
+    children = _mapping(_mapping(tree).get("children"))
+    return {str(name): why for name, child in children.items() if (why := _trouble(child))}
+
+
+def _trouble(child: object) -> str:
+    told = _mapping(child)
+    if told.get("crash_loop") is True:
+        return f"is in a crash loop ({told.get('restarts')} restarts): {told.get('last_error')}"
+    if told.get("state") == "refused":
+        return f"does not go on, and a restart would not help: {told.get('last_error')}"
+    return ""
 
 
 def _mapping(value: object) -> Mapping[str, Any]:  # JSON values of many types

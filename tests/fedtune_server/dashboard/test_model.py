@@ -214,9 +214,9 @@ def test_crash_loops_of_runs_and_processes_and_failed_runs_are_alarms() -> None:
         return RunEntry(name, "", state, 1, 2, "", "", restarts, reason, ())  # type: ignore[arg-type]
 
     runs = [run("a", "running", 3, "died"), run("b", "running", 2), run("c", "failed", 0, "why")]
-    found = [a.text for a in attention(runs, (), Reading(), None, {"link": "disk full"})]
+    found = [a.text for a in attention(runs, (), Reading(), None, {"link": "stands still"})]
     assert found == [
-        "the process link is in a crash loop: disk full",
+        "the process link stands still",
         "run a was started again 3 times: died",
         "run c failed: why",
     ]
@@ -234,9 +234,14 @@ def test_crash_loops_are_read_from_the_supervisors_file(tmp_path: Path) -> None:
     path = tmp_path / "supervisor.json"
     assert troubled_processes(path) == {}
     bad = {"restarts": 6, "crash_loop": True, "last_error": "disk full"}
-    children = {"link": bad, "desk": {"restarts": 9, "crash_loop": False}, "runner": 3}
+    refused = {"state": "refused", "crash_loop": False, "last_error": "no certificate"}
+    fine = {"restarts": 9, "crash_loop": False, "state": "up"}
+    children = {"link": bad, "desk": fine, "runner": 3, "other": refused}
     path.write_text(json.dumps({"children": children}), encoding="utf-8")
-    assert troubled_processes(path) == {"link": "started again 6 times; disk full"}
+    assert troubled_processes(path) == {
+        "link": "is in a crash loop (6 restarts): disk full",
+        "other": "does not go on, and a restart would not help: no certificate",
+    }
     for text in ("[]", "{", '{"children": []}', " " * 1_000_001):
         path.write_text(text, encoding="utf-8")
         assert troubled_processes(path) == {}
