@@ -13,6 +13,7 @@ from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
+from fedtune.export.device_view import plans_in_force
 from fedtune.export.ledger_facts import LedgerFacts, number
 from fedtune_server.dashboard.attention import certificate_end
 from fedtune_server.dashboard.feed import Readings
@@ -199,10 +200,10 @@ def _of_devices(shown: Sequence[Deployment]) -> Iterator[Metric]:
 
 def _device_values(one: Deployment) -> dict[str, dict[str, float | None]]:
     facts = one.reading.facts or LedgerFacts()
-    sums = traffic(facts)
+    sums, plans = traffic(facts), plans_in_force(facts)
     return {
         view.device: {
-            "memory_predicted_bytes": number(facts.plan_of(view.device), "peak_bytes"),
+            "memory_predicted_bytes": number(plans.get(view.device, {}), "peak_bytes"),
             "held_out_loss": view.held_out_loss,
             "download_bytes": sums.get(view.device, (0.0, 0.0))[0],
             "upload_bytes": sums.get(view.device, (0.0, 0.0))[1],

@@ -60,6 +60,16 @@ def test_a_row_of_the_fleet_has_plan_state_step_bytes_memory_and_speed(told: Fak
     assert row["device"] == "Linux, 8 cores, 16 GB"
 
 
+def test_a_new_plan_is_the_one_that_is_shown(told: FakeDesk) -> None:
+    changed = {"peak_bytes": [1_400_000_000, 700_000_000], "micro_batch": [4, 1]}
+    changed |= {"format": ["nf4", "q3"], "rank_max": [16, 2], "seconds": [20.0, 35.0]}
+    told.tell("spring", "replanned", 331, round=2, device="south", changed=changed)
+    found = shown(told)
+    assert found["site/south"]["plan"] == "q3, rank 2, micro-batch 1"
+    assert found["site/south"]["predicted"] == "700 MB"
+    assert {s["device"]: s["planned_s"] for s in found["round"]["spans"]}["south"] == 35.0
+
+
 def test_sites_of_the_registry_and_devices_of_the_run_share_a_table(told: FakeDesk) -> None:
     told.site_entries = told.site_entries[2:]  # two devices of the run lost their entry
     found = shown(told)
