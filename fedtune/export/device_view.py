@@ -47,7 +47,7 @@ def device_views(facts: LedgerFacts, lines: Sequence[Line]) -> tuple[DeviceView,
 
     Each event is looked at a fixed number of times, however many devices there are.
     """
-    plans, compared = _plans_in_force(facts), _compared(lines)
+    plans, compared = plans_in_force(facts), _compared(lines)
     reported, refused = _last_rounds(facts.reports), _last_rounds(facts.refusals)
     refusals = Counter(_devices_of("device_refused", lines))
     late = Counter(_late(lines))
@@ -78,7 +78,7 @@ def device_views(facts: LedgerFacts, lines: Sequence[Line]) -> tuple[DeviceView,
     return tuple(views)
 
 
-def _plans_in_force(facts: LedgerFacts) -> dict[str, Line]:
+def plans_in_force(facts: LedgerFacts) -> dict[str, Line]:
     """Device -> its planned row, with what later plans changed of it."""
     plans = {str(plan.get("device")): dict(plan) for plan in facts.plans}
     for (_, device), event in sorted(facts.replans.items(), key=lambda item: item[0]):

@@ -1,5 +1,9 @@
 """The coordinator's web page: what its runs and sites do now, for a person with the token.
 
-It only reads. `serving.serve` starts it beside the gRPC services; `model` says what is shown,
+It only reads. `serve` starts it beside the gRPC services; `model` says what is shown,
 `feed` sends changes, `login` decides who sees them, `metrics` says the same to Prometheus.
 """
+
+from fedtune_server.dashboard.serving import Dashboard, serve
+
+__all__ = ["Dashboard", "serve"]

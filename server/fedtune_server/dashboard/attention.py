@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 
@@ -16,7 +17,7 @@ from fedtune_server.desk.view import RunEntry, SiteEntry
 CERTIFICATE_DAYS = 30.0
 """A certificate that ends sooner is an alarm; a month is time for a change window."""
 RESTARTS = 3
-"""Restarts of one process or run that are a crash loop, and not an accident."""
+"""Restarts of one run that are a crash loop, and not an accident."""
 
 _MOST_BYTES = 1_000_000
 
@@ -40,14 +41,14 @@ def attention(
     sites: Sequence[SiteEntry],
     reading: Reading,
     certificate_days: float | None,
-    processes: Mapping[str, int],
+    processes: Mapping[str, str],
 ) -> tuple[Attention, ...]:
     """Everything that deserves attention; what holds now comes first.
 
     Args:
         reading: of the run that is shown.
         certificate_days: until the server's certificate ends; None: not known.
-        processes: restarts of each process of the coordinator.
+        processes: those of the coordinator that a person must look at, and why.
     """
     found = [
         *_of_certificate(certificate_days),
@@ -72,12 +73,9 @@ def _of_certificate(days: float | None) -> Iterator[Attention]:
         yield Attention("certificate", text + "fedtune server rotate")
 
 
-def _of_processes(processes: Mapping[str, int]) -> Iterator[Attention]:
-    for name, restarts in processes.items():
-        if restarts >= RESTARTS:
-            yield Attention(
-                "crashes", f"the process {name} was started again {restarts} times; read its log"
-            )
+def _of_processes(processes: Mapping[str, str]) -> Iterator[Attention]:
+    for name, why in processes.items():
+        yield Attention("crashes", f"the process {name} {why}")
 
 
 def _of_runs(runs: Sequence[RunEntry]) -> Iterator[Attention]:
@@ -115,11 +113,11 @@ def days_until(end: datetime | None, now: datetime | None = None) -> float | Non
     return (end - (now or datetime.now(UTC))).total_seconds() / 86_400
 
 
-def restarts_of_processes(path: Path) -> dict[str, int]:
-    """Restarts of each child of the supervisor, from its status file; empty where there is none.
+def troubled_processes(path: Path) -> dict[str, str]:
+    """Processes of the coordinator that a person must look at, and why; by the supervisor's file.
 
     Args:
-        path: `logs/supervisor.json` of the coordinator's home.
+        path: `logs/supervisor.json` of the coordinator's home; nothing is known where it is not.
     """
     try:
         if path.stat().st_size > _MOST_BYTES:
@@ -127,16 +125,18 @@ def restarts_of_processes(path: Path) -> dict[str, int]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    children = tree.get("children") if isinstance(tree, dict) else None
-    if isinstance(children, dict):
-        children = [{"name": name, **_mapping(child)} for name, child in children.items()]
-    found: dict[str, int] = {}
-    for child in children if isinstance(children, list) else ():
-        restarts = _mapping(child).get("restarts")
-        if isinstance(restarts, int):
-            found[str(child.get("name", ""))] = restarts
-    return found
+    children = _mapping(_mapping(tree).get("children"))
+    return {str(name): why for name, child in children.items() if (why := _trouble(child))}
 
 
-def _mapping(value: object) -> Mapping[str, object]:
+def _trouble(child: object) -> str:
+    told = _mapping(child)
+    if told.get("crash_loop") is True:
+        return f"is in a crash loop ({told.get('restarts')} restarts): {told.get('last_error')}"
+    if told.get("state") == "refused":
+        return f"does not go on, and a restart would not help: {told.get('last_error')}"
+    return ""
+
+
+def _mapping(value: object) -> Mapping[str, Any]:  # JSON values of many types
     return value if isinstance(value, dict) else {}

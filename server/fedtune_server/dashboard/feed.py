@@ -19,7 +19,7 @@ from fedtune_server.dashboard.attention import (
     attention,
     certificate_end,
     days_until,
-    restarts_of_processes,
+    troubled_processes,
 )
 from fedtune_server.dashboard.model import Deployment, Part, chosen_run, parts
 from fedtune_server.dashboard.readings import Reading, RunReader
@@ -59,7 +59,7 @@ class Readings:
             sites,
             reading,
             days_until(certificate_end(self.certificate), now),
-            restarts_of_processes(self._supervisor),
+            troubled_processes(self._supervisor),
         )
         return Deployment(runs, sites, self._view.refusals(), shown, reading, found)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
+from fedtune.export.device_view import plans_in_force
 from fedtune.export.ledger_facts import LedgerFacts, number
 from fedtune_server.dashboard.attention import certificate_end
 from fedtune_server.dashboard.feed import Readings
@@ -58,10 +59,23 @@ DEVICE_COUNTERS = {
 
 
 def metrics_text(readings: Readings) -> bytes:
-    """Everything that this process tells Prometheus: its own metrics, and those of the runs."""
-    own = CollectorRegistry()
-    own.register(BoardCollector(readings))
-    return generate_latest(REGISTRY) + generate_latest(own)
+    """Everything that this process tells Prometheus: of the runs, and of the process itself."""
+    return generate_latest(_Both(BoardCollector(readings), REGISTRY))
+
+
+class _Both(Collector):
+    """Two collectors as one; a name that both have is the first one's, as a name stands once."""
+
+    def __init__(self, first: Collector, second: Collector) -> None:
+        self._two = first, second
+
+    def collect(self) -> Iterator[Metric]:
+        seen: set[str] = set()
+        for collector in self._two:
+            for family in collector.collect():
+                if family.name not in seen:
+                    seen.add(family.name)
+                    yield family
 
 
 class BoardCollector(Collector):
@@ -186,10 +200,10 @@ def _of_devices(shown: Sequence[Deployment]) -> Iterator[Metric]:
 
 def _device_values(one: Deployment) -> dict[str, dict[str, float | None]]:
     facts = one.reading.facts or LedgerFacts()
-    sums = traffic(facts)
+    sums, plans = traffic(facts), plans_in_force(facts)
     return {
         view.device: {
-            "memory_predicted_bytes": number(facts.plan_of(view.device), "peak_bytes"),
+            "memory_predicted_bytes": number(plans.get(view.device, {}), "peak_bytes"),
             "held_out_loss": view.held_out_loss,
             "download_bytes": sums.get(view.device, (0.0, 0.0))[0],
             "upload_bytes": sums.get(view.device, (0.0, 0.0))[1],

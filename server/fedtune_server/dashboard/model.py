@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from fedtune.export.charts import ticks
-from fedtune.export.device_view import DeviceView
+from fedtune.export.device_view import DeviceView, plans_in_force
 from fedtune.export.ledger_facts import LedgerFacts, Line, number
 from fedtune.export.ledger_tail import fields_of
 from fedtune.export.quantities import UNKNOWN, bytes_text, number_text, seconds_text
@@ -168,11 +168,12 @@ def _fleet(deployment: Deployment, facts: LedgerFacts) -> dict[str, Part]:
     """A row for every site of the registry and every device of the run."""
     sites = {site.name: site for site in deployment.sites}
     devices = {view.device: view for view in deployment.reading.devices}
-    sums = traffic(facts)
-    return {
-        name: _row(name, sites.get(name), devices.get(name), facts, sums.get(name, (0.0, 0.0)))
-        for name in dict.fromkeys((*sites, *devices))
-    }
+    sums, plans = traffic(facts), plans_in_force(facts)
+    found: dict[str, Part] = {}
+    for name in dict.fromkeys((*sites, *devices)):
+        plan, traffic_ = plans.get(name, {}), sums.get(name, (0.0, 0.0))
+        found[name] = _row(name, sites.get(name), devices.get(name), plan, facts, traffic_)
+    return found
 
 
 def traffic(facts: LedgerFacts) -> dict[str, tuple[float, float]]:
@@ -191,13 +192,13 @@ def _row(
     name: str,
     site: SiteEntry | None,
     device: DeviceView | None,
+    plan: Line,
     facts: LedgerFacts,
     sums: tuple[float, float],
 ) -> Part:
     told = (site.report if site else None) or SiteReport()
-    plan = facts.plan_of(name)
     predicted = number(plan, "peak_bytes")
-    used = told.memory_bytes or _measured_peak(facts, name)
+    used = told.memory_bytes or _measured_peak(facts, device)
     allowed = told.memory_allowed_bytes or number(plan, "budget_bytes")
     mark, state = _state(site, told)
     return {
@@ -228,9 +229,11 @@ def _row(
     }
 
 
-def _measured_peak(facts: LedgerFacts, name: str) -> float | None:
-    last = max((r for r, device in facts.reports if device == name), default=0)
-    return number(facts.reports.get((last, name), {}), "peak_bytes")
+def _measured_peak(facts: LedgerFacts, device: DeviceView | None) -> float | None:
+    """What an accelerator needed in its last round; other devices tell it as they work."""
+    if device is None:
+        return None
+    return number(facts.reports.get((device.last_round, device.device), {}), "peak_bytes")
 
 
 def _state(site: SiteEntry | None, told: SiteReport) -> tuple[str, str]:

@@ -193,7 +193,8 @@ function siteRow(name) {
   const steps = site.steps ? `, step ${site.step} of ${site.steps}` : "";
   const work = site.round ? `round ${site.round}${steps}` : "";
   const memory = site.used === "–" && site.predicted === "–" ? "–" :
-    [`${site.used} used`, small(`${site.predicted} planned, ${site.allowed} allowed`), gauge(site)];
+    [site.used === "–" ? "not told yet" : `${site.used} used`,
+      small(`${site.predicted} planned, ${site.allowed} allowed`), gauge(site)];
   const made = row(FLEET, [
     site.site,
     [marked(site.mark, site.state), small(work), small(site.excluded || site.refusal)],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from fedtune.export.device_view import plans_in_force
 from fedtune.export.ledger_facts import LedgerFacts, Line, number
 from fedtune.export.ledger_tail import line_time
 
@@ -55,7 +56,7 @@ def current_round(lines: Sequence[Line], facts: LedgerFacts) -> RoundLine | None
     started = line_time(lines[first]) if first is not None else None
     if first is None or started is None:
         return None
-    planned = {str(plan.get("device")): number(plan, "seconds") for plan in facts.plans}
+    planned = {name: number(plan, "seconds") for name, plan in plans_in_force(facts).items()}
     spans = {name: Span(name, "at work", 0.0) for name in _names(lines[first])}
     closed_s, attempt = None, 1
     for line in lines[first + 1 :]:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedtune.deploy.homes import CoordinatorHome
@@ -82,6 +83,15 @@ def test_without_runs_there_are_counts_alone(desk: FakeDesk) -> None:
 def test_the_end_of_the_certificate_is_told(desk: FakeDesk, home: CoordinatorHome) -> None:
     found = samples(desk, home.certificate)
     assert found["fedtune_certificate_expiry_timestamp_seconds", ()] > 1.7e9
+
+
+def test_a_metric_that_the_process_has_too_is_told_once(told: FakeDesk) -> None:
+    own = Gauge("fedtune_run_round", "of the desk itself", ["run"])
+    try:
+        own.labels("spring").set(99)
+        assert samples(told)["fedtune_run_round", ("spring",)] == 2
+    finally:
+        REGISTRY.unregister(own)
 
 
 # ---------------------------------------------------------------- Grafana

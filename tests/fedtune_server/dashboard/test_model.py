@@ -16,7 +16,7 @@ from fedtune_server.dashboard.attention import (
     attention,
     certificate_end,
     days_until,
-    restarts_of_processes,
+    troubled_processes,
 )
 from fedtune_server.dashboard.feed import Feed, Readings
 from fedtune_server.dashboard.model import chosen_run, parts
@@ -58,6 +58,16 @@ def test_a_row_of_the_fleet_has_plan_state_step_bytes_memory_and_speed(told: Fak
     assert row["used_share"] == pytest.approx(0.625)
     assert (row["link_down"], row["link_up"]) == ("2.40 MB/s", "310 kB/s")
     assert row["device"] == "Linux, 8 cores, 16 GB"
+
+
+def test_a_new_plan_is_the_one_that_is_shown(told: FakeDesk) -> None:
+    changed = {"peak_bytes": [1_400_000_000, 700_000_000], "micro_batch": [4, 1]}
+    changed |= {"format": ["nf4", "q3"], "rank_max": [16, 2], "seconds": [20.0, 35.0]}
+    told.tell("spring", "replanned", 331, round=2, device="south", changed=changed)
+    found = shown(told)
+    assert found["site/south"]["plan"] == "q3, rank 2, micro-batch 1"
+    assert found["site/south"]["predicted"] == "700 MB"
+    assert {s["device"]: s["planned_s"] for s in found["round"]["spans"]}["south"] == 35.0
 
 
 def test_sites_of_the_registry_and_devices_of_the_run_share_a_table(told: FakeDesk) -> None:
@@ -214,9 +224,9 @@ def test_crash_loops_of_runs_and_processes_and_failed_runs_are_alarms() -> None:
         return RunEntry(name, "", state, 1, 2, "", "", restarts, reason, ())  # type: ignore[arg-type]
 
     runs = [run("a", "running", 3, "died"), run("b", "running", 2), run("c", "failed", 0, "why")]
-    found = [a.text for a in attention(runs, (), Reading(), None, {"link": 5, "desk": 1})]
+    found = [a.text for a in attention(runs, (), Reading(), None, {"link": "stands still"})]
     assert found == [
-        "the process link was started again 5 times; read its log",
+        "the process link stands still",
         "run a was started again 3 times: died",
         "run c failed: why",
     ]
@@ -230,20 +240,21 @@ def test_days_left_come_from_the_certificate(home: Any, renew: Any) -> None:
     assert days_until(certificate_end(home.certificate)) is None
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ('{"children": [{"name": "link", "restarts": 4}, {"restarts": "x"}, 3]}', {"link": 4}),
-        ('{"children": {"link": {"restarts": 2}}}', {"link": 2}),
-        ("[]", {}),
-        ("{", {}),
-    ],
-)
-def test_restarts_are_read_leniently(tmp_path: Path, text: str, found: dict[str, int]) -> None:
+def test_crash_loops_are_read_from_the_supervisors_file(tmp_path: Path) -> None:
     path = tmp_path / "supervisor.json"
-    path.write_text(text, encoding="utf-8")
-    assert restarts_of_processes(path) == found
-    assert restarts_of_processes(tmp_path / "none") == {}
+    assert troubled_processes(path) == {}
+    bad = {"restarts": 6, "crash_loop": True, "last_error": "disk full"}
+    refused = {"state": "refused", "crash_loop": False, "last_error": "no certificate"}
+    fine = {"restarts": 9, "crash_loop": False, "state": "up"}
+    children = {"link": bad, "desk": fine, "runner": 3, "other": refused}
+    path.write_text(json.dumps({"children": children}), encoding="utf-8")
+    assert troubled_processes(path) == {
+        "link": "is in a crash loop (6 restarts): disk full",
+        "other": "does not go on, and a restart would not help: no certificate",
+    }
+    for text in ("[]", "{", '{"children": []}', " " * 1_000_001):
+        path.write_text(text, encoding="utf-8")
+        assert troubled_processes(path) == {}
 
 
 # ---------------------------------------------------------------- the reader and the feed
