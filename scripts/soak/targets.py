@@ -350,7 +350,6 @@ rounds = 4
 path = "base"
 [data]
 train = "rows.jsonl"
-sites = {a = "a.jsonl"}
 [data.partition]
 by = "iid"
 [fleet.any]
