@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias, cast, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, one_line
 from fedtune.settings import DeviceClassSection, PartitionSection, RunConfig, Section
 
 KernelPath: TypeAlias = Literal["auto", "c", "torch"]
@@ -71,11 +71,7 @@ def _validate(tree: Mapping[str, object], source: str, given: Mapping[str, str])
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         blamed = given.get(key, source)
-        raise ConfigError(_one_line(f"{blamed}: {_describe(first)}")) from None
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+        raise ConfigError(one_line(f"{blamed}: {_describe(first)}")) from None
 
 
 def _read_tree(path: Path) -> dict[str, object]:
@@ -92,8 +88,10 @@ def _read_tree(path: Path) -> dict[str, object]:
     form = "JSON" if path.suffix == ".json" else "TOML"
     try:
         tree = json.loads(text) if form == "JSON" else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(_one_line(f"{path} is not valid {form}: {error}")) from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid {form}: it is nested too deeply") from None
+    except ValueError as error:  # also of numbers with thousands of digits
+        raise ConfigError(one_line(f"{path} is not valid {form}: {error}")) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a JSON object of sections, found a {_kind(tree)}")
     return tree

@@ -86,3 +86,10 @@ class RoundError(FedtuneError):
 
 class RunError(FedtuneError):
     """A run folder cannot be created, read or continued."""
+
+
+def one_line(text: str, longest: int = 1500) -> str:
+    """A message that quotes what came from outside: one line, of bounded length, all printable."""
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."

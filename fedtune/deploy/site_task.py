@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from pydantic import Field, ValidationError
 
-from fedtune.errors import ProtocolError
+from fedtune.errors import ProtocolError, one_line
 from fedtune.records import ComputeName, GraphUse, TaskName
 from fedtune.sections.section import Section
 from fedtune.settings import DataSection, RunConfig
@@ -78,4 +78,4 @@ def read_site_task(run_config: Mapping[str, object]) -> SiteTask:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ProtocolError(f"{TASK_KEY}: {key}: {first['msg']}") from None
+        raise ProtocolError(one_line(f"{TASK_KEY}: {key}: {first['msg']}", 300)) from None

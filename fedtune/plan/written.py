@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedtune.errors import PlanError
+from fedtune.errors import PlanError, one_line
 from fedtune.plan.plan_file import LAYOUT
 
 MOST_BYTES = 256 * 2**20
@@ -90,7 +90,7 @@ def read_plan(path: Path) -> WrittenPlan:
     try:
         return WrittenPlan.model_validate(tree)
     except ValidationError as error:
-        raise PlanError(f"{path}: {_type_error(error)}") from None
+        raise PlanError(one_line(f"{path}: {_type_error(error)}")) from None
 
 
 # ---------------------------------------------------------------- words

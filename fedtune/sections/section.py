@@ -22,7 +22,7 @@ def parse_bytes(value: object) -> object:
     """Turn `"8 GB"` into 8000000000; anything that is not such a text passes unchanged."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", value)
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]+)\s*", value)
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     if match is None or match[2].lower() not in units:
         raise ValueError(f"a size such as '8 GB' or '512 MiB' (units: {', '.join(_UNITS)})")

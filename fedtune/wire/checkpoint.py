@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedtune.errors import RunError
+from fedtune.errors import RunError, one_line
 from fedtune.records import FloatArray, GlobalAdapter, LowRank
 from fedtune.wire.durable import PARTIAL, write_durably, writing
 
@@ -95,8 +95,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     try:
         return _decode(content)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"checkpoint {path} is not a {LAYOUT} file: {error}; {_REMEDY}") from None
+    except (
+        SafetensorError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        OverflowError,
+    ) as e:
+        reason = one_line(str(e), 300)
+        raise RunError(f"checkpoint {path} is not a {LAYOUT} file: {reason}; {_REMEDY}") from None
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

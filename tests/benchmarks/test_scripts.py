@@ -62,3 +62,11 @@ def test_the_gpu_benchmark_runs_on_a_cpu(contender: str) -> None:
     # The models are the same, so all contenders start from one loss but for bf16 and block scales.
     dense = [cell["first_loss"] for cell in cells if cell["workload"] == "64"]
     assert dense == pytest.approx([5.71], abs=0.03)
+
+
+def test_the_load_of_a_coordinator_is_told_by_fleet() -> None:
+    found = json.loads(run("load.py", "--quick", "--json").splitlines()[-1])
+    few, many = found["4 devices"], found["12 devices"]
+    assert many["upload_mb"] == pytest.approx(3 * few["upload_mb"], rel=0.05)
+    assert few["cpu_s"] > 0
+    assert many["devices_cpu_s"] > few["devices_cpu_s"] > 0

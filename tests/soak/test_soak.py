@@ -1,0 +1,151 @@
+"""The frame of the soak: what counts as passed, and that one bad case does not end the others."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from scripts.soak import __main__ as soak
+from scripts.soak.faults import FAULTS, KILLS, Deployment, Fault, fill_disk, nothing, play, send
+from scripts.soak.results import Result, table
+
+
+class Toy:
+    """A deployment of one process, whose result says how it came to its end."""
+
+    def __init__(self, folder: Path, case: str) -> None:
+        self._folder, self._case = folder, case
+        self._process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
+        self._left = [1] if case == "leaves one" else []
+
+    def pids(self, who: str) -> Sequence[int]:
+        return [self._process.pid] if who == "site-1" else []
+
+    def home(self, who: str) -> Path:
+        return self._folder
+
+    def call(self, who: str, action: str, **details: object) -> None: ...
+
+    def progress(self) -> float:
+        return 10.0
+
+    def wait(self, seconds: float) -> str:
+        return "" if self._case == "hangs" else "finished"
+
+    def result(self) -> str:
+        return "other" if self._case.startswith("differs") else "same"
+
+    def missing(self) -> Mapping[str, Sequence[int]]:
+        return {"site-1": [2]} if self._case == "differs, named" else {}
+
+    def reason(self) -> str:
+        return ""
+
+    def left(self) -> Sequence[int]:
+        return self._left
+
+    def end(self) -> int:
+        self._process.kill()
+        return self._process.wait()
+
+
+def played(tmp_path: Path, *faults: Fault, until: float = 60.0) -> dict[str, Result]:
+    results: list[Result] = []
+
+    @contextmanager
+    def start(case: str) -> Iterator[Deployment]:
+        toy = Toy(tmp_path, case)
+        try:
+            yield toy
+        finally:
+            toy.end()
+
+    end = time.monotonic() + until
+    play(faults, start, results.append, part="x", rounds=3, deadline_s=5.0, until=end)
+    return {result.case: result for result in results}
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("fine", ""),
+        ("differs", "its result differs"),
+        ("differs, named", ""),
+        ("hangs", "did not end"),
+        ("leaves one", "processes are left: [1]"),
+    ],
+)
+def test_what_counts_as_passed(tmp_path: Path, case: str, words: str) -> None:
+    found = played(tmp_path, Fault(case, nothing, nothing, "equal or named"))[case]
+    assert found.state == ("failed" if words else "passed")
+    assert words in found.words
+
+
+def test_named_is_not_enough_where_the_result_must_be_equal(tmp_path: Path) -> None:
+    found = played(tmp_path, Fault("differs, named", nothing, nothing, "equal"))
+    assert found["differs, named"].state == "failed"
+
+
+def test_a_case_that_cannot_happen_fails_alone(tmp_path: Path) -> None:
+    nobody = Fault("nobody", send("site-9", signal.SIGKILL), nothing, "equal")
+    full = Fault("full", fill_disk("site-1"), nothing, "equal")  # shares its disk with its parent
+    fine = Fault("fine", send("site-1", signal.SIGKILL), nothing, "equal")
+    found = played(tmp_path, nobody, full, fine)
+    assert {name: result.state for name, result in found.items()} == {
+        "nobody": "failed",
+        "full": "failed",
+        "fine": "passed",
+    }
+    assert "no process of site-9" in found["nobody"].words
+    assert "shares its disk" in found["full"].words
+
+
+def test_a_case_whose_time_is_over_is_skipped(tmp_path: Path) -> None:
+    found = played(tmp_path, Fault("fine", nothing, nothing, "equal"), until=-1.0)
+    assert found["fine"].state == "skipped"
+
+
+def test_cases_have_names_of_their_own() -> None:
+    names = [fault.name for fault in (*KILLS, *FAULTS)]
+    assert len(set(names)) == len(names)
+
+
+def test_parts_are_told_line_by_line_and_in_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(budget: soak.Budget, tell: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(soak, "PARTS", {"breaks": breaks, "kills": soak.PARTS["kills"]})
+    out = tmp_path / "soak.jsonl"
+    assert soak.main(["--out", str(out)]) == 1
+    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [(line["part"], line["state"]) for line in lines] == [
+        ("breaks", "failed"),
+        ("kills", "skipped"),
+    ]
+    shown = capsys.readouterr().out
+    assert "OSError: no room" in shown
+    assert table([]).split() == ["part", "case", "state", "seconds", "words"]
+
+
+def test_an_unknown_part_is_refused() -> None:
+    with pytest.raises(SystemExit):
+        soak.main(["sleep"])
+
+
+@pytest.mark.slow
+def test_the_fuzz_part_tells_how_many_inputs_it_tried(tmp_path: Path) -> None:
+    out = tmp_path / "soak.jsonl"
+    arguments = ["fuzz", "--inputs", "400", "--processes", "1", "--out", str(out)]
+    assert soak.main([*arguments, "--folder", str(tmp_path)]) == 0
+    (line,) = out.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["numbers"]["inputs"] >= 400
