@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -111,8 +108,8 @@ def result(folder: Path) -> bytes:
     adapter = read_checkpoint(newest).adapter
     return b"".join(
         array.tobytes()
-        for name in sorted(adapter.matrices)
-        for array in (adapter.matrices[name].a, adapter.matrices[name].b)
+        for _, matrix in sorted(adapter.matrices.items())
+        for array in (matrix.u, matrix.sigma, matrix.v)
     )
 
 
