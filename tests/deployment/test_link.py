@@ -27,7 +27,7 @@ from fedtune.flwr_compat import (
     Control,
     run_fab,
 )
-from tests.deployment.homes import OPERATOR_TOKEN, load_key, public_pem, set_site
+from tests.deployment.homes import OPERATOR_TOKEN, load_key, make_site, public_pem, set_site
 from tests.deployment.running import TASK, Deployment, answers, wait_for
 
 pytestmark = pytest.mark.deployment
@@ -182,7 +182,10 @@ def test_a_hostile_client_gets_nowhere(tmp_path: Path) -> None:
                 assert client.get(path).status_code in (404, 405), path
             old = signed(load_key(deployment.sites[0]), ago_s=400)
             assert client.post("/v1/fleet/pull-messages", headers=old).status_code == 503
-            fresh = signed(load_key(deployment.sites[0]), ago_s=0)
+            taken = signed(load_key(deployment.sites[0]), ago_s=0)  # its node is connected
+            assert client.post("/v1/fleet/pull-messages", headers=taken).status_code == 403
+            other = make_site(tmp_path / "other", "other", deployment.home, 1)
+            fresh = signed(load_key(other), ago_s=0)
             assert (
                 client.post(
                     "/v1/fleet/pull-messages", headers=fresh, content=bytes(6_000_001)
