@@ -93,11 +93,8 @@ def assembled(home: CoordinatorHome, settings: ServerSettings, insecure: bool) -
 
 def _local(settings: ServerSettings) -> str:
     """The link's address on this machine; its certificate is made for localhost, too."""
-    return (
-        f"127.0.0.1:{settings.port}"
-        if settings.bind in ("0.0.0.0", "127.0.0.1")
-        else (f"{settings.host}:{settings.port}")
-    )
+    host = "127.0.0.1" if settings.bind in ("0.0.0.0", "::") else settings.bind
+    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
 
 
 def _dashboard(parts: Parts, insecure: bool) -> Callable[[], object]:

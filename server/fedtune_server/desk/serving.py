@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -53,6 +54,7 @@ def make_server(
     runs: RunService, sites: SiteService, artifacts: ArtifactService, guard: Guard
 ) -> Any:  # grpc has no types
     """A server with all services; it has no port yet."""
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_end)
     server = grpc.aio.server(interceptors=[guard], options=list(_OPTIONS))
     for add, servicer in (
         (add_RunServiceServicer_to_server, runs),
@@ -66,6 +68,12 @@ def make_server(
     reflection.enable_server_reflection(names, server)
     server.fedtune_checks = checks
     return server
+
+
+def _is_no_end(record: logging.LogRecord) -> bool:
+    """Leave out that streams are cut where the desk ends: it would be a page for each site."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, asyncio.CancelledError)
 
 
 async def set_serving(server: Any) -> None:
