@@ -23,8 +23,19 @@ from types import TracebackType
 
 import psutil
 
+_LOCAL = re.compile(r"[('\" b](127\.0\.0\.1|::1|localhost|0\.0\.0\.0)'|^socket\.connect b?'")
+"""This machine, or a socket of its file system."""
+    r"'(127\.0\.0\.1|::1|localhost|0\.0\.0\.0)'|^socket\.connect '|^\S+ b?'?127\.0\.0\.1"
+)
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
+_OFF = (
+    "FLWR_TELEMETRY_ENABLED",
+    "FLWR_DISABLE_UPDATE_CHECK",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION",
+    "HF_HUB_OFFLINE",
+)
+"""What tests set, and what the processes must do for themselves."""
 
 
 class FederationError(AssertionError):
@@ -34,13 +45,15 @@ class FederationError(AssertionError):
 def environment(**more: str) -> dict[str, str]:
     """The environment of every process: this checkout's packages, and one thread each."""
     paths = [str(ROOT), str(ROOT / "server"), str(ROOT / "client")]
+    inherited = os.environ.get("PYTHONPATH", "")
     return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
+        **{name: value for name, value in os.environ.items() if name not in _OFF},
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
-        "HF_HUB_OFFLINE": "1",
         **more,
+        "PYTHONPATH": os.pathsep.join(
+            part for part in (more.get("PYTHONPATH", ""), *paths, inherited) if part
+        ),
     }
 
 
@@ -149,6 +162,20 @@ class Started:
         self._file.close()
 
 
+_WATCH = """
+import os, sys
+
+def _watch(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        target = arguments[1] if event == "socket.connect" else arguments[0]
+        with open(os.environ["FEDTUNE_CONNECTIONS"], "a", encoding="utf-8") as file:
+            file.write(f"{event} {target!r}\\n")
+
+sys.addaudithook(_watch)
+"""
+"""Written as sitecustomize.py: every Python process below notes whom it connects to."""
+
+
 class Federation:
     """A coordinator and its sites, each with a home below one folder.
 
@@ -161,6 +188,14 @@ class Federation:
     def __init__(self, folder: Path, base: Path, rows: Mapping[str, Path]) -> None:
         self.folder, self.base, self.rows = folder, base, dict(rows)
         self.home = folder / "coordinator"
+        self.connections = folder / "connections.txt"
+        watched = folder / "watched"
+        watched.mkdir()
+        (watched / "sitecustomize.py").write_text(_WATCH, encoding="utf-8")
+        self._environment = {
+            "PYTHONPATH": str(watched),
+            "FEDTUNE_CONNECTIONS": str(self.connections),
+        }
         self.server: Started | None = None
         self.sites: dict[str, Started] = {}
         first, *_ = ports = free_ports(4 + 2 * len(rows))
@@ -194,7 +229,7 @@ class Federation:
     def start_server(self, *options: str) -> Started:
         """Start the coordinator, and wait until it answers."""
         arguments = ["server", "start", str(self.home), *options]
-        self.server = Started(arguments, self.folder / "coordinator.out")
+        self.server = Started(arguments, self.folder / "coordinator.out", **self._environment)
         wait_for("the coordinator's health", self.healthy, 60)
         return self.server
 
@@ -236,7 +271,7 @@ class Federation:
     def start_site(self, site: str, wait: bool = True) -> Started:
         """Start a site, and wait until both of its processes are up."""
         arguments = ["client", "start", str(self.site_home(site))]
-        self.sites[site] = Started(arguments, self.folder / f"{site}.out")
+        self.sites[site] = Started(arguments, self.folder / f"{site}.out", **self._environment)
         if wait:
             self.wait_for_site(site)
         return self.sites[site]
@@ -283,6 +318,16 @@ class Federation:
         found = [json.loads(line) for line in lines if line.endswith("}")]
         return [event for event in found if not kind or event.get("kind") == kind]
 
+    def wait_for_event(
+        self,
+        name: str,
+        kind: str,
+        wanted: Callable[[Mapping[str, object]], bool] = lambda event: True,
+        within_s: float = 60,
+    ) -> None:
+        """Return once the ledger holds such an event."""
+        wait_for(f"{kind} of {name}", lambda: any(map(wanted, self.events(name, kind))), within_s)
+
     def wait_until_ended(self, name: str, within_s: float) -> Mapping[str, object]:
         """What the run came to; it must end within the time."""
         found: Mapping[str, object] = {}
@@ -294,6 +339,13 @@ class Federation:
 
         wait_for(f"the end of {name}", ended, within_s, every_s=1.0)
         return found
+
+    def other_hosts(self) -> list[str]:
+        """Connections and look-ups of any process that were not to this machine."""
+        if not self.connections.exists():
+            raise FederationError("no process noted its connections")
+        lines = set(self.connections.read_text(encoding="utf-8").splitlines())
+        return sorted(line for line in lines if not _LOCAL.search(line))
 
     def stop_all(self) -> float:
         """End everything in order; the longest that one took, in seconds."""

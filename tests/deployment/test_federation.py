@@ -121,3 +121,41 @@ def test_real_sites_come_to_the_result_of_a_simulation(
     assert (ended["state"], ended["round"]) == ("finished", 3), ended
     assert result(federation.run_folder(name)) == result(expected[0])
     verify_ledger(federation.run_folder(name) / "ledger.jsonl")
+
+
+def test_a_stop_reaches_the_devices_and_a_resumed_run_comes_to_the_same(
+    federation: Any, expected: tuple[Path, Mapping[str, Any]]
+) -> None:
+    name = federation.hand_in(deployed(expected, "stopped"))
+    federation.wait_for_event(
+        name, "checkpoint_saved", lambda event: event["round"] == 1, 2 * ROUND_S
+    )
+    federation.fedtune("stop", name)
+    ended = federation.wait_until_ended(name, ROUND_S)
+    assert ended["state"] == "stopped", ended
+    federation.fedtune("resume", name)
+    ended = federation.wait_until_ended(name, 4 * ROUND_S)
+    assert (ended["state"], ended["round"]) == ("finished", 3), ended
+    assert result(federation.run_folder(name)) == result(expected[0])
+
+
+def test_a_site_pulls_what_its_run_has_made(federation: Any) -> None:
+    home, there = federation.site_home("north"), federation.run_folder("plain")
+    target = federation.folder / "pulled"
+    federation.fedtune("client", "pull", "plain", "--dir", str(home), "--to", str(target))
+    newest = latest_checkpoint(there / "checkpoints")
+    assert newest is not None
+    assert (target / "checkpoints" / newest.name).read_bytes() == newest.read_bytes()
+
+
+def test_a_revoked_site_is_told_and_its_processes_end(federation: Any) -> None:
+    """Last but one: the site does not come back."""
+    federation.fedtune("server", "revoke", "south", "--dir", str(federation.home))
+    south = federation.sites.pop("south")
+    assert south.process.wait(ROUND_S) != 0
+    assert "revoked" in (federation.folder / "south.out").read_text(encoding="utf-8")
+
+
+def test_everything_ends_in_time_and_leaves_nothing(federation: Any) -> None:
+    assert federation.stop_all() < 5.0
+    assert federation.other_hosts() == []
