@@ -147,6 +147,11 @@ def test_a_body_that_is_no_form_is_a_wrong_token(server: Server, body: bytes) ->
     assert server.client.post("/login", content=body, headers=OWN).status_code == 403
 
 
+def test_a_body_that_is_too_long_is_not_read_even_with_the_token(server: Server) -> None:
+    body = b"token=" + TOKEN.encode() + b"&x=" + b"x" * 5000
+    assert server.client.post("/login", content=body, headers=OWN).status_code == 403
+
+
 def test_the_sixth_wrong_token_waits_a_minute_and_so_does_the_right_one(server: Server) -> None:
     for _ in range(5):
         assert server.client.post("/login", data={"token": "x"}, headers=OWN).status_code == 403
