@@ -60,8 +60,8 @@ def exchange(
     end = clock.now() + deadline_s
     ttl_s = dict.fromkeys(contents, deadline_s)
     waiting = post(grid, contents, nodes, kind=kind, group=group, ttl_s=ttl_s)
-    for device in sorted(contents.keys() - set(waiting.values())):
-        yield unsent_answer(device)
+    for unsent in sorted(contents.keys() - set(waiting.values())):
+        yield unsent_answer(unsent)
     poll_s = FIRST_POLL_S
     while waiting and clock.now() < end:
         replies = list(grid.pull_messages(list(waiting)))
