@@ -45,10 +45,10 @@ class Returning:
             flight.device
             for flight in self._flights.of_round(self._round)
             if here.get(flight.device, "") not in ("", self._activated.get(flight.device))
+            and self._may_ask(flight.device)
         }
         for device in restarted:  # so soon that the link never called it offline
             self._flights.drop(device)
-            self._lost.add(device)
         # A look from before the loss would still show the device that is gone.
         seen = [d for d in self._waited_for() if self._since[d] < self._live.presence.looked]
         return tuple(sorted(d for d in {*seen, *restarted} if d in here and self._may_ask(d)))
