@@ -25,8 +25,6 @@ import psutil
 
 _LOCAL = re.compile(r"[('\" b](127\.0\.0\.1|::1|localhost|0\.0\.0\.0)'|^socket\.connect b?'")
 """This machine, or a socket of its file system."""
-    r"'(127\.0\.0\.1|::1|localhost|0\.0\.0\.0)'|^socket\.connect '|^\S+ b?'?127\.0\.0\.1"
-)
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 _OFF = (
