@@ -131,7 +131,7 @@ class Deployment:
         process = self.processes.pop(name)
         started = time.monotonic()
         process.terminate()
-        process.wait(10)
+        assert process.wait(10) == 0, f"{name}: exit code {process.returncode}"
         return time.monotonic() - started
 
     def kill(self, name: str) -> None:
