@@ -147,6 +147,9 @@ class Guard:
         if isinstance(found, Caller) and not self._may_spend(found):
             found = Refusal(429, "rate", "too many requests; ask again later")
         if isinstance(found, Refusal):
+            # Who may enter is let in all the same: behind a proxy, all may share one address.
+            if self._seen.peers.is_empty(_peer(scope)):
+                found = Refusal(429, "rate", "too many refused requests; ask again later")
             await self._refuse(scope, send, found)
             return
         await self._serve(scope, headers, receive, send)
@@ -173,8 +176,6 @@ class Guard:
 
     def _admit(self, scope: Scope, headers: Mapping[str, str]) -> Caller | Refusal:
         peer, path = _peer(scope), scope["path"]
-        if self._seen.peers.is_empty(peer):
-            return Refusal(429, "rate", "too many refused requests; ask again later")
         if scope.get("raw_path", path.encode()) != path.encode() or not path.isascii():
             return Refusal(404, "path", "there is nothing here")
         if path == HEALTH or path in self._doors.public:

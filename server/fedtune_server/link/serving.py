@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -157,6 +158,9 @@ def serve(
         ssl_keyfile=None if insecure else str(home.key),
     )
     server = uvicorn.Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn stops at a signal, and raises it again once it has stopped: that is for nobody.
+        signal.signal(number, lambda *_: None)
     try:
         server.run()
     except SystemExit:  # the port is taken, or Flower's start failed: the log says so

@@ -275,12 +275,16 @@ def test_a_flood_is_refused_and_passes(operator: OperatorToken) -> None:
     assert [ask(guard, PULL, signed()).status_code for _ in range(3)] == [200, 200, 429]
 
 
-def test_a_peer_that_guesses_is_not_looked_at_any_more(operator: OperatorToken) -> None:
+def test_a_peer_that_guesses_is_told_no_reasons_any_more_and_locks_nobody_out(
+    operator: OperatorToken,
+) -> None:
     guard = make(operator, bounds=Bounds(burst=5))
     wrong = {"authorization": "Bearer wrong"}
     statuses = [ask(guard, LIST_RUNS, wrong, peer="10.6.6.6").status_code for _ in range(8)]
     assert statuses == [401] * 5 + [429] * 3
-    assert ask(guard, PULL, signed(), peer="10.0.0.9").status_code == 200
+    for peer in ("10.0.0.9", "10.6.6.6"):
+        assert ask(guard, PULL, signed(), peer=peer).status_code == 200
+        assert ask(guard, LIST_RUNS, TOKEN, peer=peer).status_code == 200
 
 
 def test_our_own_paths_are_public_or_need_a_sites_token(operator: OperatorToken) -> None:
