@@ -149,6 +149,12 @@ class Started:
             raise FederationError(f"left behind: {alive}")
         return time.monotonic() - began
 
+    def wait(self, within_s: float) -> int:
+        """Its exit code, once it has ended by itself."""
+        code = self.process.wait(within_s)
+        self._file.close()
+        return code
+
     def kill(self) -> None:
         """SIGKILL to it and all below it, as when the power goes."""
         for process in reversed(self.tree()):

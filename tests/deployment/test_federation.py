@@ -152,7 +152,7 @@ def test_a_revoked_site_is_told_and_its_processes_end(federation: Any) -> None:
     """Last but one: the site does not come back."""
     federation.fedtune("server", "revoke", "south", "--dir", str(federation.home))
     south = federation.sites.pop("south")
-    assert south.process.wait(ROUND_S) != 0
+    assert south.wait(ROUND_S) != 0
     assert "revoked" in (federation.folder / "south.out").read_text(encoding="utf-8")
 
 
