@@ -213,10 +213,6 @@ def _gather_fleet(facts: LedgerFacts, kind: str, event: Line) -> None:
         facts.excluded[device] = str(event.get("reason", ""))
     elif kind == "planned":
         facts.plans = list(event.get("devices") or [])
-    elif kind == "site_joined" and isinstance(event.get("plan"), dict):
-        others = [plan for plan in facts.plans if plan.get("device") != device]
-        facts.plans = [*others, event["plan"]]
-        facts.excluded.pop(device, None)
     elif kind == "importance_found":
         facts.importance = event
     elif kind == "leaves_device" and event.get("stage") != "calibration":
