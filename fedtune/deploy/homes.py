@@ -21,7 +21,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from fedtune.errors import DeploymentError
+from fedtune.errors import DeploymentError, one_line
 from fedtune.sections.section import Bytes, Section
 
 DEFAULT_PORT = 9400
@@ -226,11 +226,12 @@ def _read(path: Path, section: type[_T], made_by: str) -> _T:
         raise DeploymentError(
             f"{path} cannot be read ({error.strerror}); make it with: {made_by}"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DeploymentError(f"{path} is not valid TOML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        raise DeploymentError(f"{path} is not valid TOML: {one_line(str(error))}") from None
     try:
         return section.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise DeploymentError(f"{path}: {key}: {first['msg']}; found {first['input']!r}") from None
+        found = one_line(f"{key}: {first['msg']}; found {first['input']!r}", 300)
+        raise DeploymentError(f"{path}: {found}") from None

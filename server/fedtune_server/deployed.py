@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +37,7 @@ from fedtune.settings import OutputsSection, RunConfig, SimulationSection
 from fedtune_server.coordinator import Coordinator
 from fedtune_server.distortion import Measure
 from fedtune_server.playing import Watcher, play_run
+from fedtune_server.registry import Registry
 from fedtune_server.roster import ALL_SITES, Registered
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -258,8 +258,7 @@ def _tell(event: Event) -> None:
 
 
 def _registry(home: CoordinatorHome) -> Directory:
-    registry: Directory = import_module("fedtune_server.registry").Registry(home.registry)
-    return registry
+    return Registry(home.registry)
 
 
 def _measure(model: Path, shapes: ModelShapes) -> Measure | None:
