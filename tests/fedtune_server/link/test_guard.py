@@ -253,6 +253,16 @@ def test_a_body_is_bounded_by_what_it_says_and_by_what_it_holds(operator: Operat
     assert ask(guard, PULL, signed(), content=endless()).status_code == 413
 
 
+def test_a_body_that_says_it_is_too_large_is_not_read(operator: OperatorToken) -> None:
+    async def never() -> AsyncIterator[bytes]:
+        raise AssertionError("it was read")
+        yield b""
+
+    said = {**signed(), "content-length": "1001"}
+    guard = make(operator, bounds=Bounds(body_bytes=1000))
+    assert ask(guard, PULL, said, content=never()).status_code == 413
+
+
 def test_a_body_that_stands_still_is_given_up(
     operator: OperatorToken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
