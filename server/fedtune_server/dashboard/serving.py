@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedtune.deploy.homes import CoordinatorHome, ServerSettings
 from fedtune.errors import DeploymentError
@@ -21,6 +22,7 @@ from fedtune_server.dashboard.guard import Guard
 from fedtune_server.dashboard.login import Doorkeeper, read_tokens
 from fedtune_server.dashboard.metrics import metrics_text
 from fedtune_server.desk.view import DeskView
+from fedtune_server.link.heads import bounded_heads
 
 _START_S = 15.0
 _STOP_S = 4.0
@@ -143,7 +145,7 @@ def _config(app: Guard, home: CoordinatorHome, insecure: bool) -> uvicorn.Config
     config = uvicorn.Config(
         app,
         loop="asyncio",  # the same on every machine, whatever else is installed
-        http="h11",
+        http=bounded_heads(H11Protocol),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -137,6 +137,8 @@ def serve(
     """
     import uvicorn
 
+    from fedtune_server.link.heads import link_protocol
+
     app = guarded_app(home, settings, parts, insecure=insecure)
     # Flower is imported by now, and its loggers can be taken over.
     start_log("link", home.logs)
@@ -146,6 +148,7 @@ def serve(
         app,
         host=settings.bind,
         port=settings.port,
+        http=link_protocol(),
         log_config=None,
         access_log=False,
         server_header=False,
