@@ -83,8 +83,14 @@ def client_app(home: Path) -> ClientApp:
     return make_answering_app(_devices[path].worker)
 
 
+def begin(home: Path) -> None:
+    """A task is about to be taken; what interrupted those before it does not count for it."""
+    if device := _devices.get(home.absolute()):
+        device.stop.begin()
+
+
 def interrupt(home: Path, reason: str) -> None:
-    """Have the work at hand stop before its next pass; its answer is an error with this reason."""
+    """Have the task at hand stop before its next pass; its answer is an error with this reason."""
     if device := _devices.get(home.absolute()):
         device.stop.now(reason)
 
@@ -371,7 +377,6 @@ class DeployedWorker:
     def _work(self, state: State, asked: Asked, round: int = 0) -> Iterator[None]:
         """Ask the policy first, and have the site's standing say what goes on."""
         device, board = self._device, self._device.board
-        device.stop.begin()
         board.change(state=state, run=asked.run, round=round, step=0, steps=asked.steps)
         after: State = "idle"
         try:

@@ -389,7 +389,16 @@ def test_what_stopped_one_piece_of_work_does_not_stop_the_next(
     device: Device, asker: Asker
 ) -> None:
     device.stop.now("the task before is gone")
+    device.stop.begin()
     assert not asker.train().has_error()
+
+
+def test_a_task_that_is_gone_before_its_work_begins_does_none(device: Device, asker: Asker) -> None:
+    device.stop.begin()
+    device.stop.now("the coordinator no longer waits for it")
+    seen = watched_steps(device, 1, lambda: None)
+    assert "no longer waits" in failure(asker.train())
+    assert not seen
 
 
 def test_a_new_process_goes_on_from_the_kept_state(
