@@ -73,6 +73,7 @@ def assemble(
             RunService(desk, orders, logs),
             SiteService(gate, presence, logs),
             ArtifactService(
+                gate,
                 desk,
                 Bases([Path(folder) for folder in settings.bases], state / "bases"),
                 Digests(state / "digests"),

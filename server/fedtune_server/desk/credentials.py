@@ -116,10 +116,15 @@ class Gate:
             raise AccessError(f"a {caller.role}'s token gives no right to call {method}")
         return caller
 
-    def still_admitted(self, site: str) -> bool:
-        """Whether a site that was admitted has not been revoked since."""
+    def check_still_admitted(self, site: str) -> None:
+        """Ask of a site that was admitted, and whose stream is open.
+
+        Raises:
+            AccessError: it has been revoked since.
+        """
         found = self._registry.sites().get(site)
-        return found is not None and found.state == "enrolled"
+        if found is None or found.state != "enrolled":
+            raise AccessError(f"site {site} is revoked at this coordinator")
 
     def _caller(self, header: str) -> Caller:
         scheme, _, token = header.partition(" ")
