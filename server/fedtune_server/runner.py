@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.deploy.exit_codes import EXIT_CONFIG
 from fedtune.deploy.flower_process import (
-    EXIT_CONFIG,
     leave,
     start_log,
     talk_to_the_coordinator_alone,

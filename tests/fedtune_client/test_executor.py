@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from fedtune.deploy.flower_process import EXIT_RESTART, EXIT_WANTED
+from fedtune.deploy.exit_codes import EXIT_RESTART, EXIT_WANTED
 from fedtune.errors import DeploymentError, PolicyError
 from fedtune.flwr_compat import become_coordinator, readable_reason
 from fedtune_client.executor import App, Executor, load

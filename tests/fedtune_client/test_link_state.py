@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fedtune.deploy.flower_process import EXIT_CONFIG, EXIT_RESTART
+from fedtune.deploy.exit_codes import EXIT_CONFIG, EXIT_RESTART
 from fedtune_client.executor_secret import executor_secret
 from fedtune_client.link_state import NAME, LinkState, read_link_state
 from fedtune_client.node import REFUSAL_HEADER, SESSION_HEADER, Watch
