@@ -282,12 +282,15 @@ class Device:
         from fedtune.train.allocator import keep_freed_memory
         from fedtune_client.agent import Agent
         from fedtune_client.deployed_site import site_settings
+        from fedtune_client.round_states import prune_runs
 
         if task.tune_allocator:
             keep_freed_memory()
         settings = site_settings(
             self._home, self._settings, task, folder, profile, idle, cache_folder()
         )
+        if settings.state_folder is not None:
+            prune_runs(settings.state_folder.parent, settings.state_folder)
         return Agent(settings, _RunWatch(self.stop, self.board, task.name))
 
     def _know_link(self) -> float:
