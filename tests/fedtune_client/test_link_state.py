@@ -51,6 +51,9 @@ def test_it_is_not_written_for_every_request(tmp_path: Path) -> None:
     clock[0] += 2
     link.exchanged(1, 1, 0.1)
     assert read_link_state(tmp_path)["bytes_up"] == 3
+    clock[0] -= 3600  # the machine's clock was corrected
+    link.exchanged(1, 1, 0.1)
+    assert read_link_state(tmp_path)["bytes_up"] == 4
 
 
 @pytest.mark.parametrize(("ours", "offset"), [(5000.0, 0.0), (1400.0, 3600.5), (8600.0, -3599.5)])
