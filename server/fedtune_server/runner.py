@@ -78,7 +78,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _link(home: CoordinatorHome, insecure: bool) -> tuple[str, bytes | None, str]:
     """Address of the link on this machine, its CA, and the operator's token."""
-    from fedtune_server.link.credentials import OperatorToken
+    from fedtune_server.operator_token import OperatorToken
 
     settings = home.settings()
     host = "127.0.0.1" if settings.bind in ("0.0.0.0", "::") else settings.bind

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from fedtune.flwr_compat import PUBLIC_KEY_HEADER
-from fedtune_server.link.credentials import OperatorToken, Sites, bearer, signed_by
+from fedtune_server.link.credentials import Sites, bearer, signed_by
 from fedtune_server.link.echo import MOST_BYTES as MOST_ECHO_BYTES
 from fedtune_server.link.limits import RateLimit
+from fedtune_server.operator_token import OperatorToken
 
 Scope: TypeAlias = Any  # ASGI's dict of a request
 Message: TypeAlias = Any  # ASGI's dict of an event
@@ -208,7 +209,7 @@ class Guard:
         return Caller("site", name)
 
     def _admit_operator(self, scope: Scope, headers: Mapping[str, str]) -> Caller | Refusal:
-        if self._operator.matches(headers):
+        if self._operator.matches(bearer(headers)):
             return Caller("operator", "operator")
         if self._bounds.trust_loopback and not bearer(headers) and _peer(scope) in _LOOPBACK:
             return Caller("operator", "loopback")
@@ -219,7 +220,7 @@ class Guard:
         site = self._sites.by_token(token) if token else None
         if site is not None and site.state == "enrolled":
             return Caller("site", site.name)
-        if self._operator.matches(headers):
+        if self._operator.matches(bearer(headers)):
             return Caller("operator", "operator")
         return Refusal(401, "credentials", "this needs a site's token")
 

@@ -90,9 +90,9 @@ def guarded_app(
     from starlette.applications import Starlette
 
     from fedtune.flwr_compat import LinkNodes, known_paths, link_app
-    from fedtune_server.link.credentials import OperatorToken
     from fedtune_server.link.echo import PATH, echo_route
     from fedtune_server.link.guard import Bounds, Doors, Guard
+    from fedtune_server.operator_token import OperatorToken
 
     def on_activate(public_key: bytes) -> None:
         # Flower's database may be younger than the registry: then it learns of the node here.

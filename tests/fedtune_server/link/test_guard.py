@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.flwr_compat import PUBLIC_KEY_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER
 from fedtune_server.link import guard as module
-from fedtune_server.link.credentials import OperatorToken
 from fedtune_server.link.guard import (
     ACTIVATE,
     REASON_HEADER,
@@ -29,6 +28,7 @@ from fedtune_server.link.guard import (
     Guard,
     Hook,
 )
+from fedtune_server.operator_token import OperatorToken
 from tests.deployment.homes import public_pem
 
 PULL = "/v1/fleet/pull-messages"
