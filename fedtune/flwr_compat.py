@@ -43,6 +43,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Final, Literal
 
 import httpx
@@ -595,10 +597,16 @@ def run_node(arguments: Sequence[str], *, plaintext: bool = False) -> None:
         arguments: of the command `flower-supernode`.
         plaintext: sign requests but do not encrypt them, which Flower does not offer.
     """
+    import uvicorn
     from flwr.supercore.exit import exit as flower_exit
     from flwr.supernode import fleet_http_connection
 
     command = importlib.import_module("flwr.supernode.cli.flower_supernode")
+    # uvicorn would give its loggers handlers of its own, which write text past the log.
+    config = partial(uvicorn.Config, log_config=None)
+    command.uvicorn = SimpleNamespace(  # type: ignore[attr-defined]
+        Server=uvicorn.Server, Config=config
+    )
     flower_exit.FORCE_EXIT_TIMEOUT_SECONDS = FORCED_END_S
     fleet_http_connection.make_simple_http_retry_invoker = patient_retries
     sender = fleet_http_connection.HeartbeatSender

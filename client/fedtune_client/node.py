@@ -17,10 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.deploy.exit_codes import EXIT_CONFIG, EXIT_RESTART, EXIT_WANTED
 from fedtune.deploy.flower_process import (
-    EXIT_CONFIG,
-    EXIT_RESTART,
-    EXIT_WANTED,
     leave,
     start_log,
     talk_to_the_coordinator_alone,

@@ -35,6 +35,7 @@ from fedtune.flwr_compat import (
     quiet_flower,
     readable_reason,
     run_fab,
+    run_node,
     set_message_id,
     set_source,
 )
@@ -229,6 +230,7 @@ def test_a_site_that_was_stopped_is_not_taken_for_a_broken_link() -> None:
         ("flwr.supercore.sql_mixin", "SQLITE_PRAGMAS"),
         ("flwr.supercore.corestate.sql_corestate", "HEARTBEAT_PATIENCE"),
         ("flwr.supernode.cli.flower_supernode", "flower_supernode"),
+        ("flwr.supernode.cli.flower_supernode", "uvicorn"),
         ("flwr.supernode.main", "create_app"),
         ("flwr.supernode.fleet_http_connection", "make_simple_http_retry_invoker"),
         ("flwr.supernode.fleet_http_connection", "HeartbeatSender"),
@@ -249,6 +251,27 @@ def test_a_site_that_was_stopped_is_not_taken_for_a_broken_link() -> None:
 )
 def test_a_name_that_is_replaced_or_called_is_there(module: str, names: str) -> None:
     assert hasattr(importlib.import_module(module), names)
+
+
+def test_a_nodes_server_leaves_the_log_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = importlib.import_module("flwr.supernode.cli.flower_supernode")
+    connection = importlib.import_module("flwr.supernode.fleet_http_connection")
+    flower_exit = importlib.import_module("flwr.supercore.exit.exit")
+    for module, name in (
+        (command, "uvicorn"),
+        (connection, "make_simple_http_retry_invoker"),
+        (connection, "HeartbeatSender"),
+        (flower_exit, "FORCE_EXIT_TIMEOUT_SECONDS"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
+    seen: list[object] = []
+
+    def flower_supernode() -> None:
+        seen.append(command.uvicorn.Config(print))
+
+    monkeypatch.setattr(command, "flower_supernode", flower_supernode)
+    run_node([])
+    assert [getattr(config, "log_config", "?") for config in seen] == [None]
 
 
 def test_a_node_waits_two_heartbeats_and_a_query_for_its_lock() -> None:

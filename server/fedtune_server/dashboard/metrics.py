@@ -13,9 +13,9 @@ from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
+from fedtune.deploy.certificates import certificate_end
 from fedtune.export.device_view import plans_in_force
 from fedtune.export.ledger_facts import LedgerFacts, number
-from fedtune_server.dashboard.attention import certificate_end
 from fedtune_server.dashboard.feed import Readings
 from fedtune_server.dashboard.model import Deployment, seconds_per_round, traffic
 from fedtune_server.desk.view import SiteEntry, SiteReport

@@ -18,11 +18,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fedtune.deploy.exit_codes import EXIT_CONFIG, EXIT_RESTART, EXIT_WANTED
 from fedtune.deploy.homes import CoordinatorHome, ServerSettings
 from fedtune.errors import DeploymentError, FedtuneError
 from fedtune_server.desk.assembly import Parts, assemble, serve
-
-EXIT_AGAIN, EXIT_NOT_AGAIN = 75, 78
 
 _log = logging.getLogger("fedtune_server.desk")
 
@@ -40,17 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
         settings = home.settings()
     except FedtuneError as error:
         _log.error("%s", error)
-        return EXIT_NOT_AGAIN
+        return EXIT_CONFIG
     try:
         with _alone(home):
             asyncio.run(_run(home, settings, asked.dashboard, asked.insecure))
     except FedtuneError as error:  # such as a port that another process still has
         _log.error("%s", error)
-        return EXIT_AGAIN
+        return EXIT_RESTART
     except Exception:  # noqa: BLE001  at the edge of the process: in full in the log, and tried again
         _log.exception("the desk ends by a fault")
-        return EXIT_AGAIN
-    return 0
+        return EXIT_RESTART
+    return EXIT_WANTED
 
 
 async def _run(

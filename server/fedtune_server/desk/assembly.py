@@ -15,7 +15,7 @@ from fedtune.errors import FedtuneError
 from fedtune_server.desk.artifact_service import ArtifactService
 from fedtune_server.desk.artifacts import Bases, Digests
 from fedtune_server.desk.calls import Guard
-from fedtune_server.desk.credentials import Gate, OperatorToken, SiteRegistry
+from fedtune_server.desk.credentials import Gate, SiteRegistry
 from fedtune_server.desk.facts import Desk
 from fedtune_server.desk.orders import Orders
 from fedtune_server.desk.player import FlowerControl, Player
@@ -33,6 +33,7 @@ from fedtune_server.desk.serving import (
 from fedtune_server.desk.site_logs import SiteLogs
 from fedtune_server.desk.site_service import SiteService
 from fedtune_server.desk.telemetry import write_metrics
+from fedtune_server.operator_token import OperatorToken
 
 METRICS_S = 5.0
 _GRACE_S = 1.0
@@ -73,6 +74,7 @@ def assemble(
             RunService(desk, orders, logs),
             SiteService(gate, presence, logs),
             ArtifactService(
+                gate,
                 desk,
                 Bases([Path(folder) for folder in settings.bases], state / "bases"),
                 Digests(state / "digests"),

@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from fedtune.deploy.certificates import read_pair
 from fedtune.errors import DeploymentError
 from fedtune.v1 import coordinator_pb2
 from fedtune.v1.coordinator_pb2_grpc import (
@@ -143,23 +144,8 @@ class Certificate:
         return tuple(value for stat in stats for value in (stat.st_mtime_ns, stat.st_ino))
 
     def _read(self) -> Any:
-        certificate, key = self._certificate.read_bytes(), self._key.read_bytes()
-        _check_pair(certificate, key)
-        return grpc.ssl_server_certificate_configuration([(key, certificate)])
-
-
-def _check_pair(certificate: bytes, key: bytes) -> None:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import serialization
-
-    form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    try:
-        shown = x509.load_pem_x509_certificate(certificate).public_key().public_bytes(*form)
-        private = serialization.load_pem_private_key(key, None)
-    except (ValueError, TypeError) as error:
-        raise DeploymentError(f"certificate or key cannot be read ({error})") from None
-    if private.public_key().public_bytes(*form) != shown:
-        raise DeploymentError("certificate and key do not belong together")
+        pair = read_pair(self._certificate, self._key)
+        return grpc.ssl_server_certificate_configuration([(pair.key, pair.certificate)])
 
 
 def plain_warning(address: str, say: Callable[[str], object]) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedtune.deploy.certificates import days_left
 from fedtune.export.ledger_facts import LedgerFacts
 from fedtune.export.quantities import UNKNOWN
 from fedtune_server.dashboard.attention import (
     attention,
-    certificate_end,
-    days_until,
     troubled_processes,
 )
 from fedtune_server.dashboard.feed import Feed, Readings
@@ -234,10 +233,10 @@ def test_crash_loops_of_runs_and_processes_and_failed_runs_are_alarms() -> None:
 
 def test_days_left_come_from_the_certificate(home: Any, renew: Any) -> None:
     renew(12.5)
-    days = days_until(certificate_end(home.certificate), datetime.now(UTC))
+    days = days_left(home.certificate)
     assert days == pytest.approx(12.5, abs=0.01)
     home.certificate.write_text("no certificate", encoding="utf-8")
-    assert days_until(certificate_end(home.certificate)) is None
+    assert days_left(home.certificate) is None
 
 
 def test_crash_loops_are_read_from_the_supervisors_file(tmp_path: Path) -> None:
