@@ -133,10 +133,8 @@ function drawHead(head) {
   chip.textContent = head.state || "";
   by("run-reason").hidden = !head.reason;
   by("run-reason").textContent = head.reason || "";
-  if (!head.name) {
-    fill("figures", el("div", {}, el("dt", {}, "Runs"), el("dd", {}, "none")));
-    return;
-  }
+  by("h-summary").parentElement.hidden = !head.name;
+  if (!head.name) return;
   const figure = (name, value, note) =>
     el("div", {}, el("dt", {}, name), el("dd", {}, value, small(note)));
   fill("figures",
@@ -191,10 +189,10 @@ function gauge(site) {
 function siteRow(name) {
   const site = parts[`site/${name}`];
   const steps = site.steps ? `, step ${site.step} of ${site.steps}` : "";
-  const work = site.round ? `round ${site.round}${steps}` : "";
-  const memory = site.used === "–" && site.predicted === "–" ? "–" :
-    [site.used === "–" ? "not told yet" : `${site.used} used`,
-      small(`${site.predicted} planned, ${site.allowed} allowed`), gauge(site)];
+  const work = site.round ? `${site.online ? "" : "last told: "}round ${site.round}${steps}` : "";
+  const bounds = [[site.predicted, "planned"], [site.allowed, "allowed"]]
+    .filter(([value]) => value !== "–").map((pair) => pair.join(" ")).join(", ");
+  const memory = [site.used === "–" ? "–" : `${site.used} used`, small(bounds), gauge(site)];
   const made = row(FLEET, [
     site.site,
     [marked(site.mark, site.state), small(work), small(site.excluded || site.refusal)],
@@ -212,7 +210,7 @@ function siteRow(name) {
 function drawFleet() {
   const order = parts.fleet.order;
   if (!order.length) return fill("fleet", nothing("No site is registered. Invite one with: fedtune server invite SITE"));
-  const online = order.filter((name) => !["bad", "off"].includes(parts[`site/${name}`].mark)).length;
+  const online = order.filter((name) => parts[`site/${name}`].online).length;
   const made = table(`${online} of ${order.length} online`, FLEET, []);
   made.tBodies[0].append(...order.map(siteRow));
   return fill("fleet", tall("Sites", order.length, made));
@@ -225,7 +223,7 @@ function drawSite(name, was) {
   if (was && was.state !== parts[`site/${name}`].state) made.classList.add("changed");
   old.replaceWith(made);
   const order = parts.fleet.order;
-  const online = order.filter((each) => !["bad", "off"].includes(parts[`site/${each}`].mark)).length;
+  const online = order.filter((each) => parts[`site/${each}`].online).length;
   by("fleet").querySelector("caption").textContent = `${online} of ${order.length} online`;
 }
 
@@ -295,7 +293,7 @@ function drawRound() {
   const open = by("round").querySelector("details")?.open || false;
   by("h-round").textContent = round.closed_s === null ? `Current round: ${round.round}` : `Last round: ${round.round}`;
   const words = round.closed_s !== null ? `joined after ${duration(round.closed_s)}` : round.over ? "not joined" : "going on";
-  const again = round.attempt > 1 ? `, played for the ${round.attempt}. time` : "";
+  const again = round.attempt > 1 ? `, attempt ${round.attempt}` : "";
   const numbers = el("details", {}, el("summary", {}, "The numbers"), roundTable(round));
   numbers.open = open;
   return fill("round", el("p", { class: "soft" }, "Begun at ", clock(round.started), `, ${words}${again}`),
@@ -355,7 +353,7 @@ function drawRefusals(refusals) {
 }
 
 function drawPrivacy(spent) {
-  if (!spent.length) return fill("privacy", nothing("This run has no privacy budget: its events name no epsilon."));
+  if (!spent.length) return fill("privacy", nothing("None: no event of this run names an epsilon."));
   const rows = spent.map((each) => [each.who, each.epsilon, each.budget, each.delta]);
   return fill("privacy", table("Spent so far", ["Who", "Epsilon", "Of", "Delta"], rows));
 }
