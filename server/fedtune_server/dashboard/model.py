@@ -333,10 +333,16 @@ def _scalars(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
             yield key, f"{value:.6g}"
         elif isinstance(value, str | int) and value != "":
             yield key, str(value)
-        elif isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value):
-            yield key, " ".join(value)
-        elif isinstance(value, Mapping) and value and all(isinstance(v, str) for v in value.values()):
-            yield key, " ".join(value)
+        elif words := _words(value):
+            yield key, " ".join(words)
+
+
+def _words(value: object) -> list[str]:
+    """A list of texts, or the texts of a mapping; nothing of other values."""
+    inside = list(value.values()) if isinstance(value, Mapping) else value
+    if isinstance(inside, list | tuple) and all(isinstance(each, str) for each in inside):
+        return list(inside)
+    return []
 
 
 def _clip(text: str) -> str:

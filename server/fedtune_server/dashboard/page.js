@@ -12,6 +12,7 @@ const SPAN_WORDS = {
   reported: ["reported", "reported"],
   refused: ["refused", "refused"],
   late: ["late", "late: the round closed without it"],
+  "cut off": ["work", "cut off: the run ended before"],
   "joined late": ["reported", "an earlier round's work, joined now"],
 };
 
@@ -291,7 +292,7 @@ function drawRound() {
   const round = parts.round;
   if (!round.round) return fill("round", nothing("No round has begun yet."));
   const open = by("round").querySelector("details")?.open || false;
-  by("h-round").textContent = round.closed_s === null ? `Current round: ${round.round}` : `Last round: ${round.round}`;
+  by("h-round").textContent = `${round.over ? "Last" : "Current"} round: ${round.round}`;
   const words = round.closed_s !== null ? `joined after ${duration(round.closed_s)}` : round.over ? "not joined" : "going on";
   const again = round.attempt > 1 ? `, attempt ${round.attempt}` : "";
   const numbers = el("details", {}, el("summary", {}, "The numbers"), roundTable(round));

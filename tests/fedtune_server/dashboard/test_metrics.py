@@ -90,7 +90,9 @@ def test_the_end_of_the_certificate_is_told(desk: FakeDesk, home: CoordinatorHom
 def test_the_file_for_the_health_port_holds_the_same_without_the_process(told: FakeDesk) -> None:
     """That port tells of its own process under the same names, and a name may stand once."""
     text = own_metrics(Readings(told, Path("no.crt"), Path("no.json"))).decode()
-    found = {sample.name for each in text_string_to_metric_families(text) for sample in each.samples}
+    found = {
+        sample.name for each in text_string_to_metric_families(text) for sample in each.samples
+    }
     assert all(name.startswith("fedtune_") for name in found)
     both = {name for name, _ in samples(told)}
     assert found == {name for name in both if name.startswith("fedtune_")}
