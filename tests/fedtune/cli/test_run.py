@@ -126,6 +126,15 @@ def test_ctrl_c_leaves_the_run_going(
     until(lambda: at.office.flower.started == ["demo"])
 
 
+def test_who_follows_a_run_that_fails_reads_how_to_go_on(at: At, capsys: Captured) -> None:
+    player = at.play("failed", EVENTS[0], {"kind": "run_failed", "reason": "too few sites"})
+    assert at.do("run", str(at.run_file)) == 2
+    player.join(10)
+    shown = capsys.readouterr().out
+    assert "fedtune resume demo" in shown
+    assert "same command" not in shown
+
+
 def test_a_detached_run_is_listed_stopped_and_resumed(at: At, capsys: Captured) -> None:
     assert at.do("run", str(at.run_file), "--detach", "--set", "run.rounds=7") == 0
     until(lambda: at.office.flower.started)
@@ -264,7 +273,7 @@ def test_a_desk_that_restarts_is_asked_again(tmp_path: Path, capsys: Captured) -
 def test_a_run_here_is_shown_and_the_other_named(
     verb: str, at: At, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both have a run `demo`: the one on this machine is shown, and a line says how to see the other."""
+    """Both have a run `demo`: a line says which is shown, and how to see the other."""
     monkeypatch.chdir(at.folder)
     monkeypatch.setenv("FEDTUNE_OPERATOR", str(at.folder / "operator.toml"))
     write_ledger(at.folder / "runs" / "demo", {"seq": 0, "time": "", **EVENTS[0]}, EVENTS[-1])
