@@ -284,9 +284,9 @@ class Federation:
         port = self._site_ports[site][0]
         wait_for(f"{site}'s health", lambda: self._healthy(port, self.sites[site]), within_s)
 
-    def start_all(self) -> None:
+    def start_all(self, *options: str) -> None:
         """The coordinator, and all sites, which join first."""
-        self.start_server()
+        self.start_server(*options)
         for site in self.rows:
             self.join(site)
         for site in self.rows:
@@ -362,8 +362,14 @@ class Federation:
 
 
 @contextmanager
-def federation(folder: Path, base: Path, rows: Mapping[str, Path]) -> Iterator[Federation]:
-    """A federation with all sites started, ended at the end."""
+def federation(
+    folder: Path, base: Path, rows: Mapping[str, Path], *options: str
+) -> Iterator[Federation]:
+    """A federation with all sites started, ended at the end.
+
+    Args:
+        options: of `fedtune server start`.
+    """
     with Federation(folder, base, rows) as started:
-        started.start_all()
+        started.start_all(*options)
         yield started

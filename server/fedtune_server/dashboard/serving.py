@@ -20,7 +20,6 @@ from fedtune_server.dashboard.feed import Readings, page_feed
 from fedtune_server.dashboard.guard import Guard
 from fedtune_server.dashboard.login import Doorkeeper, read_tokens
 from fedtune_server.dashboard.metrics import metrics_text
-from fedtune_server.desk.view import DeskView
 from fedtune_server.link.heads import bounded_heads
 from fedtune_server.renewing import RenewingServer
 
@@ -79,7 +78,7 @@ class _Server(RenewingServer):
 
 
 def serve(
-    view: DeskView, settings: ServerSettings, home: CoordinatorHome, *, insecure: bool = False
+    readings: Readings, settings: ServerSettings, home: CoordinatorHome, *, insecure: bool = False
 ) -> Dashboard:
     """Start the dashboard at `settings.dashboard_port`.
 
@@ -92,7 +91,6 @@ def serve(
     read_tokens(home)  # refuses to start without one
     if insecure:
         _log.warning("dashboard: INSECURE: plaintext; anyone on the way reads the token")
-    readings = Readings(view, home.certificate, home.logs / "supervisor.json")
     parts = Parts(
         page_feed(readings),
         Doorkeeper(lambda: read_tokens(home)),
