@@ -22,8 +22,14 @@ from typing import Any
 
 import pytest
 
+from fedtune.cli.main import main
+from fedtune.config import load_run_config
+from fedtune.deploy.homes import ServerSettings
+from fedtune.deploy.policy_file import read_policy
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "deploy.md"
+EXAMPLE = ROOT / "examples" / "deployment"
 SITES = ("berlin", "lyon", "oslo")
 DOWNLOADS = "oslo"
 """The site that joins without `--base`, as the page offers."""
@@ -61,6 +67,29 @@ def test_every_console_block_of_the_page_is_run() -> None:
     assert {block.what.split()[0] for block in page_blocks() if block.kind == "run"} == {
         "coordinator", "operator", "site",
     }  # fmt: skip
+
+
+def test_the_files_of_the_example_are_right(stories260k: Path, tmp_path: Path) -> None:
+    policy = read_policy(EXAMPLE / "policy.toml")
+    assert (policy.hours, policy.share_logs) == (("20:00-06:30",), True)
+    config = load_run_config(EXAMPLE / "run.toml")
+    assert config.deployment.sites == ("*",)
+    (block,) = _FENCE.finditer((EXAMPLE / "README.md").read_text(encoding="utf-8"))
+    ((program, *words),) = Block("run", "", block["text"]).commands
+    assert program == "fedtune"
+    words = [word.replace("BASE", str(stories260k)) for word in words]
+    words[1] = str(EXAMPLE / "run.toml")
+    assert main([*words, "--output", str(tmp_path)]) == 0
+
+
+def test_the_proxy_listens_where_the_coordinator_does() -> None:
+    text = (EXAMPLE / "nginx.conf").read_text(encoding="utf-8")
+    settings = ServerSettings(host="x")
+    for port in (settings.port, settings.service_port):
+        assert f":{port};" in text
+        assert f"proxy_pass 127.0.0.1:{port};" in text
+    for key in re.findall(r"(?m)^#   (\w+) =", text):
+        assert key in ServerSettings.model_fields
 
 
 def real_sites() -> ModuleType:
