@@ -180,6 +180,21 @@ sys.addaudithook(_watch)
 """Written as sitecustomize.py: every Python process below notes whom it connects to."""
 
 
+def answers(port: int, started: Started | None) -> bool:
+    """Whether all processes are up, as a health page says.
+
+    Raises:
+        FederationError: what was started has ended.
+    """
+    if started is not None and started.process.poll() is not None:
+        raise FederationError(f"it ended with {started.process.returncode}; see {started.log}")
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
 class Federation:
     """A coordinator and its sites, each with a home below one folder.
 
@@ -242,13 +257,7 @@ class Federation:
         return self._healthy(self.health_port, self.server)
 
     def _healthy(self, port: int, started: Started | None) -> bool:
-        if started is not None and started.process.poll() is not None:
-            raise FederationError(f"it ended with {started.process.returncode}; see {started.log}")
-        try:
-            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
+        return answers(port, started)
 
     def join(self, site: str) -> None:
         """Invite a site and let it join."""

@@ -23,9 +23,17 @@ def logs(
 ) -> None:
     """Show a site's log, as far as it shares it (share_logs in its policy.toml)."""
     request = pb.SiteLogsRequest(site=site, tail=lines, follow=follow)
+    any_came = False
     with coordinator(coordinator_file, insecure) as at, spoken_errors(at.service):
         for line in at.stub.SiteLogs(request, timeout=None if follow else 60.0):
+            any_came = True
             typer.echo(line.json if as_json else log_text(line.json))
+    if not any_came:
+        typer.echo(
+            f"no lines of {one_line(site)} came: a site sends them while it runs with "
+            "share_logs = true in its policy.toml; otherwise they are in logs/ of its own folder",
+            err=True,
+        )
 
 
 def log_text(line: str) -> str:

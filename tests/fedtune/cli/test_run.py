@@ -14,6 +14,7 @@ from fedtune.cli import coordinator as module
 from fedtune.cli.logs import log_text
 from fedtune.cli.main import main
 from fedtune_server.desk.site_logs import SiteLogs
+from fedtune_server.desk.view import SiteReport
 from tests.fedtune_server.desk.office import (
     OPERATOR_TOKEN,
     Office,
@@ -149,6 +150,8 @@ def test_a_detached_run_is_listed_stopped_and_resumed(at: At, capsys: Captured) 
     until(lambda: at.office.parts.desk.run("demo").state == "stopped")
     assert at.do("status", "demo") == 0
     assert "reason     the operator stopped it" in capsys.readouterr().out
+    assert at.do("logs", "north") == 0
+    assert "no lines of north came: a site sends them" in capsys.readouterr().err
     assert at.do("resume", "demo") == 0
     until(lambda: len(at.office.flower.started) == 2)
 
@@ -225,6 +228,22 @@ def test_a_sites_log_is_shown(at: At, capsys: Captured) -> None:
         "2026-11-27 17:09:55 warning node step 3",
         "plain",
     ]
+
+
+def test_the_status_of_a_run_says_what_its_sites_refuse(at: At, capsys: Captured) -> None:
+    at.office.parts.desk._presence.hear(
+        "north", SiteReport(state="refusing", last_refusal="at night")
+    )
+    assert at.do("run", str(at.run_file), "-d") == 0
+    capsys.readouterr()
+    assert at.do("status", "demo") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  north: offline, last seen 20") for line in lines)
+    assert lines[-2].endswith("; last refusal: at night")
+    assert lines[-1] == "  south: offline"
+    assert at.do("status", "demo", "--json") == 0
+    north, south = json.loads(capsys.readouterr().out)["site_states"]
+    assert (north["last_refusal"], south["online"]) == ("at night", False)
 
 
 def test_a_log_line_cannot_act_on_a_terminal() -> None:
