@@ -75,6 +75,7 @@ __all__ = [
     "ErrorCode",
     "FlowerNode",
     "FlowerRun",
+    "LightNode",
     "LinkNodes",
     "NodeInfo",
     "Run",
@@ -85,6 +86,7 @@ __all__ = [
     "correct_clock",
     "expire_tasks_of_a_lost_executor",
     "known_paths",
+    "light_node",
     "link_app",
     "quiet_flower",
     "readable_reason",
@@ -612,6 +614,79 @@ def run_node(arguments: Sequence[str], *, plaintext: bool = False) -> None:
 
 FORCED_END_S: Final = 3
 """How long Flower's own handlers may take after SIGTERM before the process ends."""
+
+
+class LightNode:
+    """What a node asks of its link, without a process of its own: for load, not for sites."""
+
+    def __init__(self, connection: Any) -> None:
+        _, self._receive, self._send, self._run, self._fab, *objects = connection
+        self._pull, self._push, self._confirm = objects
+        self._known: set[int] = set()
+
+    def receive(self) -> Message | None:
+        """The next message, if one waits, by the requests with which Flower's node fetches it.
+
+        Raises:
+            httpx.HTTPError: the link is not there, or refuses.
+        """
+        from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+
+        if (found := self._receive()) is None:
+            return None
+        message, tree = found
+        run_id = message.metadata.run_id
+        if run_id not in self._known:
+            self._fab(self._run(run_id).fab_hash, run_id)
+            self._known.add(run_id)
+        whole: Message = pull_and_inflate_object_from_tree(
+            tree,
+            lambda name: self._pull(run_id, name),
+            lambda name: self._confirm(run_id, name),
+            return_type=Message,
+        )
+        set_message_id(whole, tree.object_id)
+        return whole
+
+    def reply(self, message: Message) -> None:
+        """Send a reply to a message.
+
+        Raises:
+            httpx.HTTPError: the link is not there, or refuses.
+        """
+        from flwr.supercore.inflatable import inflatable_object
+        from flwr.supercore.inflatable.inflatable_utils import push_objects
+
+        run_id = message.metadata.run_id
+        set_message_id(message, message.object_id)
+        with inflatable_object.no_object_id_recompute():
+            tree = inflatable_object.get_object_tree(message)
+            objects = inflatable_object.get_all_nested_objects(message)
+            wanted, session = self._send(message, tree, 0.0)
+            push_objects(
+                objects,
+                lambda name, content: self._push(run_id, session, name, content),
+                object_ids_to_push=wanted,
+            )
+
+
+@contextmanager
+def light_node(server: str, ca_certificate: str, key: Any) -> Iterator[LightNode]:
+    """Connect a node to a link, and keep it alive by heartbeats until the end.
+
+    Args:
+        server: HOST:PORT of the link.
+        ca_certificate: path of the coordinator's CA.
+        key: the private key, as `cryptography` holds it.
+    """
+    from flwr.supernode import fleet_http_connection
+
+    fleet_http_connection.make_simple_http_retry_invoker = patient_retries
+    keys = (key, key.public_key())
+    with fleet_http_connection.http_request_response(
+        server, False, ca_certificate, authentication_keys=keys
+    ) as connection:
+        yield LightNode(connection)
 
 
 # ---------------------------------------------------------------- tasks: apps without bundles
