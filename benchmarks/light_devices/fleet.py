@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,12 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from light_devices import WIDTH, name
-from real_sites import ROOT, Federation, FederationError, environment, wait_for
+from real_sites import HOST, ROOT, Federation, FederationError, environment, wait_for
 from safetensors.numpy import save_file
 
 from fedtune.deploy.certificates import make_node_key
 from fedtune.deploy.homes import CoordinatorHome
+from fedtune.flwr_compat import Control
+from fedtune_server.link.credentials import OperatorToken
+from fedtune_server.registry import Registry
+from light_devices import WIDTH, name
 
 HEADS, VOCABULARY = 8, 1000
 _PER_PROCESS = 50
@@ -66,8 +68,6 @@ class ManySites(Federation):
     """
 
     def __init__(self, folder: Path, base: Path, devices: int) -> None:
-        from fedtune_server.registry import Registry
-
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(folder, base, {})
         registry = Registry(CoordinatorHome(self.home).registry)
@@ -86,7 +86,7 @@ class ManySites(Federation):
             order = self.folder / f"devices-{first}.json"
             devices = [{"name": n, "key": self._keys[n]} for n in names[first:][:_PER_PROCESS]]
             facts = {
-                "server": f"127.0.0.1:{self.port}",
+                "server": f"{HOST}:{self.port}",
                 "ca": str(CoordinatorHome(self.home).ca_certificate),
                 "base": str(self.base),
                 "devices": devices,
@@ -106,6 +106,26 @@ class ManySites(Federation):
                         stderr=output,
                     )
                 )
+
+    def wait_for_devices(self, within_s: float = 300.0) -> None:
+        """Return once all devices are connected.
+
+        Raises:
+            FederationError: they are not within the time.
+        """
+        home = CoordinatorHome(self.home)
+        token = OperatorToken(home.operator_file).read()
+        control = Control(f"{HOST}:{self.port}", home.ca_certificate.read_bytes(), token)
+
+        def all_there() -> bool:
+            if any(process.poll() is not None for process in self._processes):
+                raise FederationError(f"a process of devices has ended; see {self.folder}")
+            return sum(node.status == "online" for node in control.nodes()) >= len(self._keys)
+
+        try:
+            wait_for("all devices", all_there, within_s, every_s=1.0)
+        finally:
+            control.close()
 
     def stop_devices(self) -> dict[str, tuple[int, float, float]]:
         """End the devices; their requests by kind: how many, median and 95th percentile in s.

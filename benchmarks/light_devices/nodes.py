@@ -25,7 +25,6 @@ import httpx
 import numpy as np
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Context, RecordDict
-from light_devices import LightFleet
 
 from fedtune.errors import FedtuneError
 from fedtune.flwr_compat import (
@@ -36,6 +35,7 @@ from fedtune.flwr_compat import (
     watch_node_requests,
 )
 from fedtune.model.shapes import read_shapes
+from light_devices import LightFleet
 
 POLL_S = 3.0
 """Between two questions for a message (flwr.supernode.start_client_internal)."""

@@ -26,6 +26,7 @@ from fedtune.deploy.flower_process import (
     talk_to_the_coordinator_alone,
 )
 from fedtune.deploy.homes import SiteHome
+from fedtune.deploy.memory import return_freed_memory
 from fedtune.errors import DeploymentError
 from fedtune_client.executor_secret import executor_secret
 from fedtune_client.link_state import LinkState
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("home", type=Path)
     parser.add_argument("--insecure", action="store_true", help="plaintext")
     options = parser.parse_args(arguments)
+    return_freed_memory()
     home = SiteHome(options.home)
     talk_to_the_coordinator_alone(home.state / "flower")
     start_log("node", home.logs)
