@@ -213,7 +213,7 @@ def rows(ways: list[Way]) -> list[dict[str, str]]:
             "MB": f"{way.megabytes:.0f}",
             "seconds a round": f"{way.seconds:.1f}",
             "process": names.get(role, role),
-            "processor, s": f"{way.cpu_s[role]:.1f}",
+            "processor of all of them, s": f"{way.cpu_s[role]:.1f}",
             "peak, MB": f"{way.peak_mb[role]:.0f}",
             "not from files, MB": f"{way.anonymous_mb[role]:.0f}",
             "peak over one adapter": f"{way.peak_mb[role] / way.megabytes:.1f}",

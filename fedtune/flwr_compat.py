@@ -482,8 +482,9 @@ def link_app(arguments: Sequence[str], on_activate: Callable[[bytes], None]) -> 
 
 BUSY_S: Final = 120
 """How long a query waits for SQLite's lock. Flower's 5 s fail runs of a few hundred objects."""
-CACHE_KIB: Final = 8 * 1024
-"""Of SQLite, for each connection. Flower's 64 MB, with a connection per thread, add up to GB."""
+CACHE_KIB: Final = 2 * 1024
+"""Of SQLite, for each connection: its default. Flower's 64 MB add up, with a connection a thread;
+what is read of the database comes through a map of the file anyhow."""
 CONNECTIONS: Final = 40
 """To SQLite: as many as the link has threads. Flower opens anew what goes beyond five."""
 TASK_PATIENCE: Final = 5
