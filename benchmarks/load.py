@@ -11,7 +11,7 @@ grid. What is counted is the coordinator alone, without a link; the processor's 
 is counted apart.
 
 `link`: `fedtune server start` with all its processes: TLS, signed requests, the guard, SQLite. The
-devices are threads of a few other processes; each has its own key and connection, polls as Flower's
+devices are threads of a few other processes; each has its own key and connection, polls as a site's
 node does and sends heartbeats. All share this machine. `idle` is before the run, all devices there.
 """
 

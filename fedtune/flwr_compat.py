@@ -495,12 +495,13 @@ _LAYERS: Final = {
     "ControlSensitiveResponseMiddleware": "/v1/control/",
     "ControlAuthenticationMiddleware": "/v1/control/",
     "ControlLicenseMiddleware": "/v1/control/",
-    "ControlEventLogMiddleware": "/v1/control/",
-    "RuntimeTracingMiddleware": "/v1/runtime/",
     "NodeAuthMiddleware": "/v1/fleet/",
-    "FleetEventLogMiddleware": "/v1/fleet/",
 }
 """Layers of Flower's link that pass on unchanged whatever is not below a path."""
+_UNUSED: Final = frozenset(
+    {"ControlEventLogMiddleware", "FleetEventLogMiddleware", "RuntimeTracingMiddleware"}
+)
+"""Layers that only serve plugins of Flower's enterprise edition."""
 
 
 def _only_where_they_act(layers: Sequence[Any]) -> list[Any]:
@@ -525,7 +526,7 @@ def _only_where_they_act(layers: Sequence[Any]) -> list[Any]:
 
         return type(layer)(Narrow, *layer.args, **layer.kwargs)
 
-    return [narrow(layer) for layer in layers]
+    return [narrow(layer) for layer in layers if layer.cls.__name__ not in _UNUSED]
 
 
 def _look_for_lost_tasks_once_a_second(state: Any) -> None:
@@ -649,17 +650,44 @@ def guard_node_app(wrap: Callable[[Any], Any]) -> None:
     main.create_app = lambda *args, **kwargs: wrap(create(*args, **kwargs))
 
 
-def run_node(arguments: Sequence[str], *, plaintext: bool = False) -> None:
+class _PacedTime:
+    """Stands for the module `time` in the node's loop, which sleeps 3 s where no message waits."""
+
+    def __init__(self, poll_s: Callable[[], float]) -> None:
+        self._poll_s = poll_s
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(self._poll_s() if seconds == POLL_S else min(seconds, REPLY_POLL_S))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+POLL_S: Final = 3
+"""How long Flower's node waits before it asks its link again."""
+REPLY_POLL_S: Final = 0.1
+"""How long a node waits before it looks again for its executor's reply, in its own memory."""
+
+
+def run_node(
+    arguments: Sequence[str],
+    *,
+    plaintext: bool = False,
+    poll_s: Callable[[], float] = lambda: POLL_S,
+) -> None:
     """Run Flower's node in this thread, until it ends; it survives failing requests.
 
     Args:
         arguments: of the command `flower-supernode`.
         plaintext: sign requests but do not encrypt them, which Flower does not offer.
+        poll_s: seconds to wait before the link is asked for a message again.
     """
     from flwr.supercore.exit import exit as flower_exit
     from flwr.supernode import fleet_http_connection
 
     command = importlib.import_module("flwr.supernode.cli.flower_supernode")
+    loop: Any = importlib.import_module("flwr.supernode.start_client_internal")
+    loop.time = _PacedTime(poll_s)
     flower_exit.FORCE_EXIT_TIMEOUT_SECONDS = FORCED_END_S
     fleet_http_connection.make_simple_http_retry_invoker = patient_retries
     sender = fleet_http_connection.HeartbeatSender

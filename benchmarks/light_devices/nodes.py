@@ -1,7 +1,7 @@
 """`python -m light_devices.nodes ORDER.json`: some light devices at a real link, a thread each.
 
 Each has its own key, its own connection and its own heartbeat, and asks for messages as often as
-Flower's node does. The order names the link, its CA, the folder of the base, and each device's
+the link wants. The order names the link, its CA, the folder of the base, and each device's
 name and key. SIGTERM ends the process, which then writes how many requests it made, of which kind,
 and how long they took, beside the order (`ORDER.json.done`).
 """
@@ -35,10 +35,9 @@ from fedtune.flwr_compat import (
     watch_node_requests,
 )
 from fedtune.model.shapes import read_shapes
+from fedtune_client.node import FLOWERS_POLL_S, POLL_HEADER, wanted_poll_s
 from light_devices import LightFleet
 
-POLL_S = 3.0
-"""Between two questions for a message (flwr.supernode.start_client_internal)."""
 _APART_S = 0.1
 """Between two devices that connect: a fleet does not start in the same moment."""
 
@@ -52,6 +51,7 @@ class Requests:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._took: dict[str, list[float]] = defaultdict(list)
+        self.poll_s = FLOWERS_POLL_S
 
     def __call__(
         self, request: httpx.Request, send: Callable[[], httpx.Response]
@@ -63,6 +63,7 @@ class Requests:
             name = f"{name} {answer.status_code}"
         with self._lock:
             self._took[name].append(time.monotonic() - began)
+        self.poll_s = wanted_poll_s(answer.headers.get(POLL_HEADER, ""), self.poll_s)
         return answer
 
     def table(self) -> Mapping[str, tuple[int, float, float]]:
@@ -86,7 +87,7 @@ def main(path: Path) -> None:
     signal.signal(signal.SIGTERM, lambda *_: _stop.set())
     threads = []
     for number, device in enumerate(order["devices"]):
-        arguments = (order, device, number, fleet.app())
+        arguments = (order, device, number, fleet.app(), requests)
         threads.append(threading.Thread(target=play, args=arguments, daemon=True))
         threads[-1].start()
         _stop.wait(_APART_S)
@@ -96,14 +97,16 @@ def main(path: Path) -> None:
     os._exit(0)  # connections are not wound up one by one
 
 
-def play(order: Mapping[str, Any], device: Mapping[str, str], number: int, app: Any) -> None:
+def play(
+    order: Mapping[str, Any], device: Mapping[str, str], number: int, app: Any, requests: Requests
+) -> None:
     """One device, until the end."""
     key = load_ssh_private_key(device["key"].encode("ascii"), None)
     context = Context(0, 0, {"partition-id": number}, RecordDict(), {}, 0)
     with light_node(order["server"], order["ca"], key) as node:
         while not _stop.is_set():
             if not answer(node, app, context):
-                _stop.wait(random.uniform(0.9, 1.1) * POLL_S)
+                _stop.wait(random.uniform(0.9, 1.1) * requests.poll_s)
 
 
 def answer(node: LightNode, app: Any, context: Context) -> bool:

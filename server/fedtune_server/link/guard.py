@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 from fedtune.flwr_compat import PUBLIC_KEY_HEADER
 from fedtune_server.link.credentials import OperatorToken, Sites, bearer, signed_by
 from fedtune_server.link.limits import RateLimit
+from fedtune_server.link.pace import HEADER, Pace
 
 Scope: TypeAlias = Any  # ASGI's dict of a request
 Message: TypeAlias = Any  # ASGI's dict of an event
@@ -37,6 +38,7 @@ BODY_S = 300.0
 """How long a body may take: 5 MB, Flower's largest piece, over 0.15 Mbit/s."""
 HEALTH = "/health"
 ACTIVATE = "/v1/fleet/activate-node"
+PULL = "/v1/fleet/pull-messages"
 
 _LOOPBACK = ("127.0.0.1", "::1")
 _LOG_PER_S, _LOG_BURST = 2.0, 100
@@ -132,6 +134,7 @@ class Guard:
         self._bounds = bounds
         self._hook = hook
         rates = (bounds.requests_per_s, bounds.burst, clock)
+        self._pace = Pace(clock)
         self._seen = _Seen(
             RateLimit(*rates), RateLimit(*rates), RateLimit(_LOG_PER_S, _LOG_BURST, clock)
         )
@@ -148,11 +151,16 @@ class Guard:
             found = Refusal(429, "rate", "too many requests; ask again later")
         if isinstance(found, Refusal):
             await self._refuse(scope, send, found)
-            return
-        await self._serve(scope, headers, receive, send)
+        else:
+            await self._serve(scope, headers, receive, send, found)
 
     async def _serve(
-        self, scope: Scope, headers: Mapping[str, str], receive: Receive, send: Send
+        self,
+        scope: Scope,
+        headers: Mapping[str, str],
+        receive: Receive,
+        send: Send,
+        caller: Caller,
     ) -> None:
         body = await self._body(headers, receive)
         if body is None:  # the caller is gone
@@ -167,6 +175,8 @@ class Guard:
         app = self._ours if path in self._doors.public | self._doors.tokened else self._flower
         if path == ACTIVATE:
             send = self._adopting(headers, send)
+        if path == PULL and caller.kind == "site":
+            send = _pacing(send, self._pace.poll_s(caller.name))
         await app(scope, _replay(body, receive), send)
 
     # ------------------------------------------------------------ who may enter
@@ -318,6 +328,18 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def _pacing(send: Send, poll_s: float) -> Send:
+    """Say with an answer when to ask again."""
+
+    async def saying(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            header = (HEADER.encode(), f"{poll_s:.2f}".encode())
+            message = {**message, "headers": [*message.get("headers", ()), header]}
+        await send(message)
+
+    return saying
 
 
 async def _answer(send: Send, status: int, text: str, headers: Mapping[str, str]) -> None:
