@@ -28,6 +28,7 @@ from fedtune.deploy.flower_process import (
     talk_to_the_coordinator_alone,
 )
 from fedtune.deploy.homes import CoordinatorHome
+from fedtune.deploy.memory import return_freed_memory
 from fedtune.errors import DeploymentError, FedtuneError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ _log = logging.getLogger("fedtune.runner")
 def main(arguments: Sequence[str]) -> None:
     """The process; it never returns."""
     options = _options(arguments)
+    return_freed_memory()
     home = CoordinatorHome(options.home)
     talk_to_the_coordinator_alone(home.flower)
     os.environ[_HOME_VARIABLE] = str(home.path)

@@ -20,6 +20,7 @@ from fedtune.flwr_compat import PUBLIC_KEY_HEADER
 from fedtune_server.link.credentials import Sites, bearer, signed_by
 from fedtune_server.link.echo import MOST_BYTES as MOST_ECHO_BYTES
 from fedtune_server.link.limits import RateLimit
+from fedtune_server.link.pace import HEADER, Pace
 from fedtune_server.operator_token import OperatorToken
 
 Scope: TypeAlias = Any  # ASGI's dict of a request
@@ -41,6 +42,7 @@ STRANGER_BYTES, STRANGER_S = 65_536, 20.0
 """The same of who shows nothing: 2000 connections of such are 130 MB."""
 HEALTH = "/health"
 ACTIVATE = "/v1/fleet/activate-node"
+PULL = "/v1/fleet/pull-messages"
 
 _LOOPBACK = ("127.0.0.1", "::1")
 _LOG_PER_S, _LOG_BURST = 2.0, 100
@@ -136,6 +138,7 @@ class Guard:
         self._bounds = bounds
         self._hook = hook
         rates = (bounds.requests_per_s, bounds.burst, clock)
+        self._pace = Pace(clock)
         self._seen = _Seen(
             RateLimit(*rates), RateLimit(*rates), RateLimit(_LOG_PER_S, _LOG_BURST, clock)
         )
@@ -155,11 +158,16 @@ class Guard:
             if self._seen.peers.is_empty(_peer(scope)):
                 found = Refusal(429, "rate", "too many refused requests; ask again later")
             await self._refuse(scope, send, found)
-            return
-        await self._serve(scope, headers, receive, send)
+        else:
+            await self._serve(scope, headers, receive, send, found)
 
     async def _serve(
-        self, scope: Scope, headers: Mapping[str, str], receive: Receive, send: Send
+        self,
+        scope: Scope,
+        headers: Mapping[str, str],
+        receive: Receive,
+        send: Send,
+        caller: Caller,
     ) -> None:
         body = await self._body(scope["path"], headers, receive)
         if body is None:  # the caller is gone
@@ -174,6 +182,8 @@ class Guard:
         app = self._ours if path in self._doors.public | self._doors.tokened else self._flower
         if path == ACTIVATE:
             send = self._adopting(headers, send)
+        if path == PULL and caller.kind == "site":
+            send = _pacing(send, self._pace.poll_s(caller.name))
         await app(scope, _replay(body, receive), send)
 
     # ------------------------------------------------------------ who may enter
@@ -329,6 +339,18 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def _pacing(send: Send, poll_s: float) -> Send:
+    """Say with an answer when to ask again."""
+
+    async def saying(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            header = (HEADER.encode(), f"{poll_s:.2f}".encode())
+            message = {**message, "headers": [*message.get("headers", ()), header]}
+        await send(message)
+
+    return saying
 
 
 async def _answer(send: Send, status: int, text: str, headers: Mapping[str, str]) -> None:

@@ -19,6 +19,7 @@ from fedtune.deploy.flower_process import (
     talk_to_the_coordinator_alone,
 )
 from fedtune.deploy.homes import CoordinatorHome, ServerSettings
+from fedtune.deploy.memory import return_freed_memory
 from fedtune.errors import DeploymentError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class LinkParts:
 def main(arguments: Sequence[str]) -> None:
     """The process; it never returns."""
     options = _options(arguments)
+    return_freed_memory()
     home = CoordinatorHome(options.home)
     talk_to_the_coordinator_alone(home.flower)
     start_log("link", home.logs)

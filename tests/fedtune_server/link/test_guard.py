@@ -28,6 +28,7 @@ from fedtune_server.link.guard import (
     Guard,
     Hook,
 )
+from fedtune_server.link.pace import HEADER, LEAST_S
 from fedtune_server.operator_token import OperatorToken
 from tests.deployment.homes import public_pem
 
@@ -358,3 +359,11 @@ def test_a_hook_may_answer_instead(operator: OperatorToken) -> None:
     guard = make(operator, hook=fault)
     assert ask(guard, PULL, signed()).status_code == 500
     assert ask(guard, ACTIVATE, signed()).status_code == 200
+
+
+def test_a_site_is_told_when_to_ask_again_and_nobody_else_is(operator: OperatorToken) -> None:
+    guard = make(operator)
+    assert float(ask(guard, PULL, signed()).headers[HEADER]) == LEAST_S
+    assert HEADER not in ask(guard, ACTIVATE, signed()).headers
+    assert HEADER not in ask(guard, LIST_RUNS, TOKEN).headers
+    assert HEADER not in ask(guard, PULL).headers
