@@ -46,6 +46,7 @@ class Wire:
         self._loop = asyncio.new_event_loop()
         self._free_at = [0.0, 0.0]  # up and down, by the loop's clock
         self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
@@ -76,16 +77,22 @@ class Wire:
         for task in (tasks := asyncio.all_tasks(self._loop)):
             task.cancel()
         self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        for writer in self._writers:
+            writer.transport.abort()
+        self._loop.run_until_complete(asyncio.sleep(0))  # which is when transports close
         self._loop.close()
 
     async def _connected(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        self._writers.add(back)
         await self._whole()
         try:
             far, forth = await asyncio.open_connection("127.0.0.1", self._target, limit=PIECE_BYTES)
         except OSError:
             back.close()
             return
+        self._writers.add(forth)
         await asyncio.gather(self._pass(near, forth, 0), self._pass(far, back, 1))
+        self._writers -= {back, forth}
 
     async def _pass(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: int
