@@ -252,12 +252,12 @@ class Befallen:
         return done + opened if self._folder.exists() else -1.0
 
     def working(self, who: str) -> bool:
-        """Whether a process computes: half of a short while."""
+        """Whether a process computes, on a busy machine, too; one that waits needs far less."""
         try:
             processes = [psutil.Process(pid) for pid in self.pids(who)]
             before = sum(sum(process.cpu_times()[:2]) for process in processes)
-            time.sleep(0.2)
-            return sum(sum(process.cpu_times()[:2]) for process in processes) - before >= 0.08
+            time.sleep(0.4)
+            return sum(sum(process.cpu_times()[:2]) for process in processes) - before >= 0.06
         except psutil.Error:
             return False
 
