@@ -560,6 +560,26 @@ def expire_tasks_of_a_lost_executor() -> None:
     runtime_handlers.acquire_task = acquire_task
 
 
+def forget_messages_of_ended_runs() -> None:
+    """Let a node drop a message whose run ends while it comes.
+
+    Flower raises a `BaseException` then, which passes by the node's own cleaning: the message stays
+    with a task that waits for the missing parts for ever, and nothing else is done.
+    """
+    from flwr.supercore.run import RunNotRunningException
+    from flwr.supernode import start_client_internal
+
+    pull = start_client_internal.pull_objects
+
+    def pull_objects(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return pull(*args, **kwargs)
+        except RunNotRunningException:
+            raise RuntimeError("its run has ended while it came") from None
+
+    start_client_internal.pull_objects = pull_objects
+
+
 def guard_node_app(wrap: Callable[[Any], Any]) -> None:
     """Let a function wrap the app that a node serves to its executor."""
     from flwr.supernode import main

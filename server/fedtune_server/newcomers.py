@@ -69,9 +69,15 @@ def gather_live(grid: Grid, roster: Roster, task: TaskSpec, emit: Emit) -> Fleet
                     emit(event)
             return fleet
         if time.monotonic() > end:
+            kept_out = {
+                str(event.fields["device"]): str(event.fields["reason"])
+                for event in events
+                if event.kind == "site_excluded"
+            }
+            why = "".join(f"; {device}: {words}" for device, words in list(kept_out.items())[:5])
             raise RoundError(
                 f"expected {roster.needed} sites that can take part within {roster.patience_s:g} s "
-                f"(deployment.deadline_s), found {ready}{reason}; see why in the ledger"
+                f"(deployment.deadline_s), found {ready}{reason or why}"
             )
         time.sleep(min(_ASK_AGAIN_S, roster.patience_s / 10))
 
