@@ -747,10 +747,19 @@ class ClientTask:
         self._context: Context | None = None
 
     def receive(self) -> tuple[Message, Context]:
-        """The message; the bundle that comes with it is not looked at."""
+        """The message; the bundle that comes with it is not looked at.
+
+        Raises:
+            RuntimeError: the node does not get all of the message.
+            httpx.HTTPError: the node is not there, or has forgotten the task.
+        """
+        from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
         from flwr.supernode.runtime.run_clientapp import pull_task_input
 
-        message, self._context, _run, _fab = pull_task_input(self._client)
+        try:
+            message, self._context, _run, _fab = pull_task_input(self._client)
+        except ObjectPullError as error:  # the node could not get all of it
+            raise RuntimeError(str(error)) from error
         return message, self._context
 
     def reply(self, message: Message) -> None:

@@ -208,14 +208,6 @@ ROUTES: tuple[Fault, ...] = (
 
 FAULTS: tuple[Fault, ...] = (
     Fault(
-        "a device stands still for 90 s",
-        send("site-1", signal.SIGSTOP, most=99),
-        send("site-1", signal.SIGCONT, most=99),
-        "equal or named",
-        after_s=90.0,
-        at=0.35,
-    ),
-    Fault(
         "a device's step is aborted",
         send("site-1/executor", signal.SIGABRT),
         nothing,
@@ -237,14 +229,6 @@ FAULTS: tuple[Fault, ...] = (
         nothing,
         "equal or named",
         working="site-1/executor",
-        at=0.35,
-    ),
-    Fault(
-        "a link cut for 2 minutes amid a transfer",
-        amid_transfer("site-2"),
-        call("site-2", "shape", cut=False, bytes_per_s=0.0),
-        "equal or named",
-        after_s=120.0,
         at=0.35,
     ),
     Fault("a clock an hour ahead", call("site-1", "set-clock", seconds=3600), nothing, "equal"),
@@ -271,6 +255,22 @@ FAULTS: tuple[Fault, ...] = (
         nothing,
         "equal",
         at=0.0,
+    ),
+    Fault(
+        "a device stands still for 90 s",
+        send("site-1", signal.SIGSTOP, most=99),
+        send("site-1", signal.SIGCONT, most=99),
+        "equal or named",
+        after_s=90.0,
+        at=0.35,
+    ),
+    Fault(
+        "a link cut for 2 minutes amid a transfer",
+        amid_transfer("site-2"),
+        call("site-2", "shape", cut=False, bytes_per_s=0.0),
+        "equal or named",
+        after_s=120.0,
+        at=0.35,
     ),
 )
 
@@ -334,8 +334,8 @@ def _befall(
             return not fault.working or deployment.working(fault.working)
 
         while not reached():
-            if deployment.progress() >= rounds or time.monotonic() > end:
-                return "the moment of the fault did not come", {}
+            if deployment.progress() >= rounds or time.monotonic() > end or deployment.wait(0.0):
+                return f"the moment of the fault did not come: {deployment.reason()}", {}
             time.sleep(0.05)
         at = deployment.progress()
         fault.inject(deployment)

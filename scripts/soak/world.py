@@ -59,7 +59,7 @@ class World:
     """
 
     def __init__(
-        self, folder: Path, base: Path, *, mount: bool = False, local_steps: int = 150
+        self, folder: Path, base: Path, *, mount: bool = False, local_steps: int = 80
     ) -> None:
         self.folder, self._base, self._stack = folder, base, ExitStack()
         self._tree = _tree(base, folder, local_steps)
@@ -263,14 +263,15 @@ class Befallen:
 
     def wait(self, seconds: float) -> str:
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while True:
             with suppress(OSError, ValueError):
                 path = self._world.federation.home / "queue" / f"{self._name}.json"
                 if ended := json.loads(path.read_bytes()).get("ended"):
                     self._ended_s = time.monotonic()
                     return str(ended)
+            if time.monotonic() >= end:
+                return ""
             time.sleep(0.2)
-        return ""
 
     def result(self) -> str:
         return result_of(self._folder)

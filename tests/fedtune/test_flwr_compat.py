@@ -22,6 +22,7 @@ from flwr.supercore.run import RunNotRunningException
 from fedtune.flwr_compat import (
     HEARTBEAT_PATIENCE,
     SUPERLINK_NODE_ID,
+    ClientTask,
     ErrorCode,
     NodeInfo,
     Run,
@@ -318,6 +319,22 @@ def test_a_message_whose_run_ends_while_it_comes_leaves_nothing_to_do(
     (task,) = state.get_tasks()
     assert (task.status.status, task.status.sub_status) == ("finished", "failed")
     assert "its run has ended" in task.status.details
+
+
+def test_a_message_that_its_node_does_not_get_is_a_lost_task(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+    from flwr.supernode.runtime import run_clientapp
+
+    def fail(client: object) -> None:
+        raise ObjectPullError("object-7", "no longer there")
+
+    monkeypatch.setattr(run_clientapp, "pull_task_input", fail)
+    task = ClientTask.__new__(ClientTask)
+    task._client = None
+    with pytest.raises(RuntimeError, match="object-7"):
+        task.receive()
 
 
 def test_the_links_database_learns_of_nodes_and_forgets_them(tmp_path: Path) -> None:
