@@ -252,14 +252,11 @@ class Befallen:
         return done + opened if self._folder.exists() else -1.0
 
     def working(self, who: str) -> bool:
-        """Whether a process computes, on a busy machine, too; one that waits needs far less."""
-        try:
-            processes = [psutil.Process(pid) for pid in self.pids(who)]
-            before = sum(sum(process.cpu_times()[:2]) for process in processes)
-            time.sleep(0.4)
-            return sum(sum(process.cpu_times()[:2]) for process in processes) - before >= 0.06
-        except psutil.Error:
-            return False
+        """Whether a site has been given a round's work whole, and has not said that it did it."""
+        path = self._world.federation.folder / f"{who.partition('/')[0]}.out"
+        text = path.read_text(encoding="utf-8", errors="replace")[-50_000:]
+        _, found, after = text.rpartition("Receiving: train.lora")
+        return bool(found) and "Received successfully" in after and "did train.lora" not in after
 
     def wait(self, seconds: float) -> str:
         end = time.monotonic() + seconds
