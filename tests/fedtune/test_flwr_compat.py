@@ -283,6 +283,36 @@ def test_a_killed_executors_task_is_answered_for_when_the_next_one_asks(
     assert (task.status.status, task.status.sub_status) == ("finished", "failed")
 
 
+def test_half_a_reply_of_a_killed_executor_is_told_when_the_next_one_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.proto.runtime_pb2 import AcquireTaskRequest
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode.nodestate import NodeStateFactory
+    from flwr.supernode.servicer.runtime import runtime_handlers
+
+    state = NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
+    state.set_node_id(9)
+    monkeypatch.setattr(runtime_handlers, "acquire_task", runtime_handlers.acquire_task)
+    told: list[bool] = []
+    expire_tasks_of_a_lost_executor(lambda: told.append(True))
+    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    asked = message()
+    set_message_id(asked, asked.object_id)
+    reply = Message(RecordDict(), reply_to=asked)
+    set_message_id(reply, reply.object_id)
+    session = state.start_session(reply.metadata.run_id)
+    assert state.store_message_and_object_tree(reply, get_object_tree(reply), session)[0]
+    runtime_handlers.acquire_task(request, state)
+    assert told == [True]
+    for object_id, each in get_all_nested_objects(reply).items():
+        state.object_store.put(object_id, each.deflate())
+    runtime_handlers.acquire_task(request, state)
+    assert told == [True]
+
+
 def test_a_message_whose_run_ends_while_it_comes_leaves_nothing_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
