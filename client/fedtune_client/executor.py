@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 APP = "fedtune_client.deployed"
 POLL_S = 0.3
 MOST_WAIT_S = 5.0
+LAST_REPLY_S = 15.0
+"""From the end of memory to the end of the process: time for its last reply."""
 STOP_S = 3.5
 """From SIGTERM to the end of the process, whatever the app does."""
 
@@ -89,6 +91,16 @@ def main(arguments: Sequence[str]) -> None:
     code = worker.run()
     app.close()
     leave(code)
+
+
+def end_within(seconds: float) -> None:
+    """Have the system end this process, whatever it waits for.
+
+    Without memory a thread may not come to its start, and who started it waits for that. Windows
+    has no such timer.
+    """
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, which nobody handles
 
 
 def load(module_name: str, home: Path) -> App:
@@ -215,6 +227,7 @@ class Executor:
             _log.warning("refused %s: %s", message.metadata.message_type, error)
             return error_reply(message, error)
         except MemoryError as error:
+            end_within(LAST_REPLY_S)
             _log.exception("out of memory; asking to be started again")
             self._code = EXIT_RESTART
             self._stopping.set()
