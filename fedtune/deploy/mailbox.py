@@ -131,11 +131,6 @@ class Mailbox:
         with suppress(OSError):
             (self.folder / "alive").touch()
 
-    def gone(self) -> None:
-        """Say that nobody answers any more."""
-        with suppress(OSError):
-            (self.folder / "alive").unlink()
-
     def asked(self) -> str | None:
         """Id of the question that waits; None: there is none.
 
