@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -72,10 +73,29 @@ def _deployments(part: str) -> Callable[[Budget, Tell], None]:
     return play
 
 
+def play_levels(budget: Budget, tell: Tell) -> None:
+    """A coordinator whose sites are one site of another, as processes: as its tests say."""
+    began = time.monotonic()
+    file = Path(__file__).resolve().parents[2] / "tests" / "deployment" / "test_levels.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=budget.seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        words, good = f"not over within {budget.seconds:g} s", False
+    else:
+        lines = done.stdout.strip().splitlines()
+        words, good = lines[-1] if lines else done.stderr[-200:], done.returncode == 0
+    state = "passed" if good else "failed"
+    tell(Result("levels", "all", state, time.monotonic() - began, words))  # type: ignore[arg-type]
+
+
 PARTS: Mapping[str, Callable[[Budget, Tell], None]] = {
     "fuzz": play_fuzz,
     "guided": lambda budget, tell: guided.play(budget.seconds, budget.folder, tell),
     "netem": play_netem,
+    "levels": play_levels,
     "kills": _deployments("kills"),
     "faults": _deployments("faults"),
     "load": _deployments("load"),
