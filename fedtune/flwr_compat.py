@@ -25,7 +25,8 @@ A deployment needs more, which is imported where it is used, because it is heavy
 - `create_app` of the link, its settings, `SQLITE_PRAGMAS`, `HEARTBEAT_PATIENCE` and the handler of
   `activate-node`: Flower's waits are too short for a loaded machine, and a node that was killed may
   not come back for a minute.
-- `flower_supernode` and what it makes its connection of: one HTTP 500 ends it, or its heartbeat.
+- `flower_supernode` and what it makes its connection of: one HTTP 500 ends it, or its heartbeat;
+  and its loop, which keeps the task of a message whose run ended while it was received.
 - `now`: what Flower signs and compares; a site's clock may be wrong.
 """
 
@@ -84,6 +85,7 @@ __all__ = [
     "copy_over_wire",
     "correct_clock",
     "expire_tasks_of_a_lost_executor",
+    "forget_messages_of_ended_runs",
     "known_paths",
     "link_app",
     "quiet_flower",
@@ -558,6 +560,53 @@ def expire_tasks_of_a_lost_executor() -> None:
         return acquire(request, state)
 
     runtime_handlers.acquire_task = acquire_task
+
+
+def forget_messages_of_ended_runs() -> None:
+    """Drop the task of a message whose run ended while a node was receiving the message.
+
+    Flower keeps it, and the executor that takes it waits for the message's content for ever, since
+    `RunNotRunningException` is no `Exception` and passes by the lines that would drop it.
+    """
+    from flwr.common.constant import SubStatus
+    from flwr.supernode import start_client_internal as loop
+
+    receive = loop._pull_and_store_message
+
+    def receive_or_drop(*, state: Any, object_store: Any, **others: Any) -> int | None:
+        noted = _Noted(state)
+        run_id: int | None = receive(state=noted, object_store=object_store, **others)
+        if run_id is None:
+            state.delete_messages(message_ids=noted.messages)
+            for message_id in noted.messages:
+                object_store.delete(message_id)
+            for task_id in noted.tasks:
+                state.finish_task(task_id, sub_status=SubStatus.FAILED, details="its run has ended")
+        return run_id
+
+    loop._pull_and_store_message = receive_or_drop
+
+
+class _Noted:
+    """A node's state that notes the tasks and messages that are put into it."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+        self.tasks: list[int] = []
+        self.messages: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    def create_task(self, *args: Any, **kwargs: Any) -> Any:
+        task_id = self._state.create_task(*args, **kwargs)
+        if task_id is not None:
+            self.tasks.append(task_id)
+        return task_id
+
+    def store_message(self, message: Any) -> Any:
+        self.messages.append(message.metadata.message_id)
+        return self._state.store_message(message)
 
 
 def guard_node_app(wrap: Callable[[Any], Any]) -> None:

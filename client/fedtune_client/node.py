@@ -71,6 +71,7 @@ def run(home: SiteHome, *, insecure: bool = False) -> None:
     from fedtune.flwr_compat import (
         correct_clock,
         expire_tasks_of_a_lost_executor,
+        forget_messages_of_ended_runs,
         guard_node_app,
         run_node,
         watch_node_requests,
@@ -81,6 +82,7 @@ def run(home: SiteHome, *, insecure: bool = False) -> None:
     correct_clock(lambda: link.clock_offset_s)
     watch_node_requests(Watch(link))
     expire_tasks_of_a_lost_executor()
+    forget_messages_of_ended_runs()
     guard_node_app(lambda app: ExecutorDoor(app, secret))
     ca = None if insecure else str(home.ca_certificate)
     if insecure:

@@ -29,6 +29,7 @@ from fedtune.flwr_compat import (
     copy_over_wire,
     correct_clock,
     expire_tasks_of_a_lost_executor,
+    forget_messages_of_ended_runs,
     known_paths,
     patient_retries,
     quiet_flower,
@@ -279,6 +280,44 @@ def test_a_killed_executors_task_is_answered_for_when_the_next_one_asks(
     assert not runtime_handlers.acquire_task(request, state).token
     (task,) = state.get_tasks(task_ids=[task_id])
     assert (task.status.status, task.status.sub_status) == ("finished", "failed")
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_a_message_of_a_run_that_ends_meanwhile_leaves_no_task(
+    monkeypatch: pytest.MonkeyPatch, mended: bool
+) -> None:
+    """Where the first case fails, Flower has mended it, and the shim can go."""
+    from flwr.supercore.inflatable.inflatable_object import get_object_tree
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode import start_client_internal as loop
+    from flwr.supernode.nodestate import NodeStateFactory
+
+    factory = ObjectStoreFactory()
+    state, store = NodeStateFactory(objectstore_factory=factory).state(), factory.store()
+    state.set_node_id(9)
+    become_coordinator(5)
+    message = Message(to_record(TRAIN, b"body"), 9, TRAIN, ttl=60.0)
+    set_message_id(message, message.object_id)
+    run = Run.create_empty(5)
+    run.fab_hash = "f"
+    state.store_run(run)
+
+    def ended(*_: object) -> bytes:
+        raise RunNotRunningException
+
+    monkeypatch.setattr(loop, "_pull_and_store_message", loop._pull_and_store_message)
+    if mended:
+        forget_messages_of_ended_runs()
+    got = loop._pull_and_store_message(
+        state=state, object_store=store, node_config={},
+        receive=lambda: (message, get_object_tree(message)),
+        get_run=ended, get_fab=ended, pull_object=ended, confirm_message_received=ended,
+        trusted_entities=None,
+    )  # fmt: skip
+    assert got is None
+    (task,) = state.get_tasks()
+    assert (task.status.status == "finished") == mended
+    assert bool(state.get_messages_legacy()) != mended
 
 
 def test_the_links_database_learns_of_nodes_and_forgets_them(tmp_path: Path) -> None:
