@@ -93,7 +93,7 @@ def _faults(part: str, faults: Sequence[Fault]) -> Callable[[Budget, Tell], None
 
 
 def play_tests(budget: Budget, tell: Tell) -> None:
-    """The tests that take too long for every change; among them a group of sites over real links."""
+    """The tests that take too long for every change, such as a group of sites over real links."""
     began = time.monotonic()
     folder = Path(__file__).resolve().parents[2] / "tests"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "soak"]
