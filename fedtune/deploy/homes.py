@@ -57,7 +57,8 @@ class ServerSettings(Section):
         DEFAULT_PORT + 3, ge=1, le=65535, description="of health and metrics, on loopback alone"
     )
     behind_proxy: bool = Field(
-        False, description="a proxy on this machine ends TLS: loopback peers are not trusted"
+        False,
+        description="a proxy on this machine passes requests on; the peers that it names count",
     )
     bases: tuple[str, ...] = Field((), description="folders of base models that sites may download")
     limits: LimitsSection = LimitsSection()
