@@ -19,7 +19,7 @@ import pytest
 from fedtune.cli.simulate import simulate_config
 from fedtune.config import parse_run_config
 from fedtune.wire.checkpoint import latest_checkpoint, read_checkpoint
-from tests.deployment.test_federation import real_sites
+from tests.deployment.conftest import real_sites
 
 ALONE, GROUPED, GROUP = ("south",), ("east", "north"), "region"
 ROUND_S = 120.0
