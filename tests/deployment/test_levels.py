@@ -60,7 +60,7 @@ def tree(base: Path, name: str, **sections: Any) -> Tree:
         "run": {"name": name, "rounds": 2},
         "model": {"path": str(base)},
         "data": {"max_tokens": 40},
-        "lora": {"rank_max": 4, "rank_cap": 8},
+        "lora": {"rank_max": 4, "rank_cap": 8, "tail_rank": 0},
         "importance": {"method": "uniform"},
         "plan": {"steps": "equal"},
         "train": {"local_steps": 2, "batch_size": 4, "compute": "fp32", **_SMOOTH},
