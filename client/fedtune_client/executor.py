@@ -20,10 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.deploy.exit_codes import EXIT_CONFIG, EXIT_RESTART, EXIT_WANTED
 from fedtune.deploy.flower_process import (
-    EXIT_CONFIG,
-    EXIT_RESTART,
-    EXIT_WANTED,
     leave,
     start_log,
     talk_to_the_coordinator_alone,
@@ -40,11 +38,16 @@ if TYPE_CHECKING:
     from fedtune.flwr_compat import TaskSource
 
 APP = "fedtune_client.deployed"
+GROUP_APP = "fedtune_client.group"
+"""Of a site that stands for a coordinator's sites."""
 POLL_S = 0.3
 MOST_WAIT_S = 5.0
+LAST_REPLY_S = 15.0
+"""From the end of memory to the end of the process: time for its last reply."""
 STOP_S = 3.5
 """From SIGTERM to the end of the process, whatever the app does."""
 
+_STOPPING = "the site's executor is being stopped"
 _log = logging.getLogger("fedtune.executor")
 
 
@@ -54,11 +57,13 @@ class App:
 
     Attributes:
         handle: a ClientApp.
+        begin: a task is about to be taken; what interrupted those before does not count for it.
         interrupt: makes the work at hand raise before its next step; may be called any time.
         close: ends what runs beside the work.
     """
 
     handle: Callable[[Any, Any], Any]
+    begin: Callable[[], None]
     interrupt: Callable[[str], None]
     close: Callable[[], None]
 
@@ -67,22 +72,23 @@ def main(arguments: Sequence[str]) -> None:
     """The process; it never returns."""
     parser = argparse.ArgumentParser("python -m fedtune_client.executor", description=__doc__)
     parser.add_argument("home", type=Path)
-    parser.add_argument("--app", default=APP, help="installed module with client_app(home)")
+    parser.add_argument("--app", help=f"installed module with client_app(home); {APP}")
     parser.add_argument("--insecure", action="store_true", help="for the app; see the node")
     options = parser.parse_args(arguments)
     home = SiteHome(options.home)
     talk_to_the_coordinator_alone(home.state / "flower")
     start_log("executor", home.logs)
     try:
-        settings = home.settings().site
+        settings = home.settings()
         secret = executor_secret(home.state)
-        app = load(options.app, home.path)
+        usual = GROUP_APP if settings.group.coordinator else APP
+        app = load(options.app or usual, home.path)
     except FedtuneError as error:
         _log.error("%s", error)
         leave(EXIT_CONFIG)
         return
     start_log("executor", home.logs)
-    worker = Executor(f"127.0.0.1:{settings.node_port}", secret, app, home.state)
+    worker = Executor(f"127.0.0.1:{settings.site.node_port}", secret, app, home.state)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.signal(signal.SIGINT, lambda *_: worker.stop())
     code = worker.run()
@@ -90,8 +96,18 @@ def main(arguments: Sequence[str]) -> None:
     leave(code)
 
 
+def end_within(seconds: float) -> None:
+    """Have the system end this process, whatever it waits for.
+
+    Without memory a thread may not come to its start, and who started it waits for that. Windows
+    has no such timer.
+    """
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, which nobody handles
+
+
 def load(module_name: str, home: Path) -> App:
-    """The app of an installed module: `client_app(home)`, and `interrupt`, `close` if it has them.
+    """The app of an installed module: `client_app(home)`, and the rest of `App` where it has it.
 
     Raises:
         DeploymentError: there is no such module or function.
@@ -103,12 +119,16 @@ def load(module_name: str, home: Path) -> App:
         raise DeploymentError(
             f"expected an installed module {module_name} with client_app(home); {error}"
         ) from error
-    interrupt = getattr(module, "interrupt", None)
-    close = getattr(module, "close", None)
+
+    def call(name: str, *more: str) -> None:
+        if (function := getattr(module, name, None)) is not None:
+            function(home, *more)
+
     return App(
         handle,
-        lambda reason: interrupt(home, reason) if interrupt is not None else None,
-        lambda: close(home) if close is not None else None,
+        lambda: call("begin"),
+        lambda reason: call("interrupt", reason),
+        lambda: call("close"),
     )
 
 
@@ -138,7 +158,7 @@ class Executor:
         if not self._stopping.is_set():
             self._stopping.set()
             threading.Thread(target=self._end_late, daemon=True).start()
-            self._app.interrupt("the site's executor is being stopped")
+            self._app.interrupt(_STOPPING)
 
     def run(self) -> int:
         """Work; returns the exit code that the process should end with."""
@@ -179,6 +199,10 @@ class Executor:
         from fedtune.flwr_compat import ClientTask
 
         self._clock_offset_s = read_link_state(self._state)["clock_offset_s"]
+        # Before anybody can say that the task is gone: what comes from now on is meant for it.
+        self._app.begin()
+        if self._stopping.is_set():  # the signal came while the task was acquired
+            self._app.interrupt(_STOPPING)
         task = ClientTask(self._address, self._secret, task_token, self._gone)
         try:
             message, context = task.receive()
@@ -206,6 +230,7 @@ class Executor:
             _log.warning("refused %s: %s", message.metadata.message_type, error)
             return error_reply(message, error)
         except MemoryError as error:
+            end_within(LAST_REPLY_S)
             _log.exception("out of memory; asking to be started again")
             self._code = EXIT_RESTART
             self._stopping.set()

@@ -44,5 +44,12 @@ def log_text(line: str) -> str:
         fields = None
     if not isinstance(fields, dict):
         return one_line(line, 2000)
-    parts = [fields.get(key) for key in ("time", "level", "process", "message")]
+    time = str(fields.get("time") or "")[:19].replace("T", " ")
+    level = str(fields.get("level") or "")
+    parts = [
+        time,
+        level if level.lower() != "info" else "",
+        fields.get("process"),
+        fields.get("message"),
+    ]
     return one_line(" ".join(str(part) for part in parts if part), 2000)

@@ -58,7 +58,7 @@ def print_runs(runs: Sequence[pb.RunInfo]) -> None:
             Text(one_line(run.name)),
             Text(state, style=_STYLES.get(state, "")),
             f"{run.round}/{run.rounds}",
-            str(len(run.devices)),
+            str(len(run.devices) or "-"),
             bytes_text(run.bytes_sent),
             bytes_text(run.bytes_received),
             Text(one_line(run.since[:16]).replace("T", " ")),

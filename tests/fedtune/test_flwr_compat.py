@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import importlib
 import io
+import itertools
 import logging
 import os
 import re
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.supercore import telemetry
+from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import RunNotRunningException
+from starlette.middleware import Middleware
 
+from fedtune import flwr_compat
 from fedtune.flwr_compat import (
     HEARTBEAT_PATIENCE,
     SUPERLINK_NODE_ID,
+    ClientTask,
     ErrorCode,
     NodeInfo,
     Run,
@@ -29,11 +40,13 @@ from fedtune.flwr_compat import (
     copy_over_wire,
     correct_clock,
     expire_tasks_of_a_lost_executor,
+    forget_messages_of_ended_runs,
     known_paths,
     patient_retries,
     quiet_flower,
     readable_reason,
     run_fab,
+    run_node,
     set_message_id,
     set_source,
 )
@@ -228,6 +241,7 @@ def test_a_site_that_was_stopped_is_not_taken_for_a_broken_link() -> None:
         ("flwr.supercore.sql_mixin", "SQLITE_PRAGMAS"),
         ("flwr.supercore.corestate.sql_corestate", "HEARTBEAT_PATIENCE"),
         ("flwr.supernode.cli.flower_supernode", "flower_supernode"),
+        ("flwr.supernode.cli.flower_supernode", "uvicorn"),
         ("flwr.supernode.main", "create_app"),
         ("flwr.supernode.fleet_http_connection", "make_simple_http_retry_invoker"),
         ("flwr.supernode.fleet_http_connection", "HeartbeatSender"),
@@ -248,6 +262,27 @@ def test_a_site_that_was_stopped_is_not_taken_for_a_broken_link() -> None:
 )
 def test_a_name_that_is_replaced_or_called_is_there(module: str, names: str) -> None:
     assert hasattr(importlib.import_module(module), names)
+
+
+def test_a_nodes_server_leaves_the_log_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = importlib.import_module("flwr.supernode.cli.flower_supernode")
+    connection = importlib.import_module("flwr.supernode.fleet_http_connection")
+    flower_exit = importlib.import_module("flwr.supercore.exit.exit")
+    for module, name in (
+        (command, "uvicorn"),
+        (connection, "make_simple_http_retry_invoker"),
+        (connection, "HeartbeatSender"),
+        (flower_exit, "FORCE_EXIT_TIMEOUT_SECONDS"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
+    seen: list[object] = []
+
+    def flower_supernode() -> None:
+        seen.append(command.uvicorn.Config(print))
+
+    monkeypatch.setattr(command, "flower_supernode", flower_supernode)
+    run_node([])
+    assert [getattr(config, "log_config", "?") for config in seen] == [None]
 
 
 def test_a_node_waits_two_heartbeats_and_a_query_for_its_lock() -> None:
@@ -281,6 +316,90 @@ def test_a_killed_executors_task_is_answered_for_when_the_next_one_asks(
     assert (task.status.status, task.status.sub_status) == ("finished", "failed")
 
 
+def test_half_a_reply_of_a_killed_executor_is_told_when_the_next_one_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.proto.runtime_pb2 import AcquireTaskRequest
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode.nodestate import NodeStateFactory
+    from flwr.supernode.servicer.runtime import runtime_handlers
+
+    state = NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
+    state.set_node_id(9)
+    monkeypatch.setattr(runtime_handlers, "acquire_task", runtime_handlers.acquire_task)
+    told: list[bool] = []
+    expire_tasks_of_a_lost_executor(lambda: told.append(True))
+    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    asked = message()
+    set_message_id(asked, asked.object_id)
+    reply = Message(RecordDict(), reply_to=asked)
+    set_message_id(reply, reply.object_id)
+    session = state.start_session(reply.metadata.run_id)
+    assert state.store_message_and_object_tree(reply, get_object_tree(reply), session)[0]
+    runtime_handlers.acquire_task(request, state)
+    assert told == [True]
+    for object_id, each in get_all_nested_objects(reply).items():
+        state.object_store.put(object_id, each.deflate())
+    runtime_handlers.acquire_task(request, state)
+    assert told == [True]
+
+
+def test_a_message_whose_run_ends_while_it_comes_leaves_nothing_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.supercore.inflatable.inflatable_object import get_object_tree
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supercore.run import Run, RunNotRunningException
+    from flwr.supernode import start_client_internal
+    from flwr.supernode.nodestate import NodeStateFactory
+
+    def ended(*_: object, **__: object) -> None:
+        raise RunNotRunningException
+
+    store = ObjectStoreFactory().store()
+    state = NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
+    state.set_node_id(9)
+    run = Run.create_empty(5)
+    monkeypatch.setattr(state, "get_run", lambda run_id: run)
+    monkeypatch.setattr(state, "get_run_series_context", lambda series_id: object())
+    monkeypatch.setattr(start_client_internal, "pull_objects", ended)
+    forget_messages_of_ended_runs()
+    sent = message()
+    set_message_id(sent, "message-7")
+    start_client_internal._pull_and_store_message(
+        state=state,
+        object_store=store,
+        node_config={},
+        receive=lambda: (sent, get_object_tree(sent)),
+        get_run=lambda run_id: run,
+        get_fab=ended,
+        pull_object=ended,
+        confirm_message_received=ended,
+        trusted_entities=None,
+    )
+    (task,) = state.get_tasks()
+    assert (task.status.status, task.status.sub_status) == ("finished", "failed")
+    assert "its run has ended" in task.status.details
+
+
+def test_a_message_that_its_node_does_not_get_is_a_lost_task(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+    from flwr.supernode.runtime import run_clientapp
+
+    def fail(client: object) -> None:
+        raise ObjectPullError("object-7", "no longer there")
+
+    monkeypatch.setattr(run_clientapp, "pull_task_input", fail)
+    task = ClientTask.__new__(ClientTask)
+    task._client = None
+    with pytest.raises(RuntimeError, match="object-7"):
+        task.receive()
+
+
 def test_the_links_database_learns_of_nodes_and_forgets_them(tmp_path: Path) -> None:
     code = (
         "import sys; from fedtune.flwr_compat import LinkNodes, link_app\n"
@@ -302,3 +421,98 @@ def test_the_links_database_learns_of_nodes_and_forgets_them(tmp_path: Path) -> 
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- what a link and arrays cost
+
+
+def test_each_layer_that_is_left_out_elsewhere_is_one_of_flowers() -> None:
+    from flwr.superlink import main
+
+    names = {layer.cls.__name__ for layer in main._get_middleware()}
+    assert names >= set(flwr_compat._LAYERS) | flwr_compat._UNUSED
+
+
+def test_layers_are_left_out_of_requests_that_do_not_concern_them() -> None:
+    class NodeAuthMiddleware:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            seen.append(f"checked {scope.get('path')}")
+            await self.app(scope, receive, send)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append("served")
+
+    seen: list[str] = []
+    (layer,) = flwr_compat._only_where_they_act([Middleware(NodeAuthMiddleware)])
+    wrapped = layer.cls(app)
+    for scope in (
+        {"type": "http", "path": "/v1/fleet/pull-messages"},
+        {"type": "http", "path": "/v1/runtime/get-nodes"},
+        {"type": "lifespan"},
+    ):
+        asyncio.run(wrapped(scope, None, None))
+    assert seen == [
+        "checked /v1/fleet/pull-messages", "served", "served", "checked None", "served"
+    ]  # fmt: skip
+
+
+def test_a_link_looks_for_lost_tasks_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    class State:
+        looks = 0
+
+        def _cleanup_expired_task_tokens(self) -> None:
+            self.looks += 1
+
+    moments = iter((1000.0, 1000.9, 1001.0, 1001.1))
+    monkeypatch.setattr(flwr_compat.time, "monotonic", lambda: next(moments))
+    flwr_compat._look_for_lost_tasks_once_a_second(State)
+    state = State()
+    for _ in range(4):
+        state._cleanup_expired_task_tokens()
+    assert state.looks == 2
+
+
+def test_an_array_in_pieces_comes_out_as_it_went_in() -> None:
+    flwr_compat.lean_transfers()
+    flwr_compat.lean_transfers()
+    for data in (bytes(range(256)) * 50_000, bytes(12_000_000), b""):
+        array = Array("uint8", (len(data),), "ours", data)
+        record = RecordDict({"tensors": ArrayRecord({"packed": array})})
+        contents = {name: each.deflate() for name, each in get_all_nested_objects(record).items()}
+        found = inflate_object_from_contents(record.object_id, contents)
+        assert isinstance(found, RecordDict)
+        assert found.array_records["tensors"]["packed"].data == data
+        assert found.object_id == record.object_id
+
+
+def test_objects_exist_in_bytes_only_while_they_are_sent() -> None:
+    made, sent = 0, 0
+
+    def contents() -> Iterator[tuple[str, bytes]]:
+        nonlocal made
+        for number in range(20):
+            made += 1
+            assert made - sent <= 3  # two under way, and the one that is being made
+            yield str(number), b"content"
+
+    def push(name: str, content: bytes) -> None:
+        nonlocal sent
+        time.sleep(0.002)
+        sent += 1
+
+    flwr_compat.lean_transfers()
+    inflatable_utils.push_object_contents_from_iterable(contents(), push)
+    assert sent == 20
+
+
+def test_a_push_that_fails_ends_the_others() -> None:
+    def push(name: str, content: bytes) -> None:
+        raise ValueError(f"object {name}")
+
+    flwr_compat.lean_transfers()
+    endless = ((str(number), b"content") for number in itertools.count())
+    with pytest.raises(ValueError, match="object"):
+        inflatable_utils.push_object_contents_from_iterable(endless, push)
