@@ -22,6 +22,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from fedtune.deploy.setting_errors import first_error
 from fedtune.errors import DeploymentError, one_line
 from fedtune.sections.section import Bytes, Section
 
@@ -250,7 +251,4 @@ def _read(path: Path, section: type[_T], made_by: str) -> _T:
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        found = one_line(f"{key}: {first['msg']}; found {first['input']!r}", 300)
-        raise DeploymentError(f"{path}: {found}") from None
+        raise DeploymentError(f"{path}: {first_error(error, section)}") from None
