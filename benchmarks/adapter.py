@@ -162,7 +162,7 @@ class Deployment:
 
 
 def _operator_token(home: CoordinatorHome) -> str:
-    from fedtune_server.link.credentials import OperatorToken
+    from fedtune_server.operator_token import OperatorToken
 
     return OperatorToken(home.operator_file).read()
 

@@ -46,6 +46,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Final, Literal
 
 import httpx
@@ -642,6 +644,26 @@ def expire_tasks_of_a_lost_executor() -> None:
     runtime_handlers.acquire_task = acquire_task
 
 
+def forget_messages_of_ended_runs() -> None:
+    """Let a node drop a message whose run ends while it comes.
+
+    Flower raises a `BaseException` then, which passes by the node's own cleaning: the message stays
+    with a task that waits for the missing parts for ever, and nothing else is done.
+    """
+    from flwr.supercore.run import RunNotRunningException
+    from flwr.supernode import start_client_internal
+
+    pull = start_client_internal.pull_objects
+
+    def pull_objects(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return pull(*args, **kwargs)
+        except RunNotRunningException:
+            raise RuntimeError("its run has ended while it came") from None
+
+    start_client_internal.pull_objects = pull_objects
+
+
 def guard_node_app(wrap: Callable[[Any], Any]) -> None:
     """Let a function wrap the app that a node serves to its executor."""
     from flwr.supernode import main
@@ -682,12 +704,18 @@ def run_node(
         plaintext: sign requests but do not encrypt them, which Flower does not offer.
         poll_s: seconds to wait before the link is asked for a message again.
     """
+    import uvicorn
     from flwr.supercore.exit import exit as flower_exit
     from flwr.supernode import fleet_http_connection
 
     command = importlib.import_module("flwr.supernode.cli.flower_supernode")
     loop: Any = importlib.import_module("flwr.supernode.start_client_internal")
     loop.time = _PacedTime(poll_s)
+    # uvicorn would give its loggers handlers of its own, which write text past the log.
+    config = partial(uvicorn.Config, log_config=None)
+    command.uvicorn = SimpleNamespace(  # type: ignore[attr-defined]
+        Server=uvicorn.Server, Config=config
+    )
     flower_exit.FORCE_EXIT_TIMEOUT_SECONDS = FORCED_END_S
     fleet_http_connection.make_simple_http_retry_invoker = patient_retries
     sender = fleet_http_connection.HeartbeatSender

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from fedtune.deploy.certificates import make_node_key
 from fedtune.deploy.homes import CoordinatorHome
 from fedtune.flwr_compat import Control
-from fedtune_server.link.credentials import OperatorToken
+from fedtune_server.operator_token import OperatorToken
 from fedtune_server.registry import Registry
 from light_devices import WIDTH, name
 

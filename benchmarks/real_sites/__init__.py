@@ -149,6 +149,12 @@ class Started:
             raise FederationError(f"left behind: {alive}")
         return time.monotonic() - began
 
+    def wait(self, within_s: float) -> int:
+        """Its exit code, once it has ended by itself."""
+        code = self.process.wait(within_s)
+        self._file.close()
+        return code
+
     def kill(self) -> None:
         """SIGKILL to it and all below it, as when the power goes."""
         for process in reversed(self.tree()):
@@ -172,6 +178,21 @@ def _watch(event, arguments):
 sys.addaudithook(_watch)
 """
 """Written as sitecustomize.py: every Python process below notes whom it connects to."""
+
+
+def answers(port: int, started: Started | None) -> bool:
+    """Whether all processes are up, as a health page says.
+
+    Raises:
+        FederationError: what was started has ended.
+    """
+    if started is not None and started.process.poll() is not None:
+        raise FederationError(f"it ended with {started.process.returncode}; see {started.log}")
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 class Federation:
@@ -236,13 +257,7 @@ class Federation:
         return self._healthy(self.health_port, self.server)
 
     def _healthy(self, port: int, started: Started | None) -> bool:
-        if started is not None and started.process.poll() is not None:
-            raise FederationError(f"it ended with {started.process.returncode}; see {started.log}")
-        try:
-            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
+        return answers(port, started)
 
     def join(self, site: str) -> None:
         """Invite a site and let it join."""
@@ -278,9 +293,9 @@ class Federation:
         port = self._site_ports[site][0]
         wait_for(f"{site}'s health", lambda: self._healthy(port, self.sites[site]), within_s)
 
-    def start_all(self) -> None:
+    def start_all(self, *options: str) -> None:
         """The coordinator, and all sites, which join first."""
-        self.start_server()
+        self.start_server(*options)
         for site in self.rows:
             self.join(site)
         for site in self.rows:
@@ -356,8 +371,14 @@ class Federation:
 
 
 @contextmanager
-def federation(folder: Path, base: Path, rows: Mapping[str, Path]) -> Iterator[Federation]:
-    """A federation with all sites started, ended at the end."""
+def federation(
+    folder: Path, base: Path, rows: Mapping[str, Path], *options: str
+) -> Iterator[Federation]:
+    """A federation with all sites started, ended at the end.
+
+    Args:
+        options: of `fedtune server start`.
+    """
     with Federation(folder, base, rows) as started:
-        started.start_all()
+        started.start_all(*options)
         yield started

@@ -17,10 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.deploy.exit_codes import EXIT_CONFIG, EXIT_RESTART, EXIT_WANTED
 from fedtune.deploy.flower_process import (
-    EXIT_CONFIG,
-    EXIT_RESTART,
-    EXIT_WANTED,
     leave,
     start_log,
     talk_to_the_coordinator_alone,
@@ -75,6 +73,7 @@ def run(home: SiteHome, *, insecure: bool = False) -> None:
     from fedtune.flwr_compat import (
         correct_clock,
         expire_tasks_of_a_lost_executor,
+        forget_messages_of_ended_runs,
         guard_node_app,
         run_node,
         watch_node_requests,
@@ -86,6 +85,7 @@ def run(home: SiteHome, *, insecure: bool = False) -> None:
     watch = Watch(link)
     watch_node_requests(watch)
     expire_tasks_of_a_lost_executor()
+    forget_messages_of_ended_runs()
     guard_node_app(lambda app: ExecutorDoor(app, secret))
     ca = None if insecure else str(home.ca_certificate)
     if insecure:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fedtune.cli.apps import load_app
 from fedtune.cli.log_view import log_view
-from fedtune.cli.simulate import _app
 
 
 def start(
@@ -24,5 +24,5 @@ def start(
 
     Health and metrics are at http://127.0.0.1:HEALTH_PORT/health and /metrics.
     """
-    started: int = _app("client_start")(home, insecure=insecure, view=log_view(json_lines))
+    started: int = load_app("client_start")(home, insecure=insecure, view=log_view(json_lines))
     return started

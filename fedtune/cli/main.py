@@ -3,63 +3,66 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Final
 
 import click
 import typer
 
-from fedtune.cli.check import check
-from fedtune.cli.client import client
-from fedtune.cli.demo import demo
-from fedtune.cli.export import export
-from fedtune.cli.init import init
-from fedtune.cli.logs import logs
-from fedtune.cli.measure import measure
-from fedtune.cli.plan import plan
-from fedtune.cli.probe import probe
-from fedtune.cli.ps import ps
-from fedtune.cli.run import run
-from fedtune.cli.server import server
-from fedtune.cli.simulate import simulate
-from fedtune.cli.status import status
-from fedtune.cli.stop import resume, stop
-from fedtune.cli.verify import verify
-from fedtune.cli.watch import watch
 from fedtune.errors import FedtuneError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 """What shells report for a program that Ctrl-C ended: 128 plus the signal's number."""
 
-app = typer.Typer(
-    name="fedtune",
-    help="Federated LoRA tuning of language models over unequal devices.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command("init")(init)
-app.command("check")(check)
-app.command("plan")(plan)
-app.command("measure")(measure)
-app.command("probe")(probe)
-app.command("simulate")(simulate)
-app.command("run")(run)
-app.command("ps")(ps)
-app.command("stop")(stop)
-app.command("resume")(resume)
-app.command("logs")(logs)
-app.command("status")(status)
-app.command("watch")(watch)
-app.command("verify")(verify)
-app.command("export")(export)
-app.command("demo")(demo)
-app.add_typer(server)
-app.add_typer(client)
+_VERBS: Final[Mapping[str, str]] = {
+    "init": "init",
+    "check": "check",
+    "plan": "plan",
+    "measure": "measure",
+    "probe": "probe",
+    "simulate": "simulate",
+    "run": "run",
+    "ps": "ps",
+    "stop": "stop",
+    "resume": "stop",
+    "logs": "logs",
+    "status": "status",
+    "watch": "watch",
+    "verify": "verify",
+    "export": "export",
+    "demo": "demo",
+}
+"""Verb -> the module below `fedtune.cli` that has it."""
+_GROUPS: Final = ("server", "client")
 
 
-@app.callback(invoke_without_command=True)
+def command_of(arguments: Sequence[str]) -> typer.Typer:
+    """The command with the verb that is called, or with all where that is none, as for --help.
+
+    One verb does not wait for what others import.
+    """
+    app = typer.Typer(
+        name="fedtune",
+        help="Federated LoRA tuning of language models over unequal devices.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback(invoke_without_command=True)(_root)
+    called = arguments[0] if arguments else ""
+    one = called in _VERBS or called in _GROUPS
+    for verb in [called] if one else [*_VERBS, *_GROUPS]:
+        module = import_module(f"fedtune.cli.{_VERBS.get(verb, verb)}")
+        found = getattr(module, verb)
+        if verb in _GROUPS:
+            app.add_typer(found)
+        else:
+            app.command(verb)(found)
+    return app
+
+
 def _root(
     context: typer.Context,
     show_version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
@@ -84,8 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        result = app(
-            args=None if arguments is None else list(arguments),
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        result = command_of(given)(
+            args=given,
             prog_name="fedtune",
             standalone_mode=False,
         )

@@ -107,15 +107,38 @@ def _site_excluded(progress: RunProgress, fields: Mapping[str, object]) -> None:
     progress.note(f"{fields.get('device')} is left out: {fields.get('reason')}")
 
 
+def _awaited(progress: RunProgress, fields: Mapping[str, object]) -> None:
+    """Of `sites_awaited`, before the start, and `round_waits`."""
+    here, missing = _names(fields.get("here")), _names(fields.get("missing"))
+    waits = f"round {fields.get('round')} waits" if "round" in fields else "the run waits"
+    absent = f"; missing: {', '.join(missing)}" if missing else ""
+    if here and not missing:
+        progress.note(f"all sites are here: {', '.join(here)}")
+        return
+    progress.note(
+        f"{waits} for {fields.get('needed')} sites, here: {', '.join(here) or 'none'}{absent}"
+    )
+
+
+def _site_joined(progress: RunProgress, fields: Mapping[str, object]) -> None:
+    progress.note(f"{fields.get('device')} takes part from round {fields.get('round')} on")
+
+
+def _device_asked_again(progress: RunProgress, fields: Mapping[str, object]) -> None:
+    progress.note(f"{fields.get('device')} is back, and does its round again")
+
+
+def _names(value: object) -> list[str]:
+    return [one_line(name) for name in value] if isinstance(value, (list, tuple)) else []
+
+
 def _calibration_refused(progress: RunProgress, fields: Mapping[str, object]) -> None:
     progress.note(f"{fields.get('device')} is planned unmeasured: {fields.get('reason')}")
 
 
 def _round_started(progress: RunProgress, fields: Mapping[str, object]) -> None:
     progress.round = int(number(fields, "round") or 0)
-    names = fields.get("devices")
-    chosen = [one_line(name) for name in names] if isinstance(names, (list, tuple)) else []
-    progress.rows = {name: DeviceRow(name) for name in sorted(chosen)}
+    progress.rows = {name: DeviceRow(name) for name in sorted(_names(fields.get("devices")))}
     progress.mark_training()
 
 
@@ -226,7 +249,11 @@ def _run_failed(progress: RunProgress, fields: Mapping[str, object]) -> None:
 _HANDLERS = {
     "run_started": _run_started,
     "run_resumed": _run_resumed,
+    "sites_awaited": _awaited,
     "site_excluded": _site_excluded,
+    "site_joined": _site_joined,
+    "round_waits": _awaited,
+    "device_asked_again": _device_asked_again,
     "calibration_refused": _calibration_refused,
     "round_started": _round_started,
     "device_reported": _device_reported,

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fedtune.cli.apps import load_app
 from fedtune.cli.log_view import log_view
-from fedtune.cli.simulate import _app
 
 
 def start(
@@ -27,7 +27,7 @@ def start(
 
     Health and metrics are at http://127.0.0.1:HEALTH_PORT/health and /metrics.
     """
-    started: int = _app("server_start")(
+    started: int = load_app("server_start")(
         home, dashboard=dashboard, insecure=insecure, view=log_view(json_lines)
     )
     return started

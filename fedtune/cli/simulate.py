@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fedtune.cli.apps import load_app
 from fedtune.cli.display import JsonLines, LiveDisplay
 from fedtune.cli.paper import check_named_files, plan_on_paper
 from fedtune.cli.simulable import need_simulated_fleet
@@ -17,7 +17,7 @@ from fedtune.cli.with_base import finish_run, measure_base
 from fedtune.config import cache_folder, load_run_config
 from fedtune.data.sites import open_sites
 from fedtune.devices.simulated import simulated_profiles
-from fedtune.errors import MissingExtraError, RunError
+from fedtune.errors import MissingExtraError
 from fedtune.model.shapes import read_shapes
 from fedtune.model.source import resolve_model
 from fedtune.records import Event
@@ -77,7 +77,7 @@ def simulate_config(
     check_named_files(config, shapes)
     if config.plan.file:
         plan_on_paper(config, model, shapes, sites)  # refuses it before a run starts
-    folder: Path = _app("simulation")(
+    folder: Path = load_app("simulation")(
         config,
         _client_app(config),
         shapes,
@@ -87,7 +87,7 @@ def simulate_config(
         overwrite=overwrite,
         warnings=sites.warnings,
         measure=partial(measure_base, model, shapes),
-        together=_app("side_by_side")(config),
+        together=load_app("side_by_side")(config),
     )
     return folder
 
@@ -97,11 +97,4 @@ def _client_app(config: RunConfig) -> Any:  # a Flower ClientApp; the core does 
         import torch  # noqa: F401  the client needs it, and its absence deserves a clear word
     except ImportError:
         raise MissingExtraError("torch", "train", "simulating devices") from None
-    return _app("simulated_client")(config)
-
-
-def _app(name: str) -> Any:  # entry points are untyped
-    found = entry_points(group="fedtune.apps", name=name)
-    if not found:
-        raise RunError(f"fedtune is not installed whole: no entry point {name!r}; install it again")
-    return next(iter(found)).load()
+    return load_app("simulated_client")(config)

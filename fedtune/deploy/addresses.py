@@ -7,6 +7,7 @@ import re
 
 from fedtune.errors import DeploymentError
 
+_PORT = re.compile(r"[0-9]{1,5}")
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 
 
@@ -41,7 +42,7 @@ def split_address(address: str, what: str) -> tuple[str, int]:
     """
     host, colon, port = address.rpartition(":")
     expected = f"{what}: expected HOST:PORT, such as fed.example.org:9400; found {address!r}"
-    if not colon or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65_535:
+    if not colon or not _PORT.fullmatch(port) or not 1 <= int(port) <= 65_535:
         raise DeploymentError(expected)
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise DeploymentError(f"{expected}: an IPv6 address stands in brackets")

@@ -21,7 +21,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from fedtune.errors import DeploymentError
+from fedtune.errors import DeploymentError, one_line
 from fedtune.sections.section import Bytes, Section
 
 DEFAULT_PORT = 9400
@@ -163,7 +163,7 @@ class CoordinatorHome:
         Raises:
             DeploymentError: it is not there or not right.
         """
-        return _read(self.settings_file, ServerSettings, "fedtune server init")
+        return _read(self.settings_file, ServerSettings, "fedtune server init --host NAME")
 
 
 class SiteHome:
@@ -216,7 +216,9 @@ class SiteHome:
         Raises:
             DeploymentError: it is not there or not right.
         """
-        return _read(self.settings_file, SiteSettings, "fedtune client join")
+        return _read(
+            self.settings_file, SiteSettings, "fedtune client join CODE --server HOST:PORT"
+        )
 
 
 def _read(path: Path, section: type[_T], made_by: str) -> _T:
@@ -224,13 +226,15 @@ def _read(path: Path, section: type[_T], made_by: str) -> _T:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DeploymentError(
-            f"{path} cannot be read ({error.strerror}); make it with: {made_by}"
+            f"{path} cannot be read ({error.strerror}); name the folder that it is in, or make one "
+            f"with: {made_by}"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DeploymentError(f"{path} is not valid TOML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        raise DeploymentError(f"{path} is not valid TOML: {one_line(str(error))}") from None
     try:
         return section.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise DeploymentError(f"{path}: {key}: {first['msg']}; found {first['input']!r}") from None
+        found = one_line(f"{key}: {first['msg']}; found {first['input']!r}", 300)
+        raise DeploymentError(f"{path}: {found}") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 from fedtune.config import operator_file_from_environment
 from fedtune.deploy.addresses import split_address
 from fedtune.deploy.files import write_private
-from fedtune.errors import DeploymentError
+from fedtune.errors import DeploymentError, one_line
 
 DEFAULT_COORDINATOR_HOME = Path("fedtune-server")
 DEFAULT_SITE_HOME = Path("fedtune-site")
@@ -56,10 +56,8 @@ class OperatorFile:
                 "operator.toml with --coordinator FILE or FEDTUNE_OPERATOR, or make a coordinator "
                 "with: fedtune server init"
             ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise DeploymentError(
-                f"{path} is not valid TOML: {' '.join(str(error).split())}"
-            ) from None
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+            raise DeploymentError(f"{path} is not valid TOML: {one_line(str(error))}") from None
         values = [tree.get(key) for key in _KEYS]
         for key, value in zip(_KEYS, values, strict=True):
             if not isinstance(value, str) or not value:

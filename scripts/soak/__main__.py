@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.soak import guided
 from scripts.soak.fuzz import fuzz_in_processes, keep, unlike
 from scripts.soak.netem import Link, why_not
 from scripts.soak.results import Journal, Result, Tell, failed, table
@@ -73,6 +74,7 @@ def _deployments(part: str) -> Callable[[Budget, Tell], None]:
 
 PARTS: Mapping[str, Callable[[Budget, Tell], None]] = {
     "fuzz": play_fuzz,
+    "guided": lambda budget, tell: guided.play(budget.seconds, budget.folder, tell),
     "netem": play_netem,
     "kills": _deployments("kills"),
     "faults": _deployments("faults"),

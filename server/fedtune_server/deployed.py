@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,10 +33,12 @@ from fedtune.errors import ConfigError, FedtuneError, RunError, StoppedError
 from fedtune.model.shapes import read_shapes
 from fedtune.model.source import resolve_model
 from fedtune.records import DistortionTable, Event, MatrixForm, ModelShapes
-from fedtune.settings import OutputsSection, RunConfig, SimulationSection
+from fedtune.settings import RunConfig
 from fedtune_server.coordinator import Coordinator
+from fedtune_server.deployed_config import deployed_config
 from fedtune_server.distortion import Measure
 from fedtune_server.playing import Watcher, play_run
+from fedtune_server.registry import Registry
 from fedtune_server.roster import ALL_SITES, Registered
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -149,26 +150,6 @@ def play_deployed(
         ) from None
 
 
-def deployed_config(config: RunConfig, folder: Path) -> RunConfig:
-    """The run as real sites play it: what it says of simulations does not hold.
-
-    Raises:
-        ConfigError: it names no sites.
-    """
-    if not config.deployment.sites:
-        raise ConfigError(
-            "deployment.sites is empty; name the sites that take part, or '*' for all"
-        )
-    outputs = config.outputs.model_dump() | {"folder": str(folder)}
-    return config.model_copy(
-        update={
-            # Steps take the time that they take: what devices measure counts.
-            "simulation": SimulationSection(clock="measured"),
-            "outputs": OutputsSection.model_validate(outputs),
-        }
-    )
-
-
 def registered(config: RunConfig, directory: Directory) -> Registered:
     """The sites of a run, by the registry."""
     deployment = config.deployment
@@ -258,8 +239,7 @@ def _tell(event: Event) -> None:
 
 
 def _registry(home: CoordinatorHome) -> Directory:
-    registry: Directory = import_module("fedtune_server.registry").Registry(home.registry)
-    return registry
+    return Registry(home.registry)
 
 
 def _measure(model: Path, shapes: ModelShapes) -> Measure | None:

@@ -54,7 +54,9 @@ def gather_live(grid: Grid, roster: Roster, task: TaskSpec, emit: Emit) -> Fleet
         deadline_s = min(_PROFILE_S, roster.patience_s)
         nodes = sorted(roster.here(grid))
         try:
-            fleet = gather_fleet(grid, nodes, task, deadline_s, events.append, roster.objection)
+            fleet = gather_fleet(
+                grid, nodes, task, deadline_s, events.append, roster.objection, roster.called
+            )
         except RunError as error:
             reason = f"; {error}"
         ready = len(fleet.names) if fleet is not None else 0
@@ -69,9 +71,15 @@ def gather_live(grid: Grid, roster: Roster, task: TaskSpec, emit: Emit) -> Fleet
                     emit(event)
             return fleet
         if time.monotonic() > end:
+            kept_out = {
+                str(event.fields["device"]): str(event.fields["reason"])
+                for event in events
+                if event.kind == "site_excluded"
+            }
+            why = "".join(f"; {device}: {words}" for device, words in list(kept_out.items())[:5])
             raise RoundError(
                 f"expected {roster.needed} sites that can take part within {roster.patience_s:g} s "
-                f"(deployment.deadline_s), found {ready}{reason}; see why in the ledger"
+                f"(deployment.deadline_s), found {ready}{reason or why}"
             )
         time.sleep(min(_ASK_AGAIN_S, roster.patience_s / 10))
 
@@ -160,7 +168,7 @@ class Newcomers:
             if isinstance(report, SiteReport):
                 report = _fitting(report, here, fleet, known, found)
             if isinstance(report, str):
-                self.turned_away(node, f"node {node}", report)
+                self.turned_away(node, self._roster.called(node), report)
                 continue
             name = report.profile.name
             self._reasons[node] = ""

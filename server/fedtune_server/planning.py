@@ -155,12 +155,15 @@ class Planning:
             self._plan_fleet = partial(self._plan_fleet, samples=held)
 
     def write(self, plan: FleetPlan) -> list[dict[str, object]]:
-        """Make `plan.json` that of these plans; its rows for a person, in their order."""
+        """Make `plan.json` that of these plans, and tell of it; its rows, in their order."""
         written = plan_file(
             plan, self._profiles, self._shapes, self._settings, self._config.run.name
         )
         self._folder.write_json("plan.json", written)
-        return plan_rows(plan, self._profiles, self._shapes)
+        rows = plan_rows(plan, self._profiles, self._shapes)
+        makespan = max(device.seconds for device in plan.devices)
+        self._emit(Event("planned", {"devices": rows, "makespan_seconds": makespan}))
+        return rows
 
     @property
     def known(self) -> Known:
@@ -201,9 +204,7 @@ class Planning:
             PlanError: a device cannot carry any plan, or the written plan cannot be followed.
         """
         plan = self._followed() if self._config.plan.file else self._solved()
-        rows = self.write(plan)
-        makespan = max(device.seconds for device in plan.devices)
-        self._emit(Event("planned", {"devices": rows, "makespan_seconds": makespan}))
+        self.write(plan)
         self.say_what_leaves(plan.devices)
         return plan
 

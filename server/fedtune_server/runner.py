@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.deploy.exit_codes import EXIT_CONFIG
 from fedtune.deploy.flower_process import (
-    EXIT_CONFIG,
     leave,
     start_log,
     talk_to_the_coordinator_alone,
@@ -80,7 +80,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _link(home: CoordinatorHome, insecure: bool) -> tuple[str, bytes | None, str]:
     """Address of the link on this machine, its CA, and the operator's token."""
-    from fedtune_server.link.credentials import OperatorToken
+    from fedtune_server.operator_token import OperatorToken
 
     settings = home.settings()
     host = "127.0.0.1" if settings.bind in ("0.0.0.0", "::") else settings.bind

@@ -1,4 +1,4 @@
-"""`python link_launcher.py HOME`: the link with a registry in a file, and with injected faults.
+"""`python link_launcher.py HOME [--insecure]`: the link, with a registry in a file and with faults.
 
 HOME/faults.json holds `{PATH: [STATUS, TIMES]}`: so often that path is answered so.
 """
@@ -60,7 +60,7 @@ class Faults:
         return int(status)
 
 
-def main(path: Path) -> None:
+def main(path: Path, *, insecure: bool) -> None:
     home = CoordinatorHome(path)
     talk_to_the_coordinator_alone(home.flower)
     start_log("link", home.logs)
@@ -69,9 +69,9 @@ def main(path: Path) -> None:
     sites = FileSites(home.path / "test_sites.json")
     faults = Faults(home.path / "faults.json")
     parts = LinkParts(sites, lambda register: [], lambda register, forget: None, faults)
-    serve(home, home.settings(), parts)
+    serve(home, home.settings(), parts, insecure=insecure)
     leave(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), insecure="--insecure" in sys.argv)

@@ -40,9 +40,10 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 60.0) 
 class Deployment:
     """A coordinator and its sites below one folder; `close` ends all of them."""
 
-    def __init__(self, folder: Path, sites: int, more: str = "") -> None:
+    def __init__(self, folder: Path, sites: int, more: str = "", *, insecure: bool = False) -> None:
         ports = free_ports(1 + sites)
         self.folder = folder
+        self.plain = ("--insecure",) if insecure else ()
         self.home: CoordinatorHome = make_coordinator(folder / "coordinator", ports[0], more)
         self.address = f"localhost:{ports[0]}"
         self.sites: list[SiteHome] = [
@@ -66,15 +67,16 @@ class Deployment:
         return process
 
     def start_link(self) -> None:
-        self.start("link", str(HERE / "link_launcher.py"), str(self.home.path))
+        self.start("link", str(HERE / "link_launcher.py"), str(self.home.path), *self.plain)
 
     def start_runner(self) -> None:
         app = "tests.deployment.apps:server"
-        self.start("runner", "-m", "fedtune_server.runner", str(self.home.path), "--app", app)
+        command = ("-m", "fedtune_server.runner", str(self.home.path), "--app", app)
+        self.start("runner", *command, *self.plain)
 
     def start_node(self, number: int) -> None:
         path = str(self.sites[number].path)
-        self.start(f"node-{number}", "-m", "fedtune_client.node", path)
+        self.start(f"node-{number}", "-m", "fedtune_client.node", path, *self.plain)
 
     def start_executor(self, number: int) -> None:
         path = str(self.sites[number].path)
@@ -93,7 +95,8 @@ class Deployment:
 
     @cached_property
     def control(self) -> Control:
-        return Control(self.address, self.home.ca_certificate.read_bytes(), OPERATOR_TOKEN)
+        ca = None if self.plain else self.home.ca_certificate.read_bytes()
+        return Control(self.address, ca, OPERATOR_TOKEN)
 
     def plan(self, **orders: object) -> None:
         """What the tests' ServerApp is to do; see `apps.server`."""
@@ -128,7 +131,7 @@ class Deployment:
         process = self.processes.pop(name)
         started = time.monotonic()
         process.terminate()
-        process.wait(10)
+        assert process.wait(10) == 0, f"{name}: exit code {process.returncode}"
         return time.monotonic() - started
 
     def kill(self, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import ssl
 import time
 import zipfile
@@ -18,7 +19,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.deploy.flower_process import EXIT_CONFIG
+from fedtune.deploy.exit_codes import EXIT_CONFIG
 from fedtune.errors import AccessError
 from fedtune.flwr_compat import (
     PUBLIC_KEY_HEADER,
@@ -33,16 +34,44 @@ from tests.deployment.running import TASK, Deployment, answers, wait_for
 pytestmark = pytest.mark.deployment
 
 
-@pytest.fixture
-def two_sites(tmp_path: Path) -> Iterator[Deployment]:
-    deployment = Deployment(tmp_path, sites=2)
+AUDIT = """
+import os, sys
+def hook(event, arguments):
+    if event == "socket.getaddrinfo":
+        host = arguments[0]
+    elif event == "socket.connect":
+        host = arguments[1][0] if isinstance(arguments[1], tuple) else None
+    else:
+        return
+    if host is None:
+        return
+    host = host.decode() if isinstance(host, bytes) else str(host)
+    with open(os.environ["TEST_HOSTS"], "a") as file:
+        file.write(host + "\\n")
+sys.addaudithook(hook)
+"""
+
+
+@pytest.fixture(scope="module")
+def two_sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """A whole deployment, whose processes write down each host that they look up or connect to."""
+    folder = tmp_path_factory.mktemp("two-sites")
+    (folder / "audit").mkdir()
+    (folder / "audit" / "sitecustomize.py").write_text(AUDIT, encoding="utf-8")
+    deployment = Deployment(folder, sites=2)
+    deployment.environment = {
+        "PYTHONPATH": str(folder / "audit"),
+        "TEST_HOSTS": str(folder / "hosts"),
+        "FLWR_TELEMETRY_ENABLED": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "0",
+    }
+    deployment.start_all()
     yield deployment
     deployment.close()
 
 
 def test_messages_go_round_and_the_executor_stays_the_same_process(two_sites: Deployment) -> None:
     two_sites.plan(rounds=2, bytes=1_000_000)
-    two_sites.start_all()
     answers = two_sites.result(two_sites.begin(), 90)
     first = sorted(text for turn, text in answers.items() if turn.startswith("0-"))
     second = sorted(text for turn, text in answers.items() if turn.startswith("1-"))
@@ -54,7 +83,6 @@ def test_messages_go_round_and_the_executor_stays_the_same_process(two_sites: De
 def test_a_device_says_why_it_refuses_and_a_run_that_is_not_ours_is_refused(
     two_sites: Deployment,
 ) -> None:
-    two_sites.start_all()
     two_sites.plan(body="refuse")
     answers = two_sites.result(two_sites.begin(), 90)
     assert "this site rests at night" in answers["0-error"]
@@ -65,6 +93,16 @@ def test_a_device_says_why_it_refuses_and_a_run_that_is_not_ours_is_refused(
     two_sites.plan()
     answers = two_sites.result(two_sites.begin({"other": "run"}), 90)
     assert "expected a run of fedtune" in answers["0-error"]
+
+
+def test_no_host_but_the_coordinator_is_asked_for(two_sites: Deployment) -> None:
+    two_sites.plan()
+    assert "0-error" not in two_sites.result(two_sites.begin(), 90)
+    for name in ("node-0", "executor-0", "runner"):
+        two_sites.stop(name)  # a process may also report its end
+    hosts = set((two_sites.folder / "hosts").read_text("utf-8").split())
+    assert "localhost" in hosts
+    assert hosts <= {"localhost", "127.0.0.1", "::1"}
 
 
 def test_a_site_whose_executor_dies_is_answered_for_and_works_again(tmp_path: Path) -> None:
@@ -229,42 +267,47 @@ def foreign_bundle(marker: Path) -> bytes:
     return out.getvalue()
 
 
-AUDIT = """
-import os, sys
-def hook(event, arguments):
-    if event == "socket.getaddrinfo":
-        host = arguments[0]
-    elif event == "socket.connect":
-        host = arguments[1][0] if isinstance(arguments[1], tuple) else None
-    else:
-        return
-    if host is None:
-        return
-    host = host.decode() if isinstance(host, bytes) else str(host)
-    with open(os.environ["TEST_HOSTS"], "a") as file:
-        file.write(host + "\\n")
-sys.addaudithook(hook)
+HOUR_LATE = """
+import datetime, time
+real_time, real = time.time, datetime.datetime
+time.time = lambda: real_time() - 3600.0
+class Late(real):
+    @classmethod
+    def now(cls, tz=None):
+        return real.now(tz) - datetime.timedelta(hours=1)
+datetime.datetime = Late
 """
 
 
-def test_no_host_but_the_coordinator_is_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "audit").mkdir()
-    (tmp_path / "audit" / "sitecustomize.py").write_text(AUDIT, encoding="utf-8")
+def test_a_site_whose_clock_is_an_hour_late_takes_part(tmp_path: Path) -> None:
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "sitecustomize.py").write_text(HOUR_LATE, encoding="utf-8")
     deployment = Deployment(tmp_path, sites=1)
-    deployment.environment = {
-        "PYTHONPATH": str(tmp_path / "audit"),
-        "TEST_HOSTS": str(tmp_path / "hosts"),
-        "FLWR_TELEMETRY_ENABLED": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "0",
-    }
+    try:
+        deployment.start_link()
+        deployment.start_runner()
+        wait_for(lambda: answers(deployment.control), "the link answers")
+        deployment.environment = {"PYTHONPATH": str(tmp_path / "late")}
+        deployment.start_node(0)
+        deployment.start_executor(0)
+        deployment.plan()
+        found = deployment.result(deployment.begin(), 90)
+        assert "0-error" not in found
+        assert found
+        assert re.search(r"\+(3599|3600) s from this machine's", deployment.output("node-0"))
+    finally:
+        deployment.close()
+
+
+def test_all_of_it_speaks_plaintext_only_where_it_is_told_to(tmp_path: Path) -> None:
+    deployment = Deployment(tmp_path, sites=1, insecure=True)
     try:
         deployment.start_all()
         deployment.plan()
-        assert "0-error" not in deployment.result(deployment.begin(), 90)
-        deployment.stop("node-0")
-        deployment.stop("runner")
+        found = deployment.result(deployment.begin(), 90)
+        assert found
+        assert "0-error" not in found
+        for name in ("link", "node-0"):
+            assert "--insecure" in deployment.output(name), name
     finally:
         deployment.close()
-    hosts = set((tmp_path / "hosts").read_text("utf-8").split())
-    assert "localhost" in hosts
-    assert hosts <= {"localhost", "127.0.0.1", "::1"}

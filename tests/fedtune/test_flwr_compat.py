@@ -39,11 +39,13 @@ from fedtune.flwr_compat import (
     copy_over_wire,
     correct_clock,
     expire_tasks_of_a_lost_executor,
+    forget_messages_of_ended_runs,
     known_paths,
     patient_retries,
     quiet_flower,
     readable_reason,
     run_fab,
+    run_node,
     set_message_id,
     set_source,
 )
@@ -238,6 +240,7 @@ def test_a_site_that_was_stopped_is_not_taken_for_a_broken_link() -> None:
         ("flwr.supercore.sql_mixin", "SQLITE_PRAGMAS"),
         ("flwr.supercore.corestate.sql_corestate", "HEARTBEAT_PATIENCE"),
         ("flwr.supernode.cli.flower_supernode", "flower_supernode"),
+        ("flwr.supernode.cli.flower_supernode", "uvicorn"),
         ("flwr.supernode.main", "create_app"),
         ("flwr.supernode.fleet_http_connection", "make_simple_http_retry_invoker"),
         ("flwr.supernode.fleet_http_connection", "HeartbeatSender"),
@@ -258,6 +261,27 @@ def test_a_site_that_was_stopped_is_not_taken_for_a_broken_link() -> None:
 )
 def test_a_name_that_is_replaced_or_called_is_there(module: str, names: str) -> None:
     assert hasattr(importlib.import_module(module), names)
+
+
+def test_a_nodes_server_leaves_the_log_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = importlib.import_module("flwr.supernode.cli.flower_supernode")
+    connection = importlib.import_module("flwr.supernode.fleet_http_connection")
+    flower_exit = importlib.import_module("flwr.supercore.exit.exit")
+    for module, name in (
+        (command, "uvicorn"),
+        (connection, "make_simple_http_retry_invoker"),
+        (connection, "HeartbeatSender"),
+        (flower_exit, "FORCE_EXIT_TIMEOUT_SECONDS"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
+    seen: list[object] = []
+
+    def flower_supernode() -> None:
+        seen.append(command.uvicorn.Config(print))
+
+    monkeypatch.setattr(command, "flower_supernode", flower_supernode)
+    run_node([])
+    assert [getattr(config, "log_config", "?") for config in seen] == [None]
 
 
 def test_a_node_waits_two_heartbeats_and_a_query_for_its_lock() -> None:
@@ -289,6 +313,44 @@ def test_a_killed_executors_task_is_answered_for_when_the_next_one_asks(
     assert not runtime_handlers.acquire_task(request, state).token
     (task,) = state.get_tasks(task_ids=[task_id])
     assert (task.status.status, task.status.sub_status) == ("finished", "failed")
+
+
+def test_a_message_whose_run_ends_while_it_comes_leaves_nothing_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.supercore.inflatable.inflatable_object import get_object_tree
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supercore.run import Run, RunNotRunningException
+    from flwr.supernode import start_client_internal
+    from flwr.supernode.nodestate import NodeStateFactory
+
+    def ended(*_: object, **__: object) -> None:
+        raise RunNotRunningException
+
+    store = ObjectStoreFactory().store()
+    state = NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
+    state.set_node_id(9)
+    run = Run.create_empty(5)
+    monkeypatch.setattr(state, "get_run", lambda run_id: run)
+    monkeypatch.setattr(state, "get_run_series_context", lambda series_id: object())
+    monkeypatch.setattr(start_client_internal, "pull_objects", ended)
+    forget_messages_of_ended_runs()
+    sent = message()
+    set_message_id(sent, "message-7")
+    start_client_internal._pull_and_store_message(
+        state=state,
+        object_store=store,
+        node_config={},
+        receive=lambda: (sent, get_object_tree(sent)),
+        get_run=lambda run_id: run,
+        get_fab=ended,
+        pull_object=ended,
+        confirm_message_received=ended,
+        trusted_entities=None,
+    )
+    (task,) = state.get_tasks()
+    assert (task.status.status, task.status.sub_status) == ("finished", "failed")
+    assert "its run has ended" in task.status.details
 
 
 def test_the_links_database_learns_of_nodes_and_forgets_them(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from flwr.app import Context, RecordDict
 
 from fedtune.deploy.homes import CoordinatorHome
 from fedtune.deploy.site_task import RUN_KEY
@@ -245,3 +246,22 @@ def test_a_queue_file_of_another_run_and_a_run_without_sites_are_refused(desk: D
         pytest.raises(ConfigError, match=r"deployment\.sites is empty"),
     ):
         desk.play(grid)
+
+
+def test_the_app_plays_the_run_that_flower_names_from_its_home(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finish(config: Any, folder: Path, emit: Callable[[Event], None]) -> None:
+        desk.finished.append(folder)
+
+    monkeypatch.setattr(deployed, "_entry", lambda name: finish)
+    monkeypatch.setattr(deployed, "_registry", lambda home: desk.directory)
+    run_config: dict[str, bool | float | int | str] = {RUN_KEY: "ward"}
+    with LiveGrid(desk.fake) as grid:
+        context = Context(1, 1, {}, RecordDict(), run_config)
+        monkeypatch.delenv("FEDTUNE_COORDINATOR_HOME", raising=False)
+        with pytest.raises(ConfigError, match="FEDTUNE_COORDINATOR_HOME is not set"):
+            deployed.app(grid, context)
+        monkeypatch.setenv("FEDTUNE_COORDINATOR_HOME", str(desk.home.path))
+        deployed.app(grid, context)
+    assert desk.finished == [desk.home.runs / "ward"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from scripts.soak import __main__ as soak
+from scripts.soak import guided
 from scripts.soak.faults import FAULTS, KILLS, Deployment, Fault, fill_disk, nothing, play, send
 from scripts.soak.results import Result, table
 
@@ -140,6 +142,17 @@ def test_parts_are_told_line_by_line_and_in_a_table(
 def test_an_unknown_part_is_refused() -> None:
     with pytest.raises(SystemExit):
         soak.main(["sleep"])
+
+
+def test_guided_fuzzing_is_skipped_where_atheris_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    results: list[Result] = []
+    guided.play(1.0, tmp_path, results.append)
+    assert [(result.state, result.words) for result in results] == [
+        ("skipped", "atheris is not installed")
+    ]
 
 
 @pytest.mark.slow

@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from fedtune.flwr_compat import PUBLIC_KEY_HEADER
-from fedtune_server.link.credentials import OperatorToken, Sites, bearer, signed_by
+from fedtune_server.link.credentials import Sites, bearer, signed_by
+from fedtune_server.link.echo import MOST_BYTES as MOST_ECHO_BYTES
 from fedtune_server.link.limits import RateLimit
 from fedtune_server.link.pace import HEADER, Pace
+from fedtune_server.operator_token import OperatorToken
 
 Scope: TypeAlias = Any  # ASGI's dict of a request
 Message: TypeAlias = Any  # ASGI's dict of an event
@@ -36,6 +38,8 @@ SESSION_HEADER = "fedtune-session"
 
 BODY_S = 300.0
 """How long a body may take: 5 MB, Flower's largest piece, over 0.15 Mbit/s."""
+STRANGER_BYTES, STRANGER_S = 65_536, 20.0
+"""The same of who shows nothing: 2000 connections of such are 130 MB."""
 HEALTH = "/health"
 ACTIVATE = "/v1/fleet/activate-node"
 PULL = "/v1/fleet/pull-messages"
@@ -150,6 +154,9 @@ class Guard:
         if isinstance(found, Caller) and not self._may_spend(found):
             found = Refusal(429, "rate", "too many requests; ask again later")
         if isinstance(found, Refusal):
+            # Who may enter is let in all the same: behind a proxy, all may share one address.
+            if self._seen.peers.is_empty(_peer(scope)):
+                found = Refusal(429, "rate", "too many refused requests; ask again later")
             await self._refuse(scope, send, found)
         else:
             await self._serve(scope, headers, receive, send, found)
@@ -162,7 +169,7 @@ class Guard:
         send: Send,
         caller: Caller,
     ) -> None:
-        body = await self._body(headers, receive)
+        body = await self._body(scope["path"], headers, receive)
         if body is None:  # the caller is gone
             return
         if isinstance(body, Refusal):
@@ -183,8 +190,6 @@ class Guard:
 
     def _admit(self, scope: Scope, headers: Mapping[str, str]) -> Caller | Refusal:
         peer, path = _peer(scope), scope["path"]
-        if self._seen.peers.is_empty(peer):
-            return Refusal(429, "rate", "too many refused requests; ask again later")
         if scope.get("raw_path", path.encode()) != path.encode() or not path.isascii():
             return Refusal(404, "path", "there is nothing here")
         if path == HEALTH or path in self._doors.public:
@@ -214,7 +219,7 @@ class Guard:
         return Caller("site", name)
 
     def _admit_operator(self, scope: Scope, headers: Mapping[str, str]) -> Caller | Refusal:
-        if self._operator.matches(headers):
+        if self._operator.matches(bearer(headers)):
             return Caller("operator", "operator")
         if self._bounds.trust_loopback and not bearer(headers) and _peer(scope) in _LOOPBACK:
             return Caller("operator", "loopback")
@@ -225,7 +230,7 @@ class Guard:
         site = self._sites.by_token(token) if token else None
         if site is not None and site.state == "enrolled":
             return Caller("site", site.name)
-        if self._operator.matches(headers):
+        if self._operator.matches(bearer(headers)):
             return Caller("operator", "operator")
         return Refusal(401, "credentials", "this needs a site's token")
 
@@ -249,18 +254,24 @@ class Guard:
 
     # ------------------------------------------------------------ bodies and answers
 
-    async def _body(self, headers: Mapping[str, str], receive: Receive) -> bytes | Refusal | None:
-        most = self._bounds.body_bytes
+    async def _body(
+        self, path: str, headers: Mapping[str, str], receive: Receive
+    ) -> bytes | Refusal | None:
+        most, seconds = self._bounds.body_bytes, BODY_S
+        if path == HEALTH or path in self._doors.public:
+            most, seconds = min(most, STRANGER_BYTES), STRANGER_S
+        elif path in self._doors.tokened:
+            most = min(most, MOST_ECHO_BYTES)
         too_large = Refusal(413, "body", f"a body may hold at most {most} bytes")
         said = headers.get("content-length", "0")
-        if not said.isdigit():
+        if not (said.isascii() and said.isdigit() and len(said) <= 18):
             return Refusal(400, "body", "content-length is not a number")
         if int(said) > most:
             return too_large
         parts: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout(BODY_S):
+            async with asyncio.timeout(seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -272,7 +283,7 @@ class Guard:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            return Refusal(408, "body", f"the body took longer than {BODY_S:.0f} s")
+            return Refusal(408, "body", f"the body took longer than {seconds:.0f} s")
 
     async def _refuse(self, scope: Scope, send: Send, refusal: Refusal) -> None:
         peer = _peer(scope)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fedtune.cli.display import JsonLines, LiveDisplay
 from fedtune.cli.pictures import importance_line
+from fedtune.cli.progress import RunProgress
 from fedtune.records import Event
 
 NAMES = ["site-0", "site-1", "site-2"]
@@ -409,3 +410,31 @@ def test_late_devices_and_repeated_rounds_are_shown() -> None:
         display(event)
     assert {name: row.state for name, row in display._progress.rows.items()}["site-2"] == "late"
     assert "late" in picture(display)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        (
+            "sites_awaited",
+            {"needed": 3, "here": ["a"], "missing": ["b", "c"]},
+            "the run waits for 3 sites, here: a; missing: b, c",
+        ),
+        (
+            "sites_awaited",
+            {"needed": 2, "here": ["a", "b", "c"], "missing": []},
+            "all sites are here: a, b, c",
+        ),
+        (
+            "round_waits",
+            {"round": 2, "needed": 2, "here": [], "missing": ["a"]},
+            "round 2 waits for 2 sites, here: none; missing: a",
+        ),
+        ("site_joined", {"round": 3, "device": "b"}, "b takes part from round 3 on"),
+        ("device_asked_again", {"round": 3, "device": "b"}, "b is back, and does its round again"),
+    ],
+)
+def test_a_person_sees_sites_come_and_go(kind: str, fields: dict[str, object], words: str) -> None:
+    progress = RunProgress()
+    progress.add(Event(kind, fields))
+    assert progress.notices[-1] == words

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.cli import main as main_module
-from fedtune.cli.main import app, main
+from fedtune.cli.main import command_of, main
 
 
 def test_help_and_version_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +61,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_verb_and_option_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in app.registered_commands:
+    for command in command_of([]).registered_commands:
         assert command.name
         assert main([command.name, "--help"]) == 0
         assert "Usage: fedtune " + command.name in capsys.readouterr().out

@@ -256,7 +256,7 @@ def test_without_torch_the_extra_is_named(
 def test_a_half_installed_fedtune_says_so(
     simulate: Simulate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedtune.cli.simulate.entry_points", lambda **_: ())
+    monkeypatch.setattr("fedtune.cli.apps.entry_points", lambda **_: ())
     code, _, err = simulate("--json")
     assert code == 2
     assert err.startswith("error: fedtune is not installed whole: no entry point '")

@@ -42,7 +42,7 @@ def test_the_verb_starts_a_home_and_gives_its_exit_code_back(
 
         return run
 
-    monkeypatch.setattr(module, "_app", fake)
+    monkeypatch.setattr(module, "load_app", fake)
     app = typer.Typer()
     app.command()(module.start)
     result = CliRunner().invoke(app, arguments, standalone_mode=False)

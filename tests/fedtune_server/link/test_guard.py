@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.flwr_compat import PUBLIC_KEY_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER
 from fedtune_server.link import guard as module
-from fedtune_server.link.credentials import OperatorToken
 from fedtune_server.link.guard import (
     ACTIVATE,
     REASON_HEADER,
@@ -30,6 +29,7 @@ from fedtune_server.link.guard import (
     Hook,
 )
 from fedtune_server.link.pace import HEADER, LEAST_S
+from fedtune_server.operator_token import OperatorToken
 from tests.deployment.homes import public_pem
 
 PULL = "/v1/fleet/pull-messages"
@@ -133,7 +133,7 @@ def raw_status(guard: Guard, raw_path: str, headers: dict[str, str]) -> int:
         "method": "POST",
         "path": unquote(raw_path),
         "raw_path": raw_path.encode(),
-        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers.items()],
         "client": ("10.0.0.9", 1),
     }
     sent: list[Any] = []
@@ -254,6 +254,16 @@ def test_a_body_is_bounded_by_what_it_says_and_by_what_it_holds(operator: Operat
     assert ask(guard, PULL, signed(), content=endless()).status_code == 413
 
 
+def test_a_body_that_says_it_is_too_large_is_not_read(operator: OperatorToken) -> None:
+    async def never() -> AsyncIterator[bytes]:
+        raise AssertionError("it was read")
+        yield b""
+
+    said = {**signed(), "content-length": "1001"}
+    guard = make(operator, bounds=Bounds(body_bytes=1000))
+    assert ask(guard, PULL, said, content=never()).status_code == 413
+
+
 def test_a_body_that_stands_still_is_given_up(
     operator: OperatorToken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +276,29 @@ def test_a_body_that_stands_still_is_given_up(
     assert ask(make(operator), PULL, signed(), content=still()).status_code == 408
 
 
+def test_who_shows_nothing_may_not_have_much_kept(
+    operator: OperatorToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard, most = make(operator), module.STRANGER_BYTES
+    assert ask(guard, JOIN, content=bytes(most)).text == f"ours {most}"
+    for path in (JOIN, module.HEALTH):
+        assert ask(guard, path, content=bytes(most + 1)).status_code == 413
+    site = {"authorization": "Bearer the-sites-token"}
+    assert ask(guard, ECHO, site, content=bytes((4 << 20) + 1)).status_code == 413
+
+    async def still() -> AsyncIterator[bytes]:
+        yield b"a"
+        await asyncio.sleep(5)
+
+    monkeypatch.setattr(module, "STRANGER_S", 0.05)
+    assert ask(guard, JOIN, content=still()).status_code == 408
+
+
+@pytest.mark.parametrize("said", ["\u00b2", "-1", "9" * 5000])
+def test_a_length_that_is_no_number_is_refused(operator: OperatorToken, said: str) -> None:
+    assert raw_status(make(operator), PULL, signed() | {"content-length": said}) == 400
+
+
 def test_a_flood_is_refused_and_passes(operator: OperatorToken) -> None:
     clock = [100.0]
     guard = make(operator, bounds=Bounds(requests_per_s=2.0, burst=3), clock=clock)
@@ -276,12 +309,16 @@ def test_a_flood_is_refused_and_passes(operator: OperatorToken) -> None:
     assert [ask(guard, PULL, signed()).status_code for _ in range(3)] == [200, 200, 429]
 
 
-def test_a_peer_that_guesses_is_not_looked_at_any_more(operator: OperatorToken) -> None:
+def test_a_peer_that_guesses_is_told_no_reasons_any_more_and_locks_nobody_out(
+    operator: OperatorToken,
+) -> None:
     guard = make(operator, bounds=Bounds(burst=5))
     wrong = {"authorization": "Bearer wrong"}
     statuses = [ask(guard, LIST_RUNS, wrong, peer="10.6.6.6").status_code for _ in range(8)]
     assert statuses == [401] * 5 + [429] * 3
-    assert ask(guard, PULL, signed(), peer="10.0.0.9").status_code == 200
+    for peer in ("10.0.0.9", "10.6.6.6"):
+        assert ask(guard, PULL, signed(), peer=peer).status_code == 200
+        assert ask(guard, LIST_RUNS, TOKEN, peer=peer).status_code == 200
 
 
 def test_our_own_paths_are_public_or_need_a_sites_token(operator: OperatorToken) -> None:
