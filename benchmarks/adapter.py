@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from usage import Usage
 from fedtune.deploy.certificates import make_node_key
 from fedtune.deploy.homes import CoordinatorHome, SiteHome
 from fedtune.errors import DeploymentError
-from fedtune.flwr_compat import Control, run_fab
+from fedtune.flwr_compat import Control, FlowerRun, run_fab
 
 SITES, RANK, LAYERS = 3, 16, 32
 SHAPES = (*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008))
@@ -150,11 +150,19 @@ class Deployment:
         wait_for("the link", lambda: _answers(control), 90)
         fab = run_fab({"fedtune-run": "echo", "fedtune-task": json.dumps(_TASK)})
         run = control.start_run(fab)
+        ended: FlowerRun | None = None
+
+        def over() -> bool:
+            nonlocal ended
+            with suppress(DeploymentError):  # a link that is busy answers late
+                ended = control.runs()[run]
+            return ended is not None and ended.status == "finished"
+
         try:
-            wait_for("the run", lambda: control.runs()[run].status == "finished", PATIENCE_S, 1.0)
-            ended = control.runs()[run]
+            wait_for("the run", over, PATIENCE_S, 2.0)
         finally:
             control.close()
+        assert ended is not None
         if ended.sub_status != "completed":
             raise RuntimeError(f"{ended.details}; see {self._folder / 'output.txt'}")
         rounds: list[dict[str, float]] = json.loads((self.home.path / RESULT).read_text("utf-8"))

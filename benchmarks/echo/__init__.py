@@ -8,6 +8,7 @@ array of each tensor, as Flower's own examples do.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -22,7 +23,7 @@ from flwr.clientapp import ClientApp
 from fedtune.wire.flower import TRAIN, from_record, to_record
 
 ORDER, RESULT = "echo.json", "echo-result.json"
-PATIENCE_S = 900.0
+PATIENCE_S = 1800.0
 _POLL_S = 0.5
 
 
@@ -67,7 +68,8 @@ def _round(grid: Any, nodes: Sequence[int], order: Any, number: int) -> dict[str
     while waiting:
         if time.time() > began + PATIENCE_S:
             raise TimeoutError(f"{len(waiting)} sites did not answer")
-        for reply in grid.pull_messages(waiting):
+        # One at a time, as a coordinator fetches replies of this size.
+        for reply in itertools.chain.from_iterable(grid.pull_messages([i]) for i in list(waiting)):
             waiting.discard(reply.metadata.reply_to_message_id)
             if reply.has_error():
                 raise ValueError(reply.error.reason)
