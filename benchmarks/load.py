@@ -47,8 +47,8 @@ the machine with the coordinator, and `seconds` are those of a machine on which 
 where `of a core` is far below 100 %: seconds of processor and memory say what a link takes. With
 twice the devices they double; [flower.md](flower.md#how-many-devices-a-link-carries) says why.
 
-At commit 768b29e, before Flower's layers, its look for lost tasks and the form of small tensors were
-changed, 20 devices took 11.3 s of the link's processor a round; with these changes 5.8 s."""
+At commit 768b29e, before Flower's layers, its look for lost tasks and the form of small tensors
+were changed, 20 devices took 11.3 s of the link's processor a round; with these changes 5.8 s."""
 IDLE_S = 15.0
 PATIENCE_S = 3600.0
 

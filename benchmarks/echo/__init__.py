@@ -25,6 +25,7 @@ from fedtune.wire.flower import TRAIN, from_record, to_record
 ORDER, RESULT = "echo.json", "echo-result.json"
 PATIENCE_S = 1800.0
 _POLL_S = 0.5
+_INVERTED = bytes(range(255, -1, -1))
 
 
 def server(grid: Any, context: Context) -> None:
@@ -118,7 +119,7 @@ def _arrays(record: RecordDict) -> list[Array]:
 
 
 def _changed(content: bytes) -> bytes:
-    return np.bitwise_not(np.frombuffer(content, np.uint8)).tobytes()
+    return content.translate(_INVERTED)  # in one step, so that no third copy counts
 
 
 def _digest(content: bytes) -> str:
