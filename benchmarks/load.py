@@ -48,7 +48,8 @@ where `of a core` is far below 100 %: seconds of processor and memory say what a
 twice the devices they double; [flower.md](flower.md#how-many-devices-a-link-carries) says why.
 
 At commit 768b29e, before Flower's layers, its look for lost tasks and the form of small tensors
-were changed, 20 devices took 11.3 s of the link's processor a round; with these changes 5.8 s."""
+were changed, 20 devices took 11 to 15 s of the link's processor a round; right after it 6 s. On a
+machine where 25 processes wait for two cores it is more, because devices that wait ask again."""
 IDLE_S = 15.0
 PATIENCE_S = 3600.0
 
