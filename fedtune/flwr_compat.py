@@ -25,7 +25,8 @@ A deployment needs more, which is imported where it is used, because it is heavy
 - `create_app` of the link, its settings, `SQLITE_PRAGMAS`, `HEARTBEAT_PATIENCE` and the handler of
   `activate-node`: Flower's waits are too short for a loaded machine, and a node that was killed may
   not come back for a minute.
-- `flower_supernode` and what it makes its connection of: one HTTP 500 ends it, or its heartbeat.
+- `flower_supernode` and what it makes its connection of: one HTTP 500 ends it, or its heartbeat;
+  and its loop, which keeps the task of a message whose run ended while it was received.
 - `now`: what Flower signs and compares; a site's clock may be wrong.
 """
 
@@ -90,6 +91,7 @@ __all__ = [
     "copy_over_wire",
     "correct_clock",
     "expire_tasks_of_a_lost_executor",
+    "forget_messages_of_ended_runs",
     "known_paths",
     "lean_transfers",
     "light_node",
@@ -623,18 +625,37 @@ def watch_node_requests(around: Callable[[httpx.Request, Callable[[], Any]], Any
     fleet_http_connection.NodeAuthHttpInterceptor = Watched
 
 
-def expire_tasks_of_a_lost_executor() -> None:
+def expire_tasks_of_a_lost_executor(half_a_reply: Callable[[], object] = lambda: None) -> None:
     """Answer for a task whose executor died as soon as another executor asks for work.
 
     A site has one executor, which asks for a task only when it has none: what is still under way
     then is lost. Flower finds that out after 60 s.
+
+    Args:
+        half_a_reply: called if it died while it handed its reply over. Flower's node waits for the
+            rest without end, in its only loop, and counts as online.
     """
+    from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+    from flwr.supercore.object_store import NoObjectInStoreError
     from flwr.supernode.servicer.runtime import runtime_handlers
 
     acquire = runtime_handlers.acquire_task
     long_ago = datetime.datetime.fromtimestamp(0, datetime.UTC)
 
+    def is_half(state: Any, message_id: str) -> bool:
+        store = state.object_store
+        try:
+            parts = iterate_object_tree(store.get_object_tree(message_id))
+            return any(store.get(part.object_id) == b"" for part in parts)
+        except NoObjectInStoreError:  # sent, and deleted meanwhile
+            return False
+
     def acquire_task(request: Any, state: Any) -> Any:
+        with state.lock_msg_store:
+            messages = [entry.message.metadata for entry in state.msg_store.values()]
+        replies = [each.message_id for each in messages if each.reply_to_message_id]
+        if any(is_half(state, reply) for reply in replies):
+            half_a_reply()
         with state.lock_task_store:
             for record in state.task_token_store.values():
                 record.active_until = long_ago
@@ -709,13 +730,13 @@ def run_node(
     from flwr.supernode import fleet_http_connection
 
     command = importlib.import_module("flwr.supernode.cli.flower_supernode")
-    loop: Any = importlib.import_module("flwr.supernode.start_client_internal")
-    loop.time = _PacedTime(poll_s)
     # uvicorn would give its loggers handlers of its own, which write text past the log.
     config = partial(uvicorn.Config, log_config=None)
     command.uvicorn = SimpleNamespace(  # type: ignore[attr-defined]
         Server=uvicorn.Server, Config=config
     )
+    loop: Any = importlib.import_module("flwr.supernode.start_client_internal")
+    loop.time = _PacedTime(poll_s)
     flower_exit.FORCE_EXIT_TIMEOUT_SECONDS = FORCED_END_S
     fleet_http_connection.make_simple_http_retry_invoker = patient_retries
     sender = fleet_http_connection.HeartbeatSender
@@ -988,10 +1009,19 @@ class ClientTask:
         self._context: Context | None = None
 
     def receive(self) -> tuple[Message, Context]:
-        """The message; the bundle that comes with it is not looked at."""
+        """The message; the bundle that comes with it is not looked at.
+
+        Raises:
+            RuntimeError: the node does not get all of the message.
+            httpx.HTTPError: the node is not there, or has forgotten the task.
+        """
+        from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
         from flwr.supernode.runtime.run_clientapp import pull_task_input
 
-        message, self._context, _run, _fab = pull_task_input(self._client)
+        try:
+            message, self._context, _run, _fab = pull_task_input(self._client)
+        except ObjectPullError as error:  # the node could not get all of it
+            raise RuntimeError(str(error)) from error
         return message, self._context
 
     def reply(self, message: Message) -> None:

@@ -202,10 +202,17 @@ class Federation:
         folder: empty; everything is kept below it.
         base: folder of the base model, which all sites have.
         rows: site -> its JSONL file.
+        more: `coordinator` or site -> environment of its processes, beside the usual one.
     """
 
-    def __init__(self, folder: Path, base: Path, rows: Mapping[str, Path]) -> None:
-        self.folder, self.base, self.rows = folder, base, dict(rows)
+    def __init__(
+        self,
+        folder: Path,
+        base: Path,
+        rows: Mapping[str, Path],
+        more: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        self.folder, self.base, self.rows, self.more = folder, base, dict(rows), dict(more or {})
         self.home = folder / "coordinator"
         self.connections = folder / "connections.txt"
         watched = folder / "watched"
@@ -248,9 +255,14 @@ class Federation:
     def start_server(self, *options: str) -> Started:
         """Start the coordinator, and wait until it answers."""
         arguments = ["server", "start", str(self.home), *options]
-        self.server = Started(arguments, self.folder / "coordinator.out", **self._environment)
+        self.server = Started(
+            arguments, self.folder / "coordinator.out", **self._environment_of("coordinator")
+        )
         wait_for("the coordinator's health", self.healthy, 60)
         return self.server
+
+    def _environment_of(self, who: str) -> dict[str, str]:
+        return {**self._environment, **self.more.get(who, {})}
 
     def healthy(self) -> bool:
         """Whether all processes of the coordinator are up."""
@@ -284,7 +296,9 @@ class Federation:
     def start_site(self, site: str, wait: bool = True) -> Started:
         """Start a site, and wait until both of its processes are up."""
         arguments = ["client", "start", str(self.site_home(site))]
-        self.sites[site] = Started(arguments, self.folder / f"{site}.out", **self._environment)
+        self.sites[site] = Started(
+            arguments, self.folder / f"{site}.out", **self._environment_of(site)
+        )
         if wait:
             self.wait_for_site(site)
         return self.sites[site]

@@ -38,8 +38,12 @@ if TYPE_CHECKING:
     from fedtune.flwr_compat import TaskSource
 
 APP = "fedtune_client.deployed"
+GROUP_APP = "fedtune_client.group"
+"""Of a site that stands for a coordinator's sites."""
 POLL_S = 0.3
 MOST_WAIT_S = 5.0
+LAST_REPLY_S = 15.0
+"""From the end of memory to the end of the process: time for its last reply."""
 STOP_S = 3.5
 """From SIGTERM to the end of the process, whatever the app does."""
 
@@ -68,27 +72,38 @@ def main(arguments: Sequence[str]) -> None:
     """The process; it never returns."""
     parser = argparse.ArgumentParser("python -m fedtune_client.executor", description=__doc__)
     parser.add_argument("home", type=Path)
-    parser.add_argument("--app", default=APP, help="installed module with client_app(home)")
+    parser.add_argument("--app", help=f"installed module with client_app(home); {APP}")
     parser.add_argument("--insecure", action="store_true", help="for the app; see the node")
     options = parser.parse_args(arguments)
     home = SiteHome(options.home)
     talk_to_the_coordinator_alone(home.state / "flower")
     start_log("executor", home.logs)
     try:
-        settings = home.settings().site
+        settings = home.settings()
         secret = executor_secret(home.state)
-        app = load(options.app, home.path)
+        usual = GROUP_APP if settings.group.coordinator else APP
+        app = load(options.app or usual, home.path)
     except FedtuneError as error:
         _log.error("%s", error)
         leave(EXIT_CONFIG)
         return
     start_log("executor", home.logs)
-    worker = Executor(f"127.0.0.1:{settings.node_port}", secret, app, home.state)
+    worker = Executor(f"127.0.0.1:{settings.site.node_port}", secret, app, home.state)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.signal(signal.SIGINT, lambda *_: worker.stop())
     code = worker.run()
     app.close()
     leave(code)
+
+
+def end_within(seconds: float) -> None:
+    """Have the system end this process, whatever it waits for.
+
+    Without memory a thread may not come to its start, and who started it waits for that. Windows
+    has no such timer.
+    """
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, which nobody handles
 
 
 def load(module_name: str, home: Path) -> App:
@@ -215,6 +230,7 @@ class Executor:
             _log.warning("refused %s: %s", message.metadata.message_type, error)
             return error_reply(message, error)
         except MemoryError as error:
+            end_within(LAST_REPLY_S)
             _log.exception("out of memory; asking to be started again")
             self._code = EXIT_RESTART
             self._stopping.set()

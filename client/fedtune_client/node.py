@@ -84,7 +84,7 @@ def run(home: SiteHome, *, insecure: bool = False) -> None:
     correct_clock(lambda: link.clock_offset_s)
     watch = Watch(link)
     watch_node_requests(watch)
-    expire_tasks_of_a_lost_executor()
+    expire_tasks_of_a_lost_executor(_begin_anew)
     forget_messages_of_ended_runs()
     guard_node_app(lambda app: ExecutorDoor(app, secret))
     ca = None if insecure else str(home.ca_certificate)
@@ -110,6 +110,12 @@ def run(home: SiteHome, *, insecure: bool = False) -> None:
     except Exception:  # noqa: BLE001  the edge of a process, logged in full
         _log.exception("Flower's node raised; asking to be started again")
     leave(code)
+
+
+def _begin_anew() -> None:
+    """A node that is started again is activated again, and its coordinator asks it again."""
+    _log.warning("the executor died amid its reply; asking to be started again")
+    leave(EXIT_RESTART)
 
 
 def measure_clock(server: str, ca_certificate: str | None, link: LinkState) -> None:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.soak import guided
+from scripts.soak.faults import FAULTS, KILLS, ROUTES, Fault, play
 from scripts.soak.fuzz import fuzz_in_processes, keep, unlike
 from scripts.soak.netem import Link, why_not
 from scripts.soak.results import Journal, Result, Tell, failed, table
@@ -25,6 +29,7 @@ class Budget:
 
     Attributes:
         folder: for what it keeps.
+        only: regular expression of the names of cases; empty: all.
     """
 
     seconds: float
@@ -32,6 +37,11 @@ class Budget:
     seed: int
     processes: int
     folder: Path
+    only: str = ""
+
+
+DEADLINE_S = 480.0
+"""Of a run that something befalls: one takes about a minute, and Flower takes one to see a loss."""
 
 
 def play_fuzz(budget: Budget, tell: Tell) -> None:
@@ -63,23 +73,52 @@ def play_netem(budget: Budget, tell: Tell) -> None:
         tell(Result("netem", case, state, time.monotonic() - began, reason))  # type: ignore[arg-type]
 
 
-def _deployments(part: str) -> Callable[[Budget, Tell], None]:
-    """A part that needs a deployment to befall: its table is in `faults`, nothing starts one."""
+def _faults(part: str, faults: Sequence[Fault]) -> Callable[[Budget, Tell], None]:
+    """A part that lets faults happen to a real federation."""
 
-    def play(budget: Budget, tell: Tell) -> None:
-        tell(Result(part, "all", "skipped", 0.0, "nothing starts a deployment for it"))
+    def play_faults(budget: Budget, tell: Tell) -> None:
+        from scripts.soak.world import ROUNDS, World, clear, make_base
 
-    return play
+        chosen = [f for f in faults if re.search(budget.only, f.name)]
+        folder = clear(budget.folder / part)
+        mount = sys.platform == "linux" and os.geteuid() == 0
+        until = time.monotonic() + budget.seconds
+        with World(folder, make_base(folder / "base"), mount=mount) as world:
+            play(
+                chosen, world.start, tell, part=part, rounds=ROUNDS, deadline_s=DEADLINE_S,
+                until=until, seed=budget.seed, expected=world.simulated(),
+            )  # fmt: skip
+
+    return play_faults
+
+
+def play_levels(budget: Budget, tell: Tell) -> None:
+    """A coordinator whose sites are one site of another, as processes: as its tests say."""
+    began = time.monotonic()
+    file = Path(__file__).resolve().parents[2] / "tests" / "deployment" / "test_levels.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=budget.seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        words, good = f"not over within {budget.seconds:g} s", False
+    else:
+        lines = done.stdout.strip().splitlines()
+        words, good = lines[-1] if lines else done.stderr[-200:], done.returncode == 0
+    state = "passed" if good else "failed"
+    tell(Result("levels", "all", state, time.monotonic() - began, words))  # type: ignore[arg-type]
 
 
 PARTS: Mapping[str, Callable[[Budget, Tell], None]] = {
     "fuzz": play_fuzz,
     "guided": lambda budget, tell: guided.play(budget.seconds, budget.folder, tell),
     "netem": play_netem,
-    "kills": _deployments("kills"),
-    "faults": _deployments("faults"),
-    "load": _deployments("load"),
-    "adapter7b": _deployments("adapter7b"),
+    "kills": _faults("kills", KILLS),
+    "routes": _faults("routes", ROUTES),
+    "faults": _faults("faults", FAULTS),
+    "all-faults": _faults("all-faults", (*FAULTS, *KILLS, *ROUTES)),
+    "levels": play_levels,
 }
 
 
@@ -96,12 +135,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="file for a JSON line per case; is appended to")
     parser.add_argument("--folder", type=Path, default=Path("soak"), help="for what is kept; soak")
+    parser.add_argument("--only", default="", metavar="REGEX", help="names of cases; all")
     chosen = parser.parse_args(arguments)
     for part in chosen.parts:
         if part not in PARTS:
             parser.error(f"expected parts of {', '.join(PARTS)}, found {part}")
-    budget = Budget(chosen.seconds, chosen.inputs, chosen.seed, chosen.processes, chosen.folder)
+    budget = Budget(
+        chosen.seconds, chosen.inputs, chosen.seed, chosen.processes, chosen.folder, chosen.only
+    )
     journal = Journal(chosen.out)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))  # and what was started ends
     for part in chosen.parts or PARTS:
         began = time.monotonic()
         try:

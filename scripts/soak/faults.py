@@ -38,10 +38,16 @@ class Deployment(Protocol):
         """The folder of a place."""
 
     def call(self, who: str, action: str, **details: object) -> None:
-        """What only the deployment can do: `cut`, `heal`, `fail-route`, `set-clock`, `expire`."""
+        """What only the deployment can do: `shape`, `start`, `fail-routes`, `set-clock`, ..."""
 
     def progress(self) -> float:
         """Rounds that are done, and the share of the open one; negative before the first."""
+
+    def working(self, who: str) -> bool:
+        """Whether a process computes now."""
+
+    def numbers(self) -> Mapping[str, float]:
+        """What was measured of the run; units in the names."""
 
     def wait(self, seconds: float) -> str:
         """How the run ended: `finished`, `failed`, ...; empty: it did not, in so many seconds."""
@@ -73,6 +79,7 @@ class Fault:
         heal: the way back; for what heals itself (a supervisor starts a process again), nothing.
         after_s: from the injection to the healing.
         at: share of the run at which it happens; None: drawn by the seed.
+        working: a process that must be computing at that moment.
     """
 
     name: str
@@ -81,6 +88,7 @@ class Fault:
     expect: Expectation
     after_s: float = 0.0
     at: float | None = None
+    working: str = ""
 
 
 def nothing(deployment: Deployment) -> None:
@@ -102,6 +110,17 @@ def send(who: str, number: signal.Signals, most: int = 1) -> Act:
 
 def call(who: str, action: str, **details: object) -> Act:
     return lambda deployment: deployment.call(who, action, **details)
+
+
+def amid_transfer(site: str) -> Act:
+    """Cut a site's link, which is made slow first, so that something is on its way."""
+
+    def act(deployment: Deployment) -> None:
+        deployment.call(site, "shape", bytes_per_s=4_000.0)
+        time.sleep(3.0)
+        deployment.call(site, "shape", cut=True)
+
+    return act
 
 
 _BALLAST = "ballast"
@@ -130,47 +149,87 @@ def free_disk(who: str) -> Act:
     return lambda deployment: (deployment.home(who) / _BALLAST).unlink(missing_ok=True)
 
 
-KILLS: tuple[Fault, ...] = tuple(
-    Fault(
-        f"coordinator killed, {i + 1} of 10",
-        send("coordinator/runner", signal.SIGKILL, most=99),
-        nothing,
-        "equal",
-    )
-    for i in range(10)
-) + tuple(
-    Fault(f"{site} killed", send(site, signal.SIGKILL, most=99), nothing, "equal or named")
-    for site in ("site-1", "site-2", "site-3")
-)
-"""Processes that end without a word; their supervisors start them again."""
+def _killed(name: str, who: str, place: str) -> Fault:
+    """All processes of a place end without a word, and are started again as after a boot."""
+    everything = send(who, signal.SIGKILL, most=99)
+    return Fault(name, everything, call(place, "start"), "equal or named", after_s=3.0)
 
-ROUTES = ("pull-message", "push-object", "pull-object", "confirm-message", "heartbeat")
-"""Of Flower's fleet API; each fails once with an HTTP 500."""
+
+KILLS: tuple[Fault, ...] = (
+    *(
+        _killed(f"coordinator killed, {i + 1} of 10", "coordinator", "coordinator")
+        for i in range(10)
+    ),
+    *(
+        Fault(f"{part} killed", send(f"coordinator/{part}", signal.SIGKILL), nothing, "equal")
+        for part in ("link", "runner", "run", "desk")
+    ),
+    _killed("the coordinator's supervisor killed", "coordinator/supervisor", "coordinator"),
+    *(_killed(f"{site} killed", site, site) for site in ("site-1", "site-2", "site-3")),
+    *(
+        Fault(f"a site's {part} killed", send(f"site-2/{part}", signal.SIGKILL), nothing, "equal")
+        for part in ("node", "executor")
+    ),
+)
+"""Processes that end without a word; their supervisors, or the boot, start them again."""
+
+FLEET_ROUTES = tuple(
+    f"/v1/fleet/{name}"
+    for name in (
+        "activate-node", "pull-messages", "push-messages", "get-run", "get-fab", "pull-object",
+        "push-object", "confirm-message-received", "send-node-heartbeat", "deactivate-node",
+    )
+)  # fmt: skip
+RUNTIME_ROUTES = tuple(
+    f"/v1/runtime/{name}"
+    for name in (
+        "acquire-task", "get-nodes", "pull-messages", "push-messages", "pull-object",
+        "push-object", "confirm-message-received", "send-task-heartbeat", "push-task-output",
+        "pull-task-input",
+    )
+)  # fmt: skip
+CONTROL_ROUTES = ("/v1/control/list-runs", "/v1/control/list-nodes", "/v1/control/start-run")
+
+
+def _fails(name: str, routes: Sequence[str]) -> Fault:
+    inject = call("coordinator", "fail-routes", routes=routes)
+    return Fault(name, inject, nothing, "equal", at=0.0)
+
+
+ROUTES: tuple[Fault, ...] = (
+    _fails("HTTP 500 once on each fleet route", FLEET_ROUTES),
+    _fails("HTTP 500 once on each runtime route", RUNTIME_ROUTES),
+    _fails("HTTP 500 once on each control route", CONTROL_ROUTES),
+    *(
+        _fails(f"HTTP 500 on {route}", [route])
+        for route in (*FLEET_ROUTES, *RUNTIME_ROUTES, *CONTROL_ROUTES)
+    ),
+)
 
 FAULTS: tuple[Fault, ...] = (
     Fault(
-        "a device stands still for 90 s",
-        send("site-1", signal.SIGSTOP, most=99),
-        send("site-1", signal.SIGCONT, most=99),
-        "equal or named",
-        after_s=90.0,
+        "a device's step is aborted",
+        send("site-1/executor", signal.SIGABRT),
+        nothing,
+        "equal",
+        working="site-1/executor",
+        at=0.35,
     ),
     Fault(
-        "out of memory in a device's step",
+        "a device's step is killed, as when memory runs out",
         send("site-1/executor", signal.SIGKILL),
         nothing,
-        "equal or named",
-    ),
-    *(
-        Fault(f"HTTP 500 on {route}", call("site-1", "fail-route", route=route), nothing, "equal")
-        for route in ROUTES
+        "equal",
+        working="site-1/executor",
+        at=0.35,
     ),
     Fault(
-        "a link cut for 2 minutes",
-        call("site-2", "cut"),
-        call("site-2", "heal"),
+        "no memory is given in a device's step",
+        call("site-1/executor", "limit-memory"),
+        nothing,
         "equal or named",
-        after_s=120.0,
+        working="site-1/executor",
+        at=0.35,
     ),
     Fault("a clock an hour ahead", call("site-1", "set-clock", seconds=3600), nothing, "equal"),
     Fault("a clock an hour behind", call("site-1", "set-clock", seconds=-3600), nothing, "equal"),
@@ -182,7 +241,37 @@ FAULTS: tuple[Fault, ...] = (
         "equal",
         30,
     ),
-    Fault("a certificate that expires", call("coordinator", "expire"), nothing, "equal or named"),
+    Fault(
+        "a certificate that ends amid a run",
+        call("coordinator", "expire", seconds=15.0),
+        call("coordinator", "rotate"),
+        "equal or named",
+        after_s=45.0,
+        at=0.0,
+    ),
+    Fault(
+        "a link of 1 Mbit/s with 200 ms each way",
+        call("site-2", "shape", bytes_per_s=125_000.0, delay_s=0.2),
+        nothing,
+        "equal",
+        at=0.0,
+    ),
+    Fault(
+        "a device stands still for 90 s",
+        send("site-1", signal.SIGSTOP, most=99),
+        send("site-1", signal.SIGCONT, most=99),
+        "equal or named",
+        after_s=90.0,
+        at=0.35,
+    ),
+    Fault(
+        "a link cut for 2 minutes amid a transfer",
+        amid_transfer("site-2"),
+        call("site-2", "shape", cut=False, bytes_per_s=0.0),
+        "equal or named",
+        after_s=120.0,
+        at=0.35,
+    ),
 )
 
 
@@ -196,6 +285,7 @@ def play(
     deadline_s: float,
     until: float,
     seed: int = 0,
+    expected: str = "",
 ) -> None:
     """Let one fault after another happen, each in a deployment of its own.
 
@@ -203,43 +293,65 @@ def play(
         rounds: of the deployment's run.
         deadline_s: that a run may take, healing included.
         until: no case begins after this time (`time.monotonic`).
+        expected: what the undisturbed run must come to; empty: whatever it comes to.
     """
+    began = time.monotonic()
     with start("undisturbed") as deployment:
         ended = deployment.wait(deadline_s)
-        expected = deployment.result() if ended == "finished" else ""
-    if not expected:
-        tell(Result(part, "undisturbed", "failed", deadline_s, f"it ended so: {ended or 'never'}"))
+        found = deployment.result() if ended == "finished" else ""
+        numbers = dict(deployment.numbers())
+    if not found or (expected and found != expected):
+        words = f"it ended {ended or 'never'}, {'with another result' if found else 'with none'}"
+        tell(Result(part, "undisturbed", "failed", time.monotonic() - began, words))
         return
+    expected = found
+    tell(Result(part, "undisturbed", "passed", time.monotonic() - began, "", numbers))
     for fault in faults:
         if time.monotonic() > until:
             tell(Result(part, fault.name, "skipped", 0.0, "the time of this part is over"))
             continue
         began = time.monotonic()
         try:
-            words = _befall(fault, start, expected, rounds, deadline_s, seed)
+            words, numbers = _befall(fault, start, expected, rounds, deadline_s, seed)
         except Exception as error:  # noqa: BLE001 - the other cases go on
             tell(failed(part, fault.name, error, time.monotonic() - began))
         else:
             state: Literal["passed", "failed"] = "failed" if words else "passed"
-            tell(Result(part, fault.name, state, time.monotonic() - began, words))
+            tell(Result(part, fault.name, state, time.monotonic() - began, words, numbers))
 
 
 def _befall(
     fault: Fault, start: Start, expected: str, rounds: int, deadline_s: float, seed: int
-) -> str:
-    """What is wrong after a fault; empty: nothing."""
+) -> tuple[str, dict[str, float]]:
+    """What is wrong after a fault, empty: nothing; and what was measured."""
     share = random.Random(f"{seed} {fault.name}").random() if fault.at is None else fault.at
     end = time.monotonic() + deadline_s
     with start(fault.name) as deployment:
-        while deployment.progress() < share * rounds and time.monotonic() < end:
+
+        def reached() -> bool:
+            if deployment.progress() < share * rounds:
+                return False
+            return not fault.working or deployment.working(fault.working)
+
+        while not reached():
+            if deployment.progress() >= rounds or time.monotonic() > end or deployment.wait(0.0):
+                return f"the moment of the fault did not come: {deployment.reason()}", {}
             time.sleep(0.05)
+        at = deployment.progress()
         fault.inject(deployment)
         time.sleep(fault.after_s)
         fault.heal(deployment)
+        healed = time.monotonic()
         ended = deployment.wait(max(1.0, end - time.monotonic()))
+        numbers = {
+            "at_round": round(at, 2),
+            "healed_to_end_s": round(time.monotonic() - healed, 1),
+            **deployment.numbers(),
+        }
         words = _judged(fault.expect, ended, deployment, expected)
-    left = deployment.left()
-    return words or (f"processes are left: {list(left)}" if left else "")
+        numbers["differs"] = float(ended != "finished" or deployment.result() != expected)
+        left = deployment.left()
+    return words or (f"processes are left: {list(left)}" if left else ""), numbers
 
 
 def _judged(expect: Expectation, ended: str, deployment: Deployment, expected: str) -> str:

@@ -32,6 +32,7 @@ from fedtune import flwr_compat
 from fedtune.flwr_compat import (
     HEARTBEAT_PATIENCE,
     SUPERLINK_NODE_ID,
+    ClientTask,
     ErrorCode,
     NodeInfo,
     Run,
@@ -315,6 +316,36 @@ def test_a_killed_executors_task_is_answered_for_when_the_next_one_asks(
     assert (task.status.status, task.status.sub_status) == ("finished", "failed")
 
 
+def test_half_a_reply_of_a_killed_executor_is_told_when_the_next_one_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.proto.runtime_pb2 import AcquireTaskRequest
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode.nodestate import NodeStateFactory
+    from flwr.supernode.servicer.runtime import runtime_handlers
+
+    state = NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
+    state.set_node_id(9)
+    monkeypatch.setattr(runtime_handlers, "acquire_task", runtime_handlers.acquire_task)
+    told: list[bool] = []
+    expire_tasks_of_a_lost_executor(lambda: told.append(True))
+    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    asked = message()
+    set_message_id(asked, asked.object_id)
+    reply = Message(RecordDict(), reply_to=asked)
+    set_message_id(reply, reply.object_id)
+    session = state.start_session(reply.metadata.run_id)
+    assert state.store_message_and_object_tree(reply, get_object_tree(reply), session)[0]
+    runtime_handlers.acquire_task(request, state)
+    assert told == [True]
+    for object_id, each in get_all_nested_objects(reply).items():
+        state.object_store.put(object_id, each.deflate())
+    runtime_handlers.acquire_task(request, state)
+    assert told == [True]
+
+
 def test_a_message_whose_run_ends_while_it_comes_leaves_nothing_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -351,6 +382,22 @@ def test_a_message_whose_run_ends_while_it_comes_leaves_nothing_to_do(
     (task,) = state.get_tasks()
     assert (task.status.status, task.status.sub_status) == ("finished", "failed")
     assert "its run has ended" in task.status.details
+
+
+def test_a_message_that_its_node_does_not_get_is_a_lost_task(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
+    from flwr.supernode.runtime import run_clientapp
+
+    def fail(client: object) -> None:
+        raise ObjectPullError("object-7", "no longer there")
+
+    monkeypatch.setattr(run_clientapp, "pull_task_input", fail)
+    task = ClientTask.__new__(ClientTask)
+    task._client = None
+    with pytest.raises(RuntimeError, match="object-7"):
+        task.receive()
 
 
 def test_the_links_database_learns_of_nodes_and_forgets_them(tmp_path: Path) -> None:

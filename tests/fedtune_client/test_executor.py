@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,17 @@ from flwr.app import Context, Message, RecordDict
 from fedtune.deploy.exit_codes import EXIT_RESTART, EXIT_WANTED
 from fedtune.errors import DeploymentError, PolicyError
 from fedtune.flwr_compat import become_coordinator, readable_reason
-from fedtune_client.executor import App, Executor, load
+from fedtune_client import executor
+from fedtune_client.executor import LAST_REPLY_S, App, Executor, load
 from tests.deployment.running import TASK
+
+
+@pytest.fixture(autouse=True)
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Keep the tests' own process alive."""
+    told: list[float] = []
+    monkeypatch.setattr(executor, "end_within", told.append)
+    return told
 
 
 def reply_of(
@@ -60,10 +72,23 @@ def test_a_failure_becomes_an_error_reply_with_its_words(
     assert readable_reason(reply.error.reason) == line
 
 
-def test_out_of_memory_asks_for_a_new_process(tmp_path: Path) -> None:
+def test_out_of_memory_asks_for_a_new_process(tmp_path: Path, ends: list[float]) -> None:
     _, worker = reply_of(tmp_path, MemoryError())
+    assert ends == [LAST_REPLY_S]
     assert worker._code == EXIT_RESTART
     assert worker._stopping.is_set()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such timer")
+def test_a_process_that_waits_for_ever_is_ended() -> None:
+    code = (
+        "import threading\n"
+        "from fedtune_client.executor import end_within\n"
+        "end_within(0.2)\n"
+        "threading.Event().wait()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert done.returncode == -signal.SIGALRM
 
 
 def test_a_run_that_is_not_ours_reaches_no_app(tmp_path: Path) -> None:

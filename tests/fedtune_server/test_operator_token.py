@@ -16,7 +16,9 @@ def test_the_token_is_that_of_the_file_now(tmp_path: Path) -> None:
     assert not token.matches("one")
     path.write_text('token = "one"', encoding="utf-8")
     assert token.read() == "one"
-    assert token.matches("one") and not token.matches("two") and not token.matches("")
+    assert token.matches("one")
+    assert not token.matches("two")
+    assert not token.matches("")
     path.unlink()
     assert not token.matches("one")
 

@@ -16,8 +16,18 @@ import pytest
 
 from scripts.soak import __main__ as soak
 from scripts.soak import guided
-from scripts.soak.faults import FAULTS, KILLS, Deployment, Fault, fill_disk, nothing, play, send
-from scripts.soak.results import Result, table
+from scripts.soak.faults import (
+    FAULTS,
+    KILLS,
+    ROUTES,
+    Deployment,
+    Fault,
+    fill_disk,
+    nothing,
+    play,
+    send,
+)
+from scripts.soak.results import Result, Tell, table
 
 
 class Toy:
@@ -37,10 +47,16 @@ class Toy:
     def call(self, who: str, action: str, **details: object) -> None: ...
 
     def progress(self) -> float:
-        return 10.0
+        return 2.9
+
+    def working(self, who: str) -> bool:
+        return True
+
+    def numbers(self) -> Mapping[str, float]:
+        return {"run_s": 1.0}
 
     def wait(self, seconds: float) -> str:
-        return "" if self._case == "hangs" else "finished"
+        return "" if self._case == "hangs" or not seconds else "finished"
 
     def result(self) -> str:
         return "other" if self._case.startswith("differs") else "same"
@@ -102,6 +118,7 @@ def test_a_case_that_cannot_happen_fails_alone(tmp_path: Path) -> None:
     fine = Fault("fine", send("site-1", signal.SIGKILL), nothing, "equal")
     found = played(tmp_path, nobody, full, fine)
     assert {name: result.state for name, result in found.items()} == {
+        "undisturbed": "passed",
         "nobody": "failed",
         "full": "failed",
         "fine": "passed",
@@ -116,7 +133,7 @@ def test_a_case_whose_time_is_over_is_skipped(tmp_path: Path) -> None:
 
 
 def test_cases_have_names_of_their_own() -> None:
-    names = [fault.name for fault in (*KILLS, *FAULTS)]
+    names = [fault.name for fault in (*KILLS, *FAULTS, *ROUTES)]
     assert len(set(names)) == len(names)
 
 
@@ -126,13 +143,16 @@ def test_parts_are_told_line_by_line_and_in_a_table(
     def breaks(budget: soak.Budget, tell: object) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr(soak, "PARTS", {"breaks": breaks, "kills": soak.PARTS["kills"]})
+    def skips(budget: soak.Budget, tell: Tell) -> None:
+        tell(Result("skips", "all", "skipped", 0.0))
+
+    monkeypatch.setattr(soak, "PARTS", {"breaks": breaks, "skips": skips})
     out = tmp_path / "soak.jsonl"
     assert soak.main(["--out", str(out)]) == 1
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [(line["part"], line["state"]) for line in lines] == [
         ("breaks", "failed"),
-        ("kills", "skipped"),
+        ("skips", "skipped"),
     ]
     shown = capsys.readouterr().out
     assert "OSError: no room" in shown
