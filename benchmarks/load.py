@@ -1,25 +1,31 @@
 """What a coordinator spends on a round, by the number of devices, and where it saturates.
 
-    python benchmarks/load.py [--quick] [--json]
+    python benchmarks/load.py [--quick] [--json] [--devices N] [--only link|coordinator]
 
 Light devices follow the protocol and train nothing: they add noise to what they are sent. So all
-time is that of messages, checks, joins and checkpoints. Each fleet is a process of its own, whose
-devices take turns in it on the in-process grid: what is counted is the coordinator alone, without
-a link; the processor's time of the devices is counted apart. The model's shapes are those of a
+time is that of messages, checks, joins and checkpoints. The model's shapes are those of a
 transformer of 8 layers and width 512 (56 matrices), rank 8: 1.8 MB an update in float32.
 
-`sampled` reads processor time and memory of any processes, for the same figures of a deployment.
+`coordinator`: each fleet is a process of its own, whose devices take turns in it on the in-process
+grid. What is counted is the coordinator alone, without a link; the processor's time of the devices
+is counted apart.
+
+`link`: `fedtune server start` with all its processes: TLS, signed requests, the guard, SQLite. The
+devices are threads of a few other processes; each has its own key and connection, polls as a site's
+node does and sends heartbeats. All share this machine. `idle` is before the run, all devices there.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,8 +36,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FLEETS = (10, 50, 200)
 QUICK_FLEETS = (4, 12)
-ROUNDS = 3
+LINK_FLEETS = (10, 50, 100, 200)
+QUICK_LINK_FLEETS = (5,)
+ROUNDS, LINK_ROUNDS = 3, 2
 RANK = 8
+ROLES = ("link", "run", "runner", "desk", "devices")
+IDLE_S = 15.0
+PATIENCE_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -51,29 +62,6 @@ class Loaded:
     devices_cpu_s: float
     peak_mb: float
     upload_mb: float
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What some processes have used together so far."""
-
-    cpu_s: float
-    resident_bytes: int
-
-
-def sampled(pids: Sequence[int]) -> Sample:
-    """Time and memory of processes, from /proc of Linux; those that ended count nothing."""
-    ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-    cpu_s, resident = 0.0, 0
-    for pid in pids:
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2].split()
-            pages = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]
-        except OSError:
-            continue
-        cpu_s += (int(stat[11]) + int(stat[12])) / ticks
-        resident += int(pages) * page
-    return Sample(cpu_s, resident)
 
 
 def load(devices: int, layers: int) -> Loaded:
@@ -117,16 +105,114 @@ def load(devices: int, layers: int) -> Loaded:
     )
 
 
-def main() -> int:
-    options = parse_arguments(__doc__ or "")
-    fleets, layers = (QUICK_FLEETS, 1) if options.quick else (FLEETS, 8)
-    found = []
-    for devices in fleets:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            found.append(pool.submit(load, devices, layers).result())
-    rows = [
+@dataclass(frozen=True)
+class Linked:
+    """One fleet at a real link, per round; means over the rounds.
+
+    Attributes:
+        cpu_s: seconds of processor by kind of process.
+        idle_share: of a core, that the link takes while devices only poll.
+        peak_mb: by kind of process.
+        requests: of all devices.
+        poll_s: median and 95th percentile of the seconds that a question for a message takes.
+        reported: devices whose updates counted.
+        start_s: from the start of the run to its plan: profiles, measurements.
+    """
+
+    devices: int
+    seconds: float
+    cpu_s: dict[str, float]
+    idle_share: float
+    peak_mb: dict[str, float]
+    requests: float
+    poll_s: tuple[float, float]
+    reported: float
+    start_s: float
+
+
+def run_file(base: Path, devices: int, rounds: int) -> dict[str, object]:
+    """What is handed in."""
+    return {
+        "run": {"name": "load", "rounds": rounds},
+        "model": {"path": str(base)},
+        "data": {"max_tokens": 16},
+        "fleet": {"light": {"count": devices, "memory": "64 GB", "rank": RANK}},
+        "lora": {"rank_max": RANK, "rank_cap": 32},
+        "importance": {"method": "uniform"},
+        "plan": {"solver": "greedy"},
+        "deployment": {"sites": ["*"], "minimum": devices, "deadline_s": 600},
+        "outputs": {"exports": []},
+    }
+
+
+def load_link(devices: int, layers: int, rounds: int) -> Linked:
+    """Play a run of light devices at a real link, and what it cost."""
+    from light_devices.fleet import many_sites, write_base
+    from usage import Usage
+
+    with tempfile.TemporaryDirectory() as name:
+        base = write_base(Path(name) / "base", layers)
+        with many_sites(Path(name) / "sites", base, devices) as sites, Usage(sites.tree) as usage:
+            sites.wait_for_devices()
+            began = time.time()
+            time.sleep(IDLE_S)
+            idle = usage.cpu_s("link", began, time.time()) / (time.time() - began)
+            run = sites.hand_in(run_file(base, devices, rounds))
+            ended = sites.wait_until_ended(run, PATIENCE_S)
+            if ended["state"] != "finished":
+                raise RuntimeError(f"the run came to {ended['state']}: {ended.get('reason')}")
+            requests, counted = sites.stop_devices(), sites.events(run)
+            first, *marks = (
+                at(event) for event in counted if event["kind"] in ("run_started", "round_started")
+            )
+            finished = [event for event in counted if event["kind"] == "round_finished"]
+            begin, end = marks[0], at(finished[-1])
+            return Linked(
+                devices=devices,
+                seconds=(end - begin) / rounds,
+                cpu_s={role: usage.cpu_s(role, begin, end) / rounds for role in ROLES},
+                idle_share=idle,
+                peak_mb={role: usage.peak_mb(role) for role in ROLES},
+                requests=(sum(count for count, _, _ in requests.values())) / rounds,
+                poll_s=requests["pull-messages"][1:],
+                reported=sum(int(event["reported"]) for event in finished) / rounds,
+                start_s=begin - first,
+            )
+
+
+def at(event: Mapping[str, object]) -> float:
+    """When an event of the ledger was, in seconds since 1970."""
+    return datetime.fromisoformat(str(event["time"])).timestamp()
+
+
+def link_rows(found: Sequence[Linked]) -> list[dict[str, str]]:
+    """A row for each fleet."""
+    return [
         {
-            "devices": each.devices,
+            "devices": str(each.devices),
+            "seconds a round": f"{each.seconds:.1f}",
+            "link's processor, s": f"{each.cpu_s['link']:.1f}",
+            "of a core": f"{each.cpu_s['link'] / each.seconds:.0%}",
+            "of a core, idle": f"{each.idle_share:.0%}",
+            "run's processor, s": f"{each.cpu_s['run']:.1f}",
+            "desk's, s": f"{each.cpu_s['desk']:.1f}",
+            "devices', s": f"{each.cpu_s['devices']:.1f}",
+            "a poll takes, ms (95 %)": f"{1e3 * each.poll_s[0]:.0f} ({1e3 * each.poll_s[1]:.0f})",
+            "peak of link, run, desk, MB": ", ".join(
+                f"{each.peak_mb[role]:.0f}" for role in ("link", "run", "desk")
+            ),
+            "reported": f"{each.reported:.0f}",
+            "start, s": f"{each.start_s:.0f}",
+        }
+        for each in found
+    ]
+
+
+def coordinator_rows(found: Sequence[Loaded]) -> list[dict[str, str]]:
+    """A row for each fleet."""
+    return [
+        {
+            "devices": str(each.devices),
             "seconds a round": f"{each.seconds:.2f}",
             "of the coordinator's processor": f"{each.cpu_s:.2f}",
             "of the devices'": f"{each.devices_cpu_s:.2f}",
@@ -135,11 +221,43 @@ def main() -> int:
         }
         for each in found
     ]
-    print(table(rows))
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--devices", type=int, nargs="+", help="other fleets at the link")
+    parser.add_argument("--only", choices=("link", "coordinator"), help="only this part")
+
+
+def alone(fleets: Sequence[int], layers: int) -> list[Loaded]:
+    """Each fleet without a link, in a process of its own."""
+    found = []
+    for devices in fleets:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            found.append(pool.submit(load, devices, layers).result())
+    return found
+
+
+def main() -> int:
+    options = parse_arguments(__doc__ or "", _options)
+    fleets, layers, rounds = (QUICK_FLEETS, 1, 1) if options.quick else (FLEETS, 8, LINK_ROUNDS)
+    at_link = options.devices or (QUICK_LINK_FLEETS if options.quick else LINK_FLEETS)
+    results: dict[str, object] = {}
+    if options.only != "link":
+        found = alone(fleets, layers)
+        print(table(coordinator_rows(found)))
+        results |= {f"{each.devices} devices": asdict(each) for each in found}
+        if not options.quick:
+            title = "Load of a coordinator, without a link"
+            publish(title, "python benchmarks/load.py", table(coordinator_rows(found)))
+    if options.only != "coordinator":
+        linked = [load_link(devices, layers, rounds) for devices in at_link]
+        print(table(link_rows(linked)))
+        results |= {f"{each.devices} devices at a link": asdict(each) for each in linked}
+        if not options.quick and options.devices is None:
+            title = "Load of a coordinator, with its link"
+            publish(title, "python benchmarks/load.py", table(link_rows(linked)))
     if options.json:
-        print_json({f"{each.devices} devices": asdict(each) for each in found})
-    if not options.quick:
-        publish("Load of a coordinator, without a link", "python benchmarks/load.py", table(rows))
+        print_json(results)
     return 0
 
 

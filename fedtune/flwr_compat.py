@@ -34,19 +34,24 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib
+import json
 import logging
 import os
 import re
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Final, Literal
 
 import httpx
-from flwr.app import Context, Error, Message
+from flwr.app import Array, Context, Error, Message
 from flwr.common.constant import (
     SUPERLINK_NODE_ID,
     SYSTEM_TIME_TOLERANCE,
@@ -75,6 +80,7 @@ __all__ = [
     "ErrorCode",
     "FlowerNode",
     "FlowerRun",
+    "LightNode",
     "LinkNodes",
     "NodeInfo",
     "Run",
@@ -85,6 +91,8 @@ __all__ = [
     "correct_clock",
     "expire_tasks_of_a_lost_executor",
     "known_paths",
+    "lean_transfers",
+    "light_node",
     "link_app",
     "quiet_flower",
     "readable_reason",
@@ -452,9 +460,13 @@ def link_app(arguments: Sequence[str], on_activate: Callable[[bytes], None]) -> 
 
     # The package holds a function of the same name, which hides the module.
     command = importlib.import_module("flwr.superlink.cli.flower_superlink")
-    pragmas = dict(constant.SQLITE_PRAGMAS) | {"busy_timeout": str(1000 * BUSY_S)}
-    sql_mixin.SQLITE_PRAGMAS = tuple(pragmas.items())
+    ours = {"busy_timeout": str(1000 * BUSY_S), "cache_size": str(-CACHE_KIB)}
+    sql_mixin.SQLITE_PRAGMAS = tuple((dict(constant.SQLITE_PRAGMAS) | ours).items())
     sql_corestate.HEARTBEAT_PATIENCE = TASK_PATIENCE
+    _look_for_lost_tasks_once_a_second(sql_corestate.SqlCoreState)
+    _keep_connections(sql_mixin)
+    layers = _only_where_they_act(main._get_middleware())
+    main._get_middleware = lambda: layers
     activate = fleet_handlers.activate_node
 
     def activate_node(request: Any, state: Any) -> Any:
@@ -472,8 +484,80 @@ def link_app(arguments: Sequence[str], on_activate: Callable[[bytes], None]) -> 
 
 BUSY_S: Final = 120
 """How long a query waits for SQLite's lock. Flower's 5 s fail runs of a few hundred objects."""
+CACHE_KIB: Final = 2 * 1024
+"""Of SQLite, for each connection: its default. Flower's 64 MB add up, with a connection a thread;
+what is read of the database comes through a map of the file anyhow."""
+CONNECTIONS: Final = 40
+"""To SQLite: as many as the link has threads. Flower opens anew what goes beyond five."""
 TASK_PATIENCE: Final = 5
 """Heartbeats of 30 s that a ServerApp may miss: the link may be away for two minutes."""
+
+
+_LAYERS: Final = {
+    "ControlSensitiveResponseMiddleware": "/v1/control/",
+    "ControlAuthenticationMiddleware": "/v1/control/",
+    "ControlLicenseMiddleware": "/v1/control/",
+    "NodeAuthMiddleware": "/v1/fleet/",
+}
+"""Layers of Flower's link that pass on unchanged whatever is not below a path."""
+_UNUSED: Final = frozenset(
+    {"ControlEventLogMiddleware", "FleetEventLogMiddleware", "RuntimeTracingMiddleware"}
+)
+"""Layers that only serve plugins of Flower's enterprise edition."""
+
+
+def _only_where_they_act(layers: Sequence[Any]) -> list[Any]:
+    """Layers around the link's app, each left out of requests that do not concern it.
+
+    A layer that does nothing still costs 0.3 ms of processor: it copies the request and the answer
+    through a queue and a task of its own. Nine of them took half of the link's time.
+    """
+
+    def narrow(layer: Any) -> Any:
+        kind = layer.cls
+        prefix = _LAYERS.get(kind.__name__)
+        if prefix is None:
+            return layer
+
+        class Narrow(kind):  # type: ignore[misc, valid-type]
+            async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+                if scope["type"] == "http" and not scope["path"].startswith(prefix):
+                    await self.app(scope, receive, send)
+                else:
+                    await super().__call__(scope, receive, send)
+
+        return type(layer)(Narrow, *layer.args, **layer.kwargs)
+
+    return [narrow(layer) for layer in layers if layer.cls.__name__ not in _UNUSED]
+
+
+def _look_for_lost_tasks_once_a_second(state: Any) -> None:
+    """Let a link look for tasks without heartbeats once a second, not at every request.
+
+    The look writes to the database, and so it waits for whoever else writes; a task has minutes.
+    """
+    look = state._cleanup_expired_task_tokens
+    last = 0.0
+
+    def look_sometimes(self: Any) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= 1.0:
+            last = now
+            look(self)
+
+    state._cleanup_expired_task_tokens = look_sometimes
+
+
+def _keep_connections(sql: Any) -> None:
+    """Let a link keep its connections to a database in a file, instead of making them anew."""
+    create = sql.create_engine
+
+    def create_engine(url: str, **options: Any) -> Any:
+        if "poolclass" not in options:
+            options |= {"pool_size": CONNECTIONS, "max_overflow": CONNECTIONS}
+        return create(url, **options)
+
+    sql.create_engine = create_engine
 
 
 class LinkNodes:
@@ -607,17 +691,50 @@ def guard_node_app(wrap: Callable[[Any], Any]) -> None:
     main.create_app = lambda *args, **kwargs: wrap(create(*args, **kwargs))
 
 
-def run_node(arguments: Sequence[str], *, plaintext: bool = False) -> None:
+class _PacedTime:
+    """Stands for the module `time` in the node's loop, which sleeps 3 s where no message waits."""
+
+    def __init__(self, poll_s: Callable[[], float]) -> None:
+        self._poll_s = poll_s
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(self._poll_s() if seconds == POLL_S else min(seconds, REPLY_POLL_S))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+POLL_S: Final = 3
+"""How long Flower's node waits before it asks its link again."""
+REPLY_POLL_S: Final = 0.1
+"""How long a node waits before it looks again for its executor's reply, in its own memory."""
+
+
+def run_node(
+    arguments: Sequence[str],
+    *,
+    plaintext: bool = False,
+    poll_s: Callable[[], float] = lambda: POLL_S,
+) -> None:
     """Run Flower's node in this thread, until it ends; it survives failing requests.
 
     Args:
         arguments: of the command `flower-supernode`.
         plaintext: sign requests but do not encrypt them, which Flower does not offer.
+        poll_s: seconds to wait before the link is asked for a message again.
     """
+    import uvicorn
     from flwr.supercore.exit import exit as flower_exit
     from flwr.supernode import fleet_http_connection
 
     command = importlib.import_module("flwr.supernode.cli.flower_supernode")
+    # uvicorn would give its loggers handlers of its own, which write text past the log.
+    config = partial(uvicorn.Config, log_config=None)
+    command.uvicorn = SimpleNamespace(  # type: ignore[attr-defined]
+        Server=uvicorn.Server, Config=config
+    )
+    loop: Any = importlib.import_module("flwr.supernode.start_client_internal")
+    loop.time = _PacedTime(poll_s)
     flower_exit.FORCE_EXIT_TIMEOUT_SECONDS = FORCED_END_S
     fleet_http_connection.make_simple_http_retry_invoker = patient_retries
     sender = fleet_http_connection.HeartbeatSender
@@ -651,6 +768,79 @@ def run_node(arguments: Sequence[str], *, plaintext: bool = False) -> None:
 
 FORCED_END_S: Final = 3
 """How long Flower's own handlers may take after SIGTERM before the process ends."""
+
+
+class LightNode:
+    """What a node asks of its link, without a process of its own: for load, not for sites."""
+
+    def __init__(self, connection: Any) -> None:
+        _, self._receive, self._send, self._run, self._fab, *objects = connection
+        self._pull, self._push, self._confirm = objects
+        self._known: set[int] = set()
+
+    def receive(self) -> Message | None:
+        """The next message, if one waits, by the requests with which Flower's node fetches it.
+
+        Raises:
+            httpx.HTTPError: the link is not there, or refuses.
+        """
+        from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+
+        if (found := self._receive()) is None:
+            return None
+        message, tree = found
+        run_id = message.metadata.run_id
+        if run_id not in self._known:
+            self._fab(self._run(run_id).fab_hash, run_id)
+            self._known.add(run_id)
+        whole: Message = pull_and_inflate_object_from_tree(
+            tree,
+            lambda name: self._pull(run_id, name),
+            lambda name: self._confirm(run_id, name),
+            return_type=Message,
+        )
+        set_message_id(whole, tree.object_id)
+        return whole
+
+    def reply(self, message: Message) -> None:
+        """Send a reply to a message.
+
+        Raises:
+            httpx.HTTPError: the link is not there, or refuses.
+        """
+        from flwr.supercore.inflatable import inflatable_object
+        from flwr.supercore.inflatable.inflatable_utils import push_objects
+
+        run_id = message.metadata.run_id
+        set_message_id(message, message.object_id)
+        with inflatable_object.no_object_id_recompute():
+            tree = inflatable_object.get_object_tree(message)
+            objects = inflatable_object.get_all_nested_objects(message)
+            wanted, session = self._send(message, tree, 0.0)
+            push_objects(
+                objects,
+                lambda name, content: self._push(run_id, session, name, content),
+                object_ids_to_push=wanted,
+            )
+
+
+@contextmanager
+def light_node(server: str, ca_certificate: str, key: Any) -> Iterator[LightNode]:
+    """Connect a node to a link, and keep it alive by heartbeats until the end.
+
+    Args:
+        server: HOST:PORT of the link.
+        ca_certificate: path of the coordinator's CA.
+        key: the private key, as `cryptography` holds it.
+    """
+    from flwr.supernode import fleet_http_connection
+
+    fleet_http_connection.make_simple_http_retry_invoker = patient_retries
+    keys = (key, key.public_key())
+    with fleet_http_connection.http_request_response(
+        server, False, ca_certificate, authentication_keys=keys
+    ) as connection:
+        yield LightNode(connection)
 
 
 # ---------------------------------------------------------------- tasks: apps without bundles
@@ -745,6 +935,56 @@ class _Heartbeat:
             self._sender.stop()
 
 
+def lean_transfers() -> None:
+    """Let this process hold an array that it sends or takes twice, and no further times.
+
+    Flower deflates all objects of all messages before it sends the first, and puts an array that
+    came together in a buffer that it then copies.
+    """
+    from flwr.supercore.inflatable import inflatable_utils
+
+    inflatable_utils.push_object_contents_from_iterable = _push_few_at_a_time
+    Array.inflate = classmethod(_inflate_array)
+
+
+def _push_few_at_a_time(
+    object_contents: Iterable[tuple[str, bytes]],
+    push_object_fn: Callable[[str, bytes], None],
+    *,
+    max_concurrent_pushes: int = 2,
+) -> None:
+    """Push objects, of which as many exist in bytes as are under way."""
+    with ThreadPoolExecutor(max_concurrent_pushes) as executor:
+        under_way: set[Future[None]] = set()
+        for name, content in object_contents:
+            under_way.add(executor.submit(push_object_fn, name, content))
+            del content
+            if len(under_way) >= max_concurrent_pushes:
+                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                for each in done:
+                    each.result()
+        for each in under_way:
+            each.result()
+
+
+_inflate = Array.inflate
+
+
+def _inflate_array(
+    cls: type[Array], object_content: bytes, children: Mapping[str, Any] | None = None
+) -> Array:
+    """What `Array.inflate` makes, from its pieces in one step."""
+    from flwr.supercore.inflatable import inflatable_object
+
+    pieces = dict(children or {})
+    empty = {name: type(piece)(memoryview(b"")) for name, piece in pieces.items()}
+    array = _inflate(object_content, empty)
+    names = inflatable_object.get_object_children_ids_from_object_content(object_content)
+    order = json.loads(inflatable_object.get_object_body(object_content, cls))["arraychunk_ids"]
+    array.data = b"".join(pieces[names[place]].data for place in order)
+    return array
+
+
 class ClientTask:
     """One message for a ClientApp, taken from a node.
 
@@ -760,6 +1000,7 @@ class ClientTask:
             options |= {"component": "flwr-clientapp", "task_token": task_token}
             return _client(RuntimeHttpClient, address, None, token, **options)
 
+        lean_transfers()
         self._client = client(retry_invoker=_bounded_retries())
         self._beats = client()
         self._heartbeat = _Heartbeat(self._beats, gone)
@@ -835,6 +1076,7 @@ class ServerTask:
             options |= {"component": "flwr-serverapp", "task_token": task_token}
             return _client(RuntimeHttpClient, address, ca_pem, token, **options)
 
+        lean_transfers()
         self._retries = patient_retries()
         self.grid = HttpGrid(address, ca_pem is None, ca_pem, token=task_token)
         self.grid._retry_invoker = self._retries

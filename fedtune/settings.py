@@ -127,7 +127,8 @@ class RunConfig(Section):
         if not self.data.train and not self.data.sites:
             raise ValueError(
                 "expected exactly one of data.train and data.sites, found neither; give one "
-                "file to split, or one file per site"
+                "file to split, or one file per site; or, for a run on real sites, name these in "
+                "deployment.sites"
             )
         if not self.fleet:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from flwr.app import Context, Message
@@ -11,9 +12,14 @@ from flwr.clientapp import ClientApp
 
 from fedtune.records import DeviceProfile, LoraFactors, MatrixShape, ModelShapes, SiteReport
 from fedtune.wire import messages
+from fedtune.wire.calibration import (
+    CalibrationReport,
+    decode_calibration_instruction,
+    encode_calibration_report,
+)
 from fedtune.wire.feedback import encode_update
-from fedtune.wire.flower import EVALUATE, PROFILE, TRAIN, from_record, to_record
-from fedtune.wire.packing import tensors_digest
+from fedtune.wire.flower import CALIBRATE, EVALUATE, PROFILE, TRAIN, from_record, to_record
+from fedtune.wire.packing import pack_tensors, tensors_digest
 from fedtune.wire.tensors import unpack_dispatch
 
 WIDTH = 512
@@ -39,6 +45,11 @@ def shapes(layers: int) -> ModelShapes:
     )
 
 
+def name(device: int) -> str:
+    """Of a device, by its number."""
+    return f"light-{device:04d}"
+
+
 class LightFleet:
     """Devices of one app; Flower's `partition-id` says which one answers.
 
@@ -46,8 +57,10 @@ class LightFleet:
         cpu_s: processor time that their answers took in their thread.
     """
 
-    def __init__(self, devices: int, model: ModelShapes) -> None:
-        self.names = [f"light-{i:04d}" for i in range(devices)]
+    def __init__(
+        self, devices: int, model: ModelShapes, names: Sequence[str] | None = None
+    ) -> None:
+        self.names = list(names or map(name, range(devices)))
         self.cpu_s = 0.0
         self._model = model
 
@@ -61,6 +74,25 @@ class LightFleet:
             return Message(
                 to_record(PROFILE, messages.encode_site_report(report)), reply_to=message
             )
+
+        @app.query("calibration")
+        def calibration(message: Message, context: Context) -> Message:
+            body, _ = from_record(message.content, CALIBRATE)
+            order = decode_calibration_instruction(body)
+            nothing = pack_tensors({}, "fp32")
+            report = CalibrationReport(
+                run=order.run,
+                device=self._name(context),
+                base_digest=order.base_digest,
+                method=order.method,
+                samples=0,
+                units=0,
+                tokens=0,
+                passes=0,
+                tensors_digest=tensors_digest(nothing),
+            )
+            body = encode_calibration_report(report)
+            return Message(to_record(CALIBRATE, body, nothing), reply_to=message)
 
         @app.train("lora")
         def train(message: Message, context: Context) -> Message:

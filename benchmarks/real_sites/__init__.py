@@ -180,6 +180,21 @@ sys.addaudithook(_watch)
 """Written as sitecustomize.py: every Python process below notes whom it connects to."""
 
 
+def answers(port: int, started: Started | None) -> bool:
+    """Whether all processes are up, as a health page says.
+
+    Raises:
+        FederationError: what was started has ended.
+    """
+    if started is not None and started.process.poll() is not None:
+        raise FederationError(f"it ended with {started.process.returncode}; see {started.log}")
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
 class Federation:
     """A coordinator and its sites, each with a home below one folder.
 
@@ -254,13 +269,7 @@ class Federation:
         return self._healthy(self.health_port, self.server)
 
     def _healthy(self, port: int, started: Started | None) -> bool:
-        if started is not None and started.process.poll() is not None:
-            raise FederationError(f"it ended with {started.process.returncode}; see {started.log}")
-        try:
-            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
+        return answers(port, started)
 
     def join(self, site: str) -> None:
         """Invite a site and let it join."""
@@ -298,9 +307,9 @@ class Federation:
         port = self._site_ports[site][0]
         wait_for(f"{site}'s health", lambda: self._healthy(port, self.sites[site]), within_s)
 
-    def start_all(self) -> None:
+    def start_all(self, *options: str) -> None:
         """The coordinator, and all sites, which join first."""
-        self.start_server()
+        self.start_server(*options)
         for site in self.rows:
             self.join(site)
         for site in self.rows:
@@ -376,8 +385,14 @@ class Federation:
 
 
 @contextmanager
-def federation(folder: Path, base: Path, rows: Mapping[str, Path]) -> Iterator[Federation]:
-    """A federation with all sites started, ended at the end."""
+def federation(
+    folder: Path, base: Path, rows: Mapping[str, Path], *options: str
+) -> Iterator[Federation]:
+    """A federation with all sites started, ended at the end.
+
+    Args:
+        options: of `fedtune server start`.
+    """
     with Federation(folder, base, rows) as started:
-        started.start_all()
+        started.start_all(*options)
         yield started

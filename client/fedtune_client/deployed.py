@@ -83,8 +83,14 @@ def client_app(home: Path) -> ClientApp:
     return make_answering_app(_devices[path].worker)
 
 
+def begin(home: Path) -> None:
+    """A task is about to be taken; what interrupted those before it does not count for it."""
+    if device := _devices.get(home.absolute()):
+        device.stop.begin()
+
+
 def interrupt(home: Path, reason: str) -> None:
-    """Have the work at hand stop before its next pass; its answer is an error with this reason."""
+    """Have the task at hand stop before its next pass; its answer is an error with this reason."""
     if device := _devices.get(home.absolute()):
         device.stop.now(reason)
 
@@ -276,12 +282,15 @@ class Device:
         from fedtune.train.allocator import keep_freed_memory
         from fedtune_client.agent import Agent
         from fedtune_client.deployed_site import site_settings
+        from fedtune_client.round_states import prune_runs
 
         if task.tune_allocator:
             keep_freed_memory()
         settings = site_settings(
             self._home, self._settings, task, folder, profile, idle, cache_folder()
         )
+        if settings.state_folder is not None:
+            prune_runs(settings.state_folder.parent, settings.state_folder)
         return Agent(settings, _RunWatch(self.stop, self.board, task.name))
 
     def _know_link(self) -> float:
@@ -371,7 +380,6 @@ class DeployedWorker:
     def _work(self, state: State, asked: Asked, round: int = 0) -> Iterator[None]:
         """Ask the policy first, and have the site's standing say what goes on."""
         device, board = self._device, self._device.board
-        device.stop.begin()
         board.change(state=state, run=asked.run, round=round, step=0, steps=asked.steps)
         after: State = "idle"
         try:

@@ -20,10 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.deploy.exit_codes import EXIT_CONFIG, EXIT_RESTART, EXIT_WANTED
 from fedtune.deploy.flower_process import (
-    EXIT_CONFIG,
-    EXIT_RESTART,
-    EXIT_WANTED,
     leave,
     start_log,
     talk_to_the_coordinator_alone,
@@ -47,6 +45,7 @@ LAST_REPLY_S = 15.0
 STOP_S = 3.5
 """From SIGTERM to the end of the process, whatever the app does."""
 
+_STOPPING = "the site's executor is being stopped"
 _log = logging.getLogger("fedtune.executor")
 
 
@@ -56,11 +55,13 @@ class App:
 
     Attributes:
         handle: a ClientApp.
+        begin: a task is about to be taken; what interrupted those before does not count for it.
         interrupt: makes the work at hand raise before its next step; may be called any time.
         close: ends what runs beside the work.
     """
 
     handle: Callable[[Any, Any], Any]
+    begin: Callable[[], None]
     interrupt: Callable[[str], None]
     close: Callable[[], None]
 
@@ -103,7 +104,7 @@ def end_within(seconds: float) -> None:
 
 
 def load(module_name: str, home: Path) -> App:
-    """The app of an installed module: `client_app(home)`, and `interrupt`, `close` if it has them.
+    """The app of an installed module: `client_app(home)`, and the rest of `App` where it has it.
 
     Raises:
         DeploymentError: there is no such module or function.
@@ -115,12 +116,16 @@ def load(module_name: str, home: Path) -> App:
         raise DeploymentError(
             f"expected an installed module {module_name} with client_app(home); {error}"
         ) from error
-    interrupt = getattr(module, "interrupt", None)
-    close = getattr(module, "close", None)
+
+    def call(name: str, *more: str) -> None:
+        if (function := getattr(module, name, None)) is not None:
+            function(home, *more)
+
     return App(
         handle,
-        lambda reason: interrupt(home, reason) if interrupt is not None else None,
-        lambda: close(home) if close is not None else None,
+        lambda: call("begin"),
+        lambda reason: call("interrupt", reason),
+        lambda: call("close"),
     )
 
 
@@ -150,7 +155,7 @@ class Executor:
         if not self._stopping.is_set():
             self._stopping.set()
             threading.Thread(target=self._end_late, daemon=True).start()
-            self._app.interrupt("the site's executor is being stopped")
+            self._app.interrupt(_STOPPING)
 
     def run(self) -> int:
         """Work; returns the exit code that the process should end with."""
@@ -191,6 +196,10 @@ class Executor:
         from fedtune.flwr_compat import ClientTask
 
         self._clock_offset_s = read_link_state(self._state)["clock_offset_s"]
+        # Before anybody can say that the task is gone: what comes from now on is meant for it.
+        self._app.begin()
+        if self._stopping.is_set():  # the signal came while the task was acquired
+            self._app.interrupt(_STOPPING)
         task = ClientTask(self._address, self._secret, task_token, self._gone)
         try:
             message, context = task.receive()

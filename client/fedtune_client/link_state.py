@@ -55,7 +55,7 @@ class LinkState:
                     old = figures[f"{way}_bytes_per_s"]
                     new = size / seconds
                     figures[f"{way}_bytes_per_s"] = new if not old else old + _NEW * (new - old)
-            if self._clock() - self._written >= WRITE_S:
+            if not 0 <= self._clock() - self._written < WRITE_S:  # a clock may be set back
                 self._write()
 
     def coordinator_says(self, date: str, round_trip_s: float) -> None:

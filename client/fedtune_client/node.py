@@ -17,15 +17,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.deploy.exit_codes import EXIT_CONFIG, EXIT_RESTART, EXIT_WANTED
 from fedtune.deploy.flower_process import (
-    EXIT_CONFIG,
-    EXIT_RESTART,
-    EXIT_WANTED,
     leave,
     start_log,
     talk_to_the_coordinator_alone,
 )
 from fedtune.deploy.homes import SiteHome
+from fedtune.deploy.memory import return_freed_memory
 from fedtune.errors import DeploymentError
 from fedtune_client.executor_secret import executor_secret
 from fedtune_client.link_state import LinkState
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
 
 REFUSAL_HEADER = "fedtune-refusal"
 SESSION_HEADER = "fedtune-session"
+POLL_HEADER = "fedtune-poll"
+FLOWERS_POLL_S, LEAST_POLL_S, MOST_POLL_S = 3.0, 0.5, 60.0
 _FINAL = ("site", "superseded")
 """Refusals after which asking again is of no use."""
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("home", type=Path)
     parser.add_argument("--insecure", action="store_true", help="plaintext")
     options = parser.parse_args(arguments)
+    return_freed_memory()
     home = SiteHome(options.home)
     talk_to_the_coordinator_alone(home.state / "flower")
     start_log("node", home.logs)
@@ -80,7 +82,8 @@ def run(home: SiteHome, *, insecure: bool = False) -> None:
     start_log("node", home.logs)
     link = LinkState(home.state)
     correct_clock(lambda: link.clock_offset_s)
-    watch_node_requests(Watch(link))
+    watch = Watch(link)
+    watch_node_requests(watch)
     expire_tasks_of_a_lost_executor(_begin_anew)
     forget_messages_of_ended_runs()
     guard_node_app(lambda app: ExecutorDoor(app, secret))
@@ -99,6 +102,7 @@ def run(home: SiteHome, *, insecure: bool = False) -> None:
                 *("--isolation", "process"),
             ],
             plaintext=insecure,
+            poll_s=lambda: watch.poll_s,
         )
         _log.warning("Flower's loop has ended; asking to be started again")
     except SystemExit as end:
@@ -139,12 +143,17 @@ def measure_clock(server: str, ca_certificate: str | None, link: LinkState) -> N
 
 
 class Watch:
-    """Stands around every request of the node: counts, reads the time, ends on a final refusal."""
+    """Stands around every request of the node: counts, reads the time, ends on a final refusal.
+
+    Attributes:
+        poll_s: seconds between two questions for a message, as the coordinator wants it.
+    """
 
     def __init__(self, link: LinkState, end: Callable[[int], object] = leave) -> None:
         self._link = link
         self._end = end
         self._session = secrets.token_hex(8)
+        self.poll_s = FLOWERS_POLL_S
 
     def __call__(
         self, request: httpx.Request, send: Callable[[], httpx.Response]
@@ -154,6 +163,7 @@ class Watch:
         answer = send()
         seconds = time.monotonic() - started
         self._link.coordinator_says(answer.headers.get("date", ""), seconds)
+        self.poll_s = wanted_poll_s(answer.headers.get(POLL_HEADER, ""), self.poll_s)
         self._link.exchanged(len(request.content), _size(answer), seconds)
         if answer.status_code in (401, 403):
             self._refused(answer)
@@ -168,6 +178,15 @@ class Watch:
         elif answer.status_code == 401:
             _log.error("the coordinator does not know this node any more: %s", reason)
             self._end(EXIT_RESTART)
+
+
+def wanted_poll_s(text: str, before: float) -> float:
+    """How often to ask, by what an answer says; what it had been, if it says nothing of use."""
+    try:
+        found = float(text)
+    except ValueError:
+        return before
+    return min(MOST_POLL_S, max(LEAST_POLL_S, found)) if found == found else before
 
 
 def _size(answer: httpx.Response) -> int:

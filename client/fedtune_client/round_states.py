@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +26,9 @@ from fedtune.wire.durable import write_durably, writing
 _KEPT = 4
 """A coordinator keeps three checkpoints by default and may go back to the oldest of them; the round
 that follows it starts from the fourth state from the end, if its last round had begun."""
+_MOST_RUNS, _MOST_DAYS = 8, 30
+"""With 7B parameters and rank 16 a run leaves 2 GB: four rounds of two moments and feedback."""
+_FOLDER = re.compile(r"[\w-]+-[0-9a-f]{8}")
 _NAME = re.compile(r"round-(\d{4,})\.safetensors")
 
 _log = logging.getLogger(__name__)
@@ -90,6 +95,28 @@ class RoundStates:
             return []
         found = ((_NAME.fullmatch(path.name), path) for path in self._folder.iterdir())
         return [(int(match[1]), path) for match, path in found if match]
+
+
+def prune_runs(above: Path, current: Path) -> None:
+    """Remove what old runs left at a site, which would fill its disk over the months.
+
+    Kept are the runs of the last 30 days, the newest eight of them at most; and the current one,
+    whatever the clock says. A run that goes on after its states are gone starts them anew.
+
+    Args:
+        above: the folder of the runs' folders, as `state_folder` names them.
+    """
+    try:
+        found = [path for path in above.iterdir() if _FOLDER.fullmatch(path.name)]
+        ages = sorted((path.stat().st_mtime, path) for path in found if path != current)
+    except OSError:
+        return
+    oldest = time.time() - _MOST_DAYS * 86_400
+    kept = {path for written, path in ages[1 - _MOST_RUNS :] if written >= oldest}
+    for _, path in ages:
+        if path not in kept:
+            _log.info("what an old run left in %s is removed", path.name)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def state_folder(above: Path, device: str) -> Path:

@@ -55,7 +55,11 @@ class Stop:
         self._reason = reason
 
     def begin(self) -> None:
-        """New work begins; what stopped the work before it does not count for it."""
+        """New work is about to be taken; what stopped the work before does not count for it.
+
+        To be called before anybody can say that the new work is gone: after that, an order to
+        stop it would be lost.
+        """
         self._reason = ""
 
     def check(self, run: str) -> None:

@@ -18,6 +18,7 @@ from fedtune.cli.display import JsonLines, LiveDisplay
 from fedtune.deploy.channel import CALL_S, open_channel, spoken, spoken_errors
 from fedtune.deploy.operator import OperatorFile, find_operator_file
 from fedtune.errors import ProtocolError
+from fedtune.export.run_place import holds_run, run_place
 from fedtune.export.watching import LedgerListener
 from fedtune.records import Event
 from fedtune.v1 import coordinator_pb2 as pb
@@ -92,9 +93,19 @@ def coordinator(file: Path | None, insecure: bool = False) -> Iterator[Coordinat
         channel.close()
 
 
-def is_elsewhere(file: Path | None) -> bool:
-    """Whether there is a coordinator to ask."""
-    return file is not None or find_operator_file(None).is_file()
+def is_elsewhere(name: str, file: Path | None) -> bool:
+    """Whether a run is to be looked for at a coordinator: one is named, or none is here."""
+    return file is not None or (_may_be_there(name) and not holds_run(run_place(name)))
+
+
+def _may_be_there(name: str) -> bool:
+    return Path(name).parts == (name,) and find_operator_file(None).is_file()
+
+
+def say_which(place: Path, name: str) -> None:
+    """Say that a run of this machine is shown, where a coordinator may have one of that name."""
+    if _may_be_there(name):
+        _say(f"{place} on this machine; for {name} at the coordinator give --coordinator FILE")
 
 
 def warn_of_plain(service: str) -> None:
@@ -113,7 +124,11 @@ def follow(at: Coordinator, name: str, *, json_lines: bool) -> None:
         Exit: with 2 if the run ended and is not finished, with 130 after Ctrl-C.
         DeploymentError: there is no such run.
     """
-    display = JsonLines() if json_lines else LiveDisplay(without_end="was not seen to end")
+    display = (
+        JsonLines()
+        if json_lines
+        else LiveDisplay(without_end="was not seen to end", to_go_on=f"fedtune resume {name}")
+    )
     try:
         with display:
             for event in run_events(at, name, _say):

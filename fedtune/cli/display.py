@@ -70,6 +70,7 @@ class LiveDisplay:
         console: where to show it; default: standard output.
         at_once: devices that train at the same time, in the order of their names; 0: all.
         without_end: what to say in the summary of a run whose end was not seen.
+        to_go_on: what a person does to continue a run that did not finish.
     """
 
     def __init__(
@@ -77,9 +78,10 @@ class LiveDisplay:
         console: Console | None = None,
         at_once: int = 0,
         without_end: str = "stopped",
+        to_go_on: str = "give the same command again",
     ) -> None:
         self._console = console if console is not None else Console()
-        self._without_end = without_end
+        self._without_end, self._to_go_on = without_end, to_go_on
         self._progress = RunProgress(at_once=at_once)
         self._lock = threading.Lock()
         self._live: Live | None = None
@@ -117,7 +119,9 @@ class LiveDisplay:
         if self._live is not None:
             self._live.stop()
         if self._progress.run:
-            self._console.print(summary(self._progress, self._ascii_only, self._without_end))
+            self._console.print(
+                summary(self._progress, self._ascii_only, self._without_end, self._to_go_on)
+            )
 
     @property
     def _ascii_only(self) -> bool:

@@ -23,9 +23,17 @@ def logs(
 ) -> None:
     """Show a site's log, as far as it shares it (share_logs in its policy.toml)."""
     request = pb.SiteLogsRequest(site=site, tail=lines, follow=follow)
+    any_came = False
     with coordinator(coordinator_file, insecure) as at, spoken_errors(at.service):
         for line in at.stub.SiteLogs(request, timeout=None if follow else 60.0):
+            any_came = True
             typer.echo(line.json if as_json else log_text(line.json))
+    if not any_came:
+        typer.echo(
+            f"no lines of {one_line(site)} came: a site sends them while it runs with "
+            "share_logs = true in its policy.toml; otherwise they are in logs/ of its own folder",
+            err=True,
+        )
 
 
 def log_text(line: str) -> str:
@@ -36,5 +44,12 @@ def log_text(line: str) -> str:
         fields = None
     if not isinstance(fields, dict):
         return one_line(line, 2000)
-    parts = [fields.get(key) for key in ("time", "level", "process", "message")]
+    time = str(fields.get("time") or "")[:19].replace("T", " ")
+    level = str(fields.get("level") or "")
+    parts = [
+        time,
+        level if level.lower() != "info" else "",
+        fields.get("process"),
+        fields.get("message"),
+    ]
     return one_line(" ".join(str(part) for part in parts if part), 2000)

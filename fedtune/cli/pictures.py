@@ -104,9 +104,7 @@ def loss_line(progress: RunProgress, ascii_only: bool) -> Text:
 
 def notice_lines(progress: RunProgress) -> list[Text]:
     """The last warnings and refusals."""
-    return [
-        Text(text, style="yellow", overflow="ellipsis", no_wrap=True) for text in progress.notices
-    ]
+    return [Text(text, style="yellow", overflow="fold") for text in progress.notices]
 
 
 # ---------------------------------------------------------------- the plan
@@ -219,12 +217,16 @@ def leaving_line(tensors: Sequence[object], stage: object) -> str:
 
 
 def summary(
-    progress: RunProgress, ascii_only: bool, without_end: str = "stopped"
+    progress: RunProgress,
+    ascii_only: bool,
+    without_end: str = "stopped",
+    to_go_on: str = "give the same command again",
 ) -> RenderableType:
     """What is left to read when the run is over.
 
     Args:
         without_end: what to say of a run whose end was not seen.
+        to_go_on: what a person does to continue a run that did not finish.
     """
     lines = Table.grid(padding=(0, 2))
     lines.add_column(style="dim")
@@ -245,7 +247,7 @@ def summary(
         lines.add_row(Text(kind), Text(f"not written: {reason}", style="yellow"))
     lines.add_row("folder", Text(progress.folder))
     if progress.outcome in ("interrupted", "failed"):
-        lines.add_row("to go on", "give the same command again")
+        lines.add_row("to go on", Text(to_go_on))
     return Group(_outcome(progress, without_end), lines)
 
 

@@ -112,6 +112,9 @@ def _awaited(progress: RunProgress, fields: Mapping[str, object]) -> None:
     here, missing = _names(fields.get("here")), _names(fields.get("missing"))
     waits = f"round {fields.get('round')} waits" if "round" in fields else "the run waits"
     absent = f"; missing: {', '.join(missing)}" if missing else ""
+    if here and not missing:
+        progress.note(f"all sites are here: {', '.join(here)}")
+        return
     progress.note(
         f"{waits} for {fields.get('needed')} sites, here: {', '.join(here) or 'none'}{absent}"
     )

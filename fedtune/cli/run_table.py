@@ -58,7 +58,7 @@ def print_runs(runs: Sequence[pb.RunInfo]) -> None:
             Text(one_line(run.name)),
             Text(state, style=_STYLES.get(state, "")),
             f"{run.round}/{run.rounds}",
-            str(len(run.devices)),
+            str(len(run.devices) or "-"),
             bytes_text(run.bytes_sent),
             bytes_text(run.bytes_received),
             Text(one_line(run.since[:16]).replace("T", " ")),
@@ -85,3 +85,33 @@ def run_lines(run: pb.RunInfo) -> list[str]:
     if run.reason:
         found.append(f"reason     {one_line(run.reason, 1000)}")
     return found
+
+
+def site_object(site: pb.SiteInfo) -> dict[str, object]:
+    """A site of a run in JSON's types."""
+    status = site.status
+    return {
+        "name": site.name,
+        "registered": site.state,
+        "online": site.online,
+        "last_seen": site.last_seen,
+        "state": status.state,
+        "run": status.run,
+        "round": status.round,
+        "last_refusal": status.last_refusal,
+    }
+
+
+def site_line(site: pb.SiteInfo) -> str:
+    """A site of a run in one line: whether it is there, what it does, what it last refused."""
+    seen = (
+        f", last seen {one_line(site.last_seen[:16]).replace('T', ' ')}" if site.last_seen else ""
+    )
+    if site.state != "enrolled":
+        words = one_line(site.state, 20)
+    elif not site.online:
+        words = f"offline{seen}"
+    else:
+        words = one_line(site.status.state, 40) or "online"
+    refused = one_line(site.status.last_refusal, 500)
+    return f"  {one_line(site.name)}: {words}" + (f"; last refusal: {refused}" if refused else "")

@@ -152,14 +152,13 @@ def rotate(
         typer.echo(f"copy {coordinator.operator_file} to operators anew, and {again}")
         typer.echo("sites pin the old authority; for each: fedtune server invite SITE --again")
         return
-    if token:
-        rotate_token(coordinator)
-        typer.echo(
-            f"made a new operator token in {coordinator.operator_file}; copy it to operators"
-        )
-    else:
+    if not token:
         days = rotate_certificate(coordinator)
         typer.echo(f"made a new certificate for {days:.0f} days; sites see no difference")
+        typer.echo("a coordinator that runs takes it for new connections within a minute")
+        return
+    rotate_token(coordinator)
+    typer.echo(f"made a new operator token in {coordinator.operator_file}; copy it to operators")
     typer.echo(f"{again}; runs go on where they were")
 
 

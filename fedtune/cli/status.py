@@ -12,11 +12,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedtune.cli.coordinator import CoordinatorFile, Insecure, coordinator, is_elsewhere
-from fedtune.cli.run_table import run_lines, run_object
+from fedtune.cli.coordinator import CoordinatorFile, Insecure, coordinator, is_elsewhere, say_which
+from fedtune.cli.run_table import run_lines, run_object, site_line, site_object
 from fedtune.cli.status_page import print_status
-from fedtune.export.run_place import find_run, holds_run, run_place
+from fedtune.export.run_place import find_run
 from fedtune.export.run_view import view_run
+from fedtune.v1 import coordinator_pb2 as pb
 
 _LOG_WIDTH = 120
 """Characters of a line where there is no terminal that has a width."""
@@ -31,13 +32,19 @@ def status(
     insecure: Insecure = False,
 ) -> None:
     """Show where a run stands: rounds, loss, bytes, devices, refusals and drift."""
-    if coordinator_file is not None or (not holds_run(run_place(run)) and is_elsewhere(None)):
+    if is_elsewhere(run, coordinator_file):
         with coordinator(coordinator_file, insecure) as at:
             info = at.run(run)
-        lines = [json.dumps(run_object(info), ensure_ascii=False)] if as_json else run_lines(info)
+            known = at.ask("ListSites", pb.ListSitesRequest()).sites
+        sites = [site for site in known if site.name in info.devices]
+        tree = run_object(info) | {"site_states": [site_object(site) for site in sites]}
+        text = [*run_lines(info), *map(site_line, sites)]
+        lines = [json.dumps(tree, ensure_ascii=False)] if as_json else text
         typer.echo("\n".join(lines))
         return
-    view = view_run(find_run(run))
+    place = find_run(run)
+    say_which(place, run)
+    view = view_run(place)
     if as_json:
         typer.echo(json.dumps(asdict(view), ensure_ascii=False))
         return

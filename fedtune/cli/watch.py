@@ -15,6 +15,7 @@ from fedtune.cli.coordinator import (
     coordinator,
     follow,
     is_elsewhere,
+    say_which,
 )
 from fedtune.cli.display import JsonLines, LiveDisplay
 from fedtune.export.run_place import holds_run, run_place
@@ -39,11 +40,12 @@ def watch(
     The exit code is 0 if the run finished, and 2 if it failed, was interrupted or was killed.
     """
     folder = run_place(run)
-    if coordinator_file is not None or (not holds_run(folder) and is_elsewhere(None)):
+    if is_elsewhere(run, coordinator_file):
         with coordinator(coordinator_file, insecure) as at:
             at.run(run)  # refuses a name that is none before anything is shown
             follow(at, run, json_lines=json_lines)
         return
+    say_which(folder, run)
     if not holds_run(folder):
         typer.echo(f"waiting for a run in {folder}", err=True)
     following = RunWatch(folder)

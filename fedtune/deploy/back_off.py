@@ -5,10 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-EXIT_AGAIN = 75
-"""A process asks to be started again (EX_TEMPFAIL of sysexits.h)."""
-EXIT_REFUSED = 78
-"""A process must not be started again: its configuration is wrong (EX_CONFIG of sysexits.h)."""
+from fedtune.deploy.exit_codes import EXIT_RESTART, EXIT_WANTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +55,6 @@ class BackOff:
         self.lived(lived_s)
         base = min(self._waits.first_s * 2.0 ** min(self._ends, 30), self._waits.longest_s)
         self._ends += 1
-        self._failures += exit_code not in (0, EXIT_AGAIN)
+        self._failures += exit_code not in (EXIT_WANTED, EXIT_RESTART)
         wait = base * (1.0 + self._waits.spread * self._chance.random())
         return min(wait, self._waits.longest_s)

@@ -97,41 +97,50 @@ def fingerprint(certificate_pem: bytes) -> bytes:
     return read_certificate(certificate_pem, "the CA certificate").fingerprint(hashes.SHA256())
 
 
-def days_left(path: Path, now: datetime.datetime | None = None) -> float:
-    """Days until a certificate ends; negative once it has.
+def certificate_end(path: Path) -> datetime.datetime | None:
+    """When a certificate ends, UTC; None where none can be read."""
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    except (OSError, ValueError):
+        return None
+
+
+def days_left(path: Path, now: datetime.datetime | None = None) -> float | None:
+    """Days until a certificate ends, negative once it has; None where none can be read.
+
+    Args:
+        now: UTC; None: the clock's.
+    """
+    end = certificate_end(path)
+    return None if end is None else (end - (now or _now())).total_seconds() / 86_400
+
+
+def read_pair(certificate: Path, key: Path) -> KeyPair:
+    """A server's key and certificate as they lie on the disk, if they belong together.
+
+    Any kind of key will do, and a certificate may have those of its issuers behind it.
 
     Raises:
-        DeploymentError: it cannot be read.
+        DeploymentError: they do not, or cannot be read; such as in the middle of a rotation.
     """
+    remedy = "make new ones with: fedtune server rotate"
     try:
-        content = path.read_bytes()
+        pair = KeyPair(key.read_bytes(), certificate.read_bytes())
+        public = x509.load_pem_x509_certificate(pair.certificate).public_key()
+        private = serialization.load_pem_private_key(pair.key, password=None)
     except OSError as error:
         raise DeploymentError(
-            f"certificate {path} cannot be read ({error.strerror}); restore it, or make a new "
-            "one with: fedtune server rotate"
+            f"{error.filename} cannot be read ({error.strerror}); restore it, or {remedy}"
         ) from None
-    end = read_certificate(content, str(path)).not_valid_after_utc
-    return (end - (now or _now())).total_seconds() / 86_400
-
-
-def check_pair(certificate: Path, key: Path) -> None:
-    """Say that a certificate and its key belong together.
-
-    Raises:
-        DeploymentError: they do not, or cannot be read.
-    """
-    try:
-        public = read_certificate(certificate.read_bytes(), str(certificate)).public_key()
-        private = read_private_key(key.read_bytes(), str(key))
-    except OSError as error:
+    except (ValueError, TypeError):
         raise DeploymentError(
-            f"{error.filename} cannot be read ({error.strerror}); restore it, or make new ones "
-            "with: fedtune server rotate"
+            f"{certificate} and {key}: expected a certificate and a private key without password "
+            f"in PEM, found something else; {remedy}"
         ) from None
-    if public != private.public_key():
-        raise DeploymentError(
-            f"{certificate} is not of the key {key}; make new ones with: fedtune server rotate"
-        )
+    form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    if public.public_bytes(*form) != private.public_key().public_bytes(*form):
+        raise DeploymentError(f"{certificate} is not of the key {key}; {remedy}")
+    return pair
 
 
 def certified_names(certificate: x509.Certificate) -> tuple[str, ...]:

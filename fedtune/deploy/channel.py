@@ -115,12 +115,26 @@ def spoken(error: Any, service: str = "") -> DeploymentError:
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return AccessError(words or f"{coordinator} refused the call")
     if code == grpc.StatusCode.UNAVAILABLE:
-        return DeploymentError(
-            f"{coordinator} does not answer ({words}); is it started, and is the address right?"
-        )
+        return DeploymentError(f"{coordinator} does not answer ({words}); {_remedy(words)}")
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeploymentError(f"{coordinator} took too long to answer; try again")
     return DeploymentError(words or f"{coordinator} refused the call ({code.name})")
+
+
+def _remedy(words: str) -> str:
+    """What to do about a connection that was not made, by gRPC's words for it."""
+    if "WRONG_VERSION_NUMBER" in words:
+        return (
+            "it speaks without TLS there: check the port, and only if the coordinator was started "
+            "with --insecure, give --insecure, too"
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in words:
+        return (
+            "its certificate is not of the authority that is known here, or has ended: fedtune "
+            "server rotate makes a new one; after rotate --ca, copy operator.toml anew, and let "
+            "sites join with --again"
+        )
+    return "is it started, and is the address right?"
 
 
 def one_line(text: str, most: int = 2000) -> str:

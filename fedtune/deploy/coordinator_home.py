@@ -110,7 +110,7 @@ _PARTS = (
 def rotate_certificate(home: CoordinatorHome) -> float:
     """Give the server a new key and certificate of the same authority; returns days it is valid.
 
-    Sites see no difference. The coordinator's processes read it when they start.
+    Sites see no difference. A coordinator that runs takes it for new connections within a minute.
 
     Raises:
         DeploymentError: the authority's key or the settings cannot be read.
@@ -172,7 +172,7 @@ def _authority(home: CoordinatorHome) -> KeyPair:
 
 
 def _write_pair(pair: KeyPair, certificate: Path, key: Path) -> None:
-    """The key first: after a crash between the two, `certificates.check_pair` says what to do."""
+    """The key first: after a crash between the two, `certificates.read_pair` says what to do."""
     write_private(key, pair.key)
     write_with_mode(certificate, pair.certificate, PUBLIC_FILE)
 

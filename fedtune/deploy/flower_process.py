@@ -1,4 +1,4 @@
-"""What every process that runs Flower's code needs before Flower is imported, and its exit codes.
+"""What every process that runs Flower's code needs before Flower is imported, and how it ends.
 
 Flower reports to telemetry.flower.ai, asks api.flower.ai for updates and may install packages; all
 of it is read from the environment at its first import, and switched off here.
@@ -11,13 +11,6 @@ import logging
 import os
 import sys
 from pathlib import Path
-
-EXIT_WANTED = 0
-"""The end was asked for."""
-EXIT_RESTART = 75
-"""Please start me again (EX_TEMPFAIL of sysexits.h)."""
-EXIT_CONFIG = 78
-"""Do not start me again: a person must act first (EX_CONFIG of sysexits.h)."""
 
 _SILENT = {
     "FLWR_TELEMETRY_ENABLED": "0",

@@ -163,7 +163,7 @@ class CoordinatorHome:
         Raises:
             DeploymentError: it is not there or not right.
         """
-        return _read(self.settings_file, ServerSettings, "fedtune server init")
+        return _read(self.settings_file, ServerSettings, "fedtune server init --host NAME")
 
 
 class SiteHome:
@@ -216,7 +216,9 @@ class SiteHome:
         Raises:
             DeploymentError: it is not there or not right.
         """
-        return _read(self.settings_file, SiteSettings, "fedtune client join")
+        return _read(
+            self.settings_file, SiteSettings, "fedtune client join CODE --server HOST:PORT"
+        )
 
 
 def _read(path: Path, section: type[_T], made_by: str) -> _T:
@@ -224,7 +226,8 @@ def _read(path: Path, section: type[_T], made_by: str) -> _T:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DeploymentError(
-            f"{path} cannot be read ({error.strerror}); make it with: {made_by}"
+            f"{path} cannot be read ({error.strerror}); name the folder that it is in, or make one "
+            f"with: {made_by}"
         ) from None
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise DeploymentError(f"{path} is not valid TOML: {one_line(str(error))}") from None

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import IO, Literal
 
 from fedtune.config import SUPERVISOR_VARIABLE, inherited_environment
-from fedtune.deploy.back_off import EXIT_REFUSED, BackOff, Waits
+from fedtune.deploy.back_off import BackOff, Waits
+from fedtune.deploy.exit_codes import EXIT_CONFIG
 from fedtune.deploy.journal import Journal
 from fedtune.deploy.kin import Guard, end_group, group_lives, kill_group, launch_command
 from fedtune.deploy.logs import MOST_LINE_CHARACTERS, parse_line
@@ -294,7 +295,7 @@ class Keeper:
         self._settle(code := self._process.returncode)
         if code != 0:
             self._last_error = self._last_line or self._last_error
-        if code == EXIT_REFUSED:
+        if code == EXIT_CONFIG:
             self._become("refused")
             self._journal.say(
                 "error", f"{self.child.name} is not started again: {self._last_error}"

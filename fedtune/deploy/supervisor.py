@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedtune.deploy.back_off import EXIT_REFUSED, Waits
+from fedtune.deploy.back_off import Waits
+from fedtune.deploy.exit_codes import EXIT_CONFIG
 from fedtune.deploy.journal import Journal
 from fedtune.deploy.keeper import Child, ChildReport, Keeper, Patience
 from fedtune.deploy.kin import Guard, adopt_orphans, reap_orphans
@@ -95,7 +96,7 @@ class Supervisor:
                     self._wake.wait(self._patience.tick_s)
             finally:
                 self._end_all()
-        return 0 if self._wake.stops else EXIT_REFUSED
+        return 0 if self._wake.stops else EXIT_CONFIG
 
     def _step(self) -> None:
         now = time.monotonic()

@@ -4,6 +4,10 @@ A message is one ConfigRecord (`version`, `kind`, `body`: protobuf bytes) and, w
 with it, one ArrayRecord of ONE Array. Flower sends every array on its own, with two HTTP posts and
 a database transaction each, so an adapter of 400 tensors packed in one block takes seconds where
 400 arrays take minutes. The array's `stype` is our own: Flower carries such bytes untouched.
+
+Packed tensors that fit one post travel in a ConfigRecord of their own instead: four posts of six,
+on each of the four legs between coordinator, link and device. They stay a record of their own
+because Flower sends a record once to its link, however many messages hold it.
 """
 
 from __future__ import annotations
@@ -24,6 +28,10 @@ EVALUATE = "evaluate.loss"
 
 _CONFIG, _TENSORS, _PACKED = "fedtune", "tensors", "packed"
 
+SMALL_BYTES = 4 << 20
+"""Tensors up to this size travel in a ConfigRecord, which Flower posts whole. It cuts arrays into
+pieces of 5 MB, so no post becomes larger by it."""
+
 
 def to_record(kind: str, body: bytes, tensors: bytes | None = None) -> RecordDict:
     """Put a message into the records that Flower sends.
@@ -33,11 +41,13 @@ def to_record(kind: str, body: bytes, tensors: bytes | None = None) -> RecordDic
         body: protobuf bytes.
         tensors: what `pack_tensors` wrote; default: none travel.
     """
-    records = {_CONFIG: ConfigRecord({"version": VERSION, "kind": kind, "body": body})}
-    if tensors is not None:
-        array = Array("uint8", (len(tensors),), TENSORS_STYPE, tensors)
-        records[_TENSORS] = ArrayRecord({_PACKED: array})
-    return RecordDict(records)
+    config = ConfigRecord({"version": VERSION, "kind": kind, "body": body})
+    if tensors is None:
+        return RecordDict({_CONFIG: config})
+    if len(tensors) <= SMALL_BYTES:
+        return RecordDict({_CONFIG: config, _TENSORS: ConfigRecord({_PACKED: tensors})})
+    array = Array("uint8", (len(tensors),), TENSORS_STYPE, tensors)
+    return RecordDict({_CONFIG: config, _TENSORS: ArrayRecord({_PACKED: array})})
 
 
 def from_record(record: RecordDict, kind: str) -> tuple[bytes, bytes | None]:
@@ -52,7 +62,10 @@ def from_record(record: RecordDict, kind: str) -> tuple[bytes, bytes | None]:
     body = _body(record.get(_CONFIG), kind)
     if _TENSORS not in record:
         return body, None
-    return body, _packed(record[_TENSORS], kind)
+    tensors = record[_TENSORS]
+    if isinstance(tensors, ConfigRecord):
+        return body, _small(tensors, kind)
+    return body, _packed(tensors, kind)
 
 
 def _body(config: object, kind: str) -> bytes:
@@ -76,6 +89,18 @@ def _body(config: object, kind: str) -> bytes:
             f"message {kind}: expected a body of at most {MAX_MESSAGE_BYTES} bytes, got {len(body)}"
         )
     return body
+
+
+def _small(config: ConfigRecord, kind: str) -> bytes:
+    packed = config.get(_PACKED)
+    if set(config) != {_PACKED} or not isinstance(packed, bytes):
+        raise ProtocolError(f"message {kind}: expected packed tensors, as bytes, and nothing else")
+    if len(packed) > SMALL_BYTES:
+        raise ProtocolError(
+            f"message {kind}: expected at most {SMALL_BYTES} bytes of tensors without an array, "
+            f"got {len(packed)}"
+        )
+    return packed
 
 
 def _packed(arrays: object, kind: str) -> bytes:

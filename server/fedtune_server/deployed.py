@@ -33,8 +33,9 @@ from fedtune.errors import ConfigError, FedtuneError, RunError, StoppedError
 from fedtune.model.shapes import read_shapes
 from fedtune.model.source import resolve_model
 from fedtune.records import DistortionTable, Event, MatrixForm, ModelShapes
-from fedtune.settings import OutputsSection, RunConfig, SimulationSection
+from fedtune.settings import RunConfig
 from fedtune_server.coordinator import Coordinator
+from fedtune_server.deployed_config import deployed_config
 from fedtune_server.distortion import Measure
 from fedtune_server.playing import Watcher, play_run
 from fedtune_server.registry import Registry
@@ -147,26 +148,6 @@ def play_deployed(
             f"the process that played run {name} was told to end; the run goes on when it is "
             "started again"
         ) from None
-
-
-def deployed_config(config: RunConfig, folder: Path) -> RunConfig:
-    """The run as real sites play it: what it says of simulations does not hold.
-
-    Raises:
-        ConfigError: it names no sites.
-    """
-    if not config.deployment.sites:
-        raise ConfigError(
-            "deployment.sites is empty; name the sites that take part, or '*' for all"
-        )
-    outputs = config.outputs.model_dump() | {"folder": str(folder)}
-    return config.model_copy(
-        update={
-            # Steps take the time that they take: what devices measure counts.
-            "simulation": SimulationSection(clock="measured"),
-            "outputs": OutputsSection.model_validate(outputs),
-        }
-    )
 
 
 def registered(config: RunConfig, directory: Directory) -> Registered:

@@ -7,10 +7,10 @@ given more.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.records import DevicePlan
@@ -18,6 +18,10 @@ from fedtune.wire.flower import TRAIN
 from fedtune_server.clock import Clock, RealClock
 from fedtune_server.exchange import Answer, post, read_answer, silent_answer, unsent_answer
 from fedtune_server.starts import Sent
+
+_MOST_BYTES = 256 << 20
+"""Of replies that are fetched at once, if each is as large as what it answers; chosen. Flower's
+grid holds a reply three times while it comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,7 @@ class Flights:
     def _fetch(self, grid: Grid, skip: Collection[str]) -> None:
         ids = [i for i, flight in self._open.items() if flight.device not in skip]
         answered: dict[str, Flight] = {}
-        for reply in grid.pull_messages(ids) if ids else ():
+        for reply in self._pulled(grid, ids):
             message_id = reply.metadata.reply_to_message_id
             if message_id in answered:
                 again = answered[message_id]
@@ -147,6 +151,20 @@ class Flights:
                 flight = answered[message_id] = self._open.pop(message_id)
                 answer = read_answer(flight.device, flight.node, reply, TRAIN)
                 self._landed.append((flight, answer))
+
+    def _pulled(self, grid: Grid, ids: Sequence[str]) -> Iterable[Message]:
+        """Replies to some messages that are there; of large ones only a few, for memory's sake."""
+        group: list[str] = []
+        held = 0
+        for message_id in ids:
+            size = len(self._open[message_id].sent.packed)
+            if group and held + size > _MOST_BYTES:
+                if replies := list(grid.pull_messages(group)):
+                    return replies
+                group, held = [], 0
+            group.append(message_id)
+            held += size
+        return list(grid.pull_messages(group)) if group else ()
 
     def expire(self) -> None:
         """Give up those whose time is over: their devices are free, as far as one can know."""

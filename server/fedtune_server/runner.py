@@ -21,13 +21,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.deploy.exit_codes import EXIT_CONFIG
 from fedtune.deploy.flower_process import (
-    EXIT_CONFIG,
     leave,
     start_log,
     talk_to_the_coordinator_alone,
 )
 from fedtune.deploy.homes import CoordinatorHome
+from fedtune.deploy.memory import return_freed_memory
 from fedtune.errors import DeploymentError, FedtuneError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ _log = logging.getLogger("fedtune.runner")
 def main(arguments: Sequence[str]) -> None:
     """The process; it never returns."""
     options = _options(arguments)
+    return_freed_memory()
     home = CoordinatorHome(options.home)
     talk_to_the_coordinator_alone(home.flower)
     os.environ[_HOME_VARIABLE] = str(home.path)
@@ -78,7 +80,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _link(home: CoordinatorHome, insecure: bool) -> tuple[str, bytes | None, str]:
     """Address of the link on this machine, its CA, and the operator's token."""
-    from fedtune_server.link.credentials import OperatorToken
+    from fedtune_server.operator_token import OperatorToken
 
     settings = home.settings()
     host = "127.0.0.1" if settings.bind in ("0.0.0.0", "::") else settings.bind

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from cryptography import x509
-
 from fedtune.deploy.answers import https, tcp
+from fedtune.deploy.certificates import days_left, read_pair
 from fedtune.deploy.health import Identity
 from fedtune.deploy.home_run import INSECURE_VARIABLE, INSECURE_WARNING, HomeRun, run_home
 from fedtune.deploy.homes import CoordinatorHome, ServerSettings
@@ -46,6 +44,7 @@ def start(
                 raise DeploymentError(
                     f"{path} is not there; make a new home with: fedtune server init"
                 )
+        read_pair(home.certificate, home.key)
     ports = {
         "port": (settings.bind, settings.port),
         "service_port": (settings.bind, settings.service_port),
@@ -55,7 +54,7 @@ def start(
     identity = Identity(
         "coordinator",
         version("fedtune"),
-        partial(certificate_days, home.certificate),
+        partial(days_left, home.certificate),
         (home.path / "state" / "desk.prom",),
     )
     children = coordinator_children(home, settings, dashboard=dashboard, insecure=insecure)
@@ -98,12 +97,3 @@ def coordinator_children(
             answers=tcp(settings.bind, settings.service_port),
         ),
     )
-
-
-def certificate_days(path: Path) -> float | None:
-    """Days until a certificate ends, negative after that; None where none can be read."""
-    try:
-        certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return (certificate.not_valid_after_utc - datetime.now(UTC)).total_seconds() / 86_400

@@ -65,8 +65,30 @@ def test_the_gpu_benchmark_runs_on_a_cpu(contender: str) -> None:
 
 
 def test_the_load_of_a_coordinator_is_told_by_fleet() -> None:
-    found = json.loads(run("load.py", "--quick", "--json").splitlines()[-1])
+    options = ("--quick", "--only", "coordinator", "--json")
+    found = json.loads(run("load.py", *options).splitlines()[-1])
     few, many = found["4 devices"], found["12 devices"]
     assert many["upload_mb"] == pytest.approx(3 * few["upload_mb"], rel=0.05)
     assert few["cpu_s"] > 0
     assert many["devices_cpu_s"] > few["devices_cpu_s"] > 0
+
+
+@pytest.mark.deployment
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_light_devices_play_a_round_at_a_real_link() -> None:
+    options = ("--quick", "--only", "link", "--devices", "3", "--json")
+    found = json.loads(run("load.py", *options).splitlines()[-1])["3 devices at a link"]
+    assert found["reported"] == 3
+    assert found["cpu_s"]["link"] > 0
+    # Each device asks for its run, three messages and their parts, and answers each.
+    assert found["requests"] > 3 * (3 * 10)
+    assert found["peak_mb"]["run"] > found["peak_mb"]["runner"] > 0
+
+
+@pytest.mark.deployment
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_adapter_goes_to_three_sites_and_back() -> None:
+    found = json.loads(run("adapter.py", "--quick", "--json").splitlines()[-1])["packed"]
+    assert found["megabytes"] == pytest.approx(10.0, abs=0.1)
+    assert set(found["cpu_s"]) == {"link", "run", "node", "executor"}
+    assert all(value > 0 for value in found["peak_mb"].values())

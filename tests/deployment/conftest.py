@@ -47,7 +47,7 @@ def federation(
     tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, rows: Mapping[str, Path]
 ) -> Iterator[Any]:
     with real_sites().federation(
-        tmp_path_factory.mktemp("federation"), tiny_llama, rows
+        tmp_path_factory.mktemp("federation"), tiny_llama, rows, "--dashboard"
     ) as started:
         yield started
 

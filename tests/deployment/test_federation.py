@@ -5,13 +5,17 @@ One federation serves all tests, this file's in their order: to start one takes 
 
 from __future__ import annotations
 
+import ssl
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from fedtune.deploy.homes import CoordinatorHome
+from fedtune.deploy.operator import OperatorFile
 from fedtune.wire.checkpoint import latest_checkpoint
 from fedtune.wire.ledger_chain import verify_ledger
 from tests.deployment.federated import ROUND_S, deployed, result
@@ -56,6 +60,30 @@ def test_a_site_pulls_what_its_run_has_made(federation: Any) -> None:
     newest = latest_checkpoint(there / "checkpoints")
     assert newest is not None
     assert (target / "checkpoints" / newest.name).read_bytes() == newest.read_bytes()
+
+
+def test_the_dashboard_and_prometheus_see_the_run_and_its_sites(federation: Any) -> None:
+    home = CoordinatorHome(federation.home)
+    token = OperatorFile.read(home.operator_file).token
+    address = f"https://127.0.0.1:{federation.dashboard_port}"
+    trust = ssl.create_default_context(cafile=str(home.ca_certificate))
+    with httpx.Client(verify=trust, base_url=address, timeout=30) as client:
+        found = client.post("/login", data={"token": token}, headers={"origin": address})
+        assert found.status_code == 303
+        with client.stream("GET", "/events?run=plain") as stream:
+            shown = next(line for line in stream.iter_lines() if line.startswith("data: "))
+        parts = json.loads(shown.removeprefix("data: "))["parts"]
+        told = client.get("/metrics", headers={"authorization": f"Bearer {token}"}).text
+    assert (parts["head"]["name"], parts["head"]["state"]) == ("plain", "finished")
+    assert parts["fleet"]["order"] == sorted(SITES)
+    for site in SITES:
+        assert parts[f"site/{site}"]["online"], site
+        assert parts[f"site/{site}"]["plan"].startswith("fp32, rank"), site
+        assert f'fedtune_site_online{{site="{site}"}} 1.0' in told
+    beside = httpx.get(f"http://127.0.0.1:{federation.health_port}/metrics", timeout=30).text
+    assert 'fedtune_run_round{run="' in beside
+    samples = [line.rsplit(" ", 1)[0] for line in beside.splitlines() if line[:1] not in "#"]
+    assert len(samples) == len(set(samples))
 
 
 def test_a_revoked_site_is_told_and_its_processes_end(federation: Any) -> None:

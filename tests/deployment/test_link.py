@@ -19,7 +19,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.deploy.flower_process import EXIT_CONFIG
+from fedtune.deploy.exit_codes import EXIT_CONFIG
 from fedtune.errors import AccessError
 from fedtune.flwr_compat import (
     PUBLIC_KEY_HEADER,

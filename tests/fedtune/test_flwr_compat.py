@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import importlib
 import io
+import itertools
 import logging
 import os
 import re
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.supercore import telemetry
+from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import RunNotRunningException
+from starlette.middleware import Middleware
 
+from fedtune import flwr_compat
 from fedtune.flwr_compat import (
     HEARTBEAT_PATIENCE,
     SUPERLINK_NODE_ID,
@@ -36,6 +46,7 @@ from fedtune.flwr_compat import (
     quiet_flower,
     readable_reason,
     run_fab,
+    run_node,
     set_message_id,
     set_source,
 )
@@ -230,6 +241,7 @@ def test_a_site_that_was_stopped_is_not_taken_for_a_broken_link() -> None:
         ("flwr.supercore.sql_mixin", "SQLITE_PRAGMAS"),
         ("flwr.supercore.corestate.sql_corestate", "HEARTBEAT_PATIENCE"),
         ("flwr.supernode.cli.flower_supernode", "flower_supernode"),
+        ("flwr.supernode.cli.flower_supernode", "uvicorn"),
         ("flwr.supernode.main", "create_app"),
         ("flwr.supernode.fleet_http_connection", "make_simple_http_retry_invoker"),
         ("flwr.supernode.fleet_http_connection", "HeartbeatSender"),
@@ -250,6 +262,27 @@ def test_a_site_that_was_stopped_is_not_taken_for_a_broken_link() -> None:
 )
 def test_a_name_that_is_replaced_or_called_is_there(module: str, names: str) -> None:
     assert hasattr(importlib.import_module(module), names)
+
+
+def test_a_nodes_server_leaves_the_log_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = importlib.import_module("flwr.supernode.cli.flower_supernode")
+    connection = importlib.import_module("flwr.supernode.fleet_http_connection")
+    flower_exit = importlib.import_module("flwr.supercore.exit.exit")
+    for module, name in (
+        (command, "uvicorn"),
+        (connection, "make_simple_http_retry_invoker"),
+        (connection, "HeartbeatSender"),
+        (flower_exit, "FORCE_EXIT_TIMEOUT_SECONDS"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored after the test
+    seen: list[object] = []
+
+    def flower_supernode() -> None:
+        seen.append(command.uvicorn.Config(print))
+
+    monkeypatch.setattr(command, "flower_supernode", flower_supernode)
+    run_node([])
+    assert [getattr(config, "log_config", "?") for config in seen] == [None]
 
 
 def test_a_node_waits_two_heartbeats_and_a_query_for_its_lock() -> None:
@@ -388,3 +421,98 @@ def test_the_links_database_learns_of_nodes_and_forgets_them(tmp_path: Path) -> 
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- what a link and arrays cost
+
+
+def test_each_layer_that_is_left_out_elsewhere_is_one_of_flowers() -> None:
+    from flwr.superlink import main
+
+    names = {layer.cls.__name__ for layer in main._get_middleware()}
+    assert names >= set(flwr_compat._LAYERS) | flwr_compat._UNUSED
+
+
+def test_layers_are_left_out_of_requests_that_do_not_concern_them() -> None:
+    class NodeAuthMiddleware:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            seen.append(f"checked {scope.get('path')}")
+            await self.app(scope, receive, send)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append("served")
+
+    seen: list[str] = []
+    (layer,) = flwr_compat._only_where_they_act([Middleware(NodeAuthMiddleware)])
+    wrapped = layer.cls(app)
+    for scope in (
+        {"type": "http", "path": "/v1/fleet/pull-messages"},
+        {"type": "http", "path": "/v1/runtime/get-nodes"},
+        {"type": "lifespan"},
+    ):
+        asyncio.run(wrapped(scope, None, None))
+    assert seen == [
+        "checked /v1/fleet/pull-messages", "served", "served", "checked None", "served"
+    ]  # fmt: skip
+
+
+def test_a_link_looks_for_lost_tasks_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    class State:
+        looks = 0
+
+        def _cleanup_expired_task_tokens(self) -> None:
+            self.looks += 1
+
+    moments = iter((1000.0, 1000.9, 1001.0, 1001.1))
+    monkeypatch.setattr(flwr_compat.time, "monotonic", lambda: next(moments))
+    flwr_compat._look_for_lost_tasks_once_a_second(State)
+    state = State()
+    for _ in range(4):
+        state._cleanup_expired_task_tokens()
+    assert state.looks == 2
+
+
+def test_an_array_in_pieces_comes_out_as_it_went_in() -> None:
+    flwr_compat.lean_transfers()
+    flwr_compat.lean_transfers()
+    for data in (bytes(range(256)) * 50_000, bytes(12_000_000), b""):
+        array = Array("uint8", (len(data),), "ours", data)
+        record = RecordDict({"tensors": ArrayRecord({"packed": array})})
+        contents = {name: each.deflate() for name, each in get_all_nested_objects(record).items()}
+        found = inflate_object_from_contents(record.object_id, contents)
+        assert isinstance(found, RecordDict)
+        assert found.array_records["tensors"]["packed"].data == data
+        assert found.object_id == record.object_id
+
+
+def test_objects_exist_in_bytes_only_while_they_are_sent() -> None:
+    made, sent = 0, 0
+
+    def contents() -> Iterator[tuple[str, bytes]]:
+        nonlocal made
+        for number in range(20):
+            made += 1
+            assert made - sent <= 3  # two under way, and the one that is being made
+            yield str(number), b"content"
+
+    def push(name: str, content: bytes) -> None:
+        nonlocal sent
+        time.sleep(0.002)
+        sent += 1
+
+    flwr_compat.lean_transfers()
+    inflatable_utils.push_object_contents_from_iterable(contents(), push)
+    assert sent == 20
+
+
+def test_a_push_that_fails_ends_the_others() -> None:
+    def push(name: str, content: bytes) -> None:
+        raise ValueError(f"object {name}")
+
+    flwr_compat.lean_transfers()
+    endless = ((str(number), b"content") for number in itertools.count())
+    with pytest.raises(ValueError, match="object"):
+        inflatable_utils.push_object_contents_from_iterable(endless, push)

@@ -37,6 +37,7 @@ from fedtune_client import deployed
 from fedtune_client.answering import make_answering_app
 from fedtune_client.deployed import Device
 from fedtune_client.policy import Readings
+from fedtune_client.round_states import state_folder
 from fedtune_client.shelves import _shelves
 from fedtune_server.simulation.grid import InProcessGrid
 
@@ -389,7 +390,24 @@ def test_what_stopped_one_piece_of_work_does_not_stop_the_next(
     device: Device, asker: Asker
 ) -> None:
     device.stop.now("the task before is gone")
+    device.stop.begin()
     assert not asker.train().has_error()
+
+
+def test_a_task_that_is_gone_before_its_work_begins_does_none(device: Device, asker: Asker) -> None:
+    device.stop.begin()
+    device.stop.now("the coordinator no longer waits for it")
+    seen = watched_steps(device, 1, lambda: None)
+    assert "no longer waits" in failure(asker.train())
+    assert not seen
+
+
+def test_work_for_a_new_run_clears_what_old_ones_left(asker: Asker, home: SiteHome) -> None:
+    old = state_folder(home.state / "runs", "old")
+    old.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    assert not asker.train().has_error()
+    assert not old.exists()
 
 
 def test_a_new_process_goes_on_from_the_kept_state(

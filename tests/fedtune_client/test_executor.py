@@ -6,13 +6,14 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from fedtune.deploy.flower_process import EXIT_RESTART, EXIT_WANTED
+from fedtune.deploy.exit_codes import EXIT_RESTART, EXIT_WANTED
 from fedtune.errors import DeploymentError, PolicyError
 from fedtune.flwr_compat import become_coordinator, readable_reason
 from fedtune_client import executor
@@ -46,7 +47,7 @@ def reply_of(
         state=RecordDict(),
         run_config=ours if config is None else config,
     )
-    worker = Executor("127.0.0.1:1", "s", App(handle, print, lambda: None), tmp_path)
+    worker = Executor("127.0.0.1:1", "s", App(handle, lambda: None, print, lambda: None), tmp_path)
     return worker._reply(message, context), worker
 
 
@@ -102,7 +103,36 @@ def test_a_module_without_an_app_is_named() -> None:
         load("json", Path())
 
 
+def test_an_order_to_stop_is_never_before_the_beginning_of_its_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class GoneAtOnce:
+        def __init__(self, address: str, secret: str, token: str, gone: Callable[[], None]) -> None:
+            gone()
+
+        def receive(self) -> tuple[Message, Context]:
+            raise RuntimeError("its node has forgotten it")
+
+        def close(self) -> None:
+            told.append("closed")
+
+    monkeypatch.setattr("fedtune.flwr_compat.ClientTask", GoneAtOnce)
+    app = App(print, lambda: told.append("begin"), told.append, lambda: None)
+    worker = Executor("127.0.0.1:1", "s", app, tmp_path)
+    with pytest.raises(RuntimeError):
+        worker._work("a token")
+    assert told == ["begin", "the coordinator no longer waits for it", "closed"]
+    told.clear()
+    worker._stopping.set()
+    with pytest.raises(RuntimeError):
+        worker._work("a token")
+    assert told[:2] == ["begin", "the site's executor is being stopped"]
+
+
 def test_a_module_may_offer_to_be_interrupted(tmp_path: Path) -> None:
     app = load("tests.deployment.apps", tmp_path)
+    app.begin()
     app.interrupt("now")
     app.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fedtune.deploy.flower_process import EXIT_CONFIG, EXIT_RESTART
+from fedtune.deploy.exit_codes import EXIT_CONFIG, EXIT_RESTART
 from fedtune_client.executor_secret import executor_secret
 from fedtune_client.link_state import NAME, LinkState, read_link_state
 from fedtune_client.node import REFUSAL_HEADER, SESSION_HEADER, Watch
@@ -51,6 +51,9 @@ def test_it_is_not_written_for_every_request(tmp_path: Path) -> None:
     clock[0] += 2
     link.exchanged(1, 1, 0.1)
     assert read_link_state(tmp_path)["bytes_up"] == 3
+    clock[0] -= 3600  # the machine's clock was corrected
+    link.exchanged(1, 1, 0.1)
+    assert read_link_state(tmp_path)["bytes_up"] == 4
 
 
 @pytest.mark.parametrize(("ours", "offset"), [(5000.0, 0.0), (1400.0, 3600.5), (8600.0, -3599.5)])

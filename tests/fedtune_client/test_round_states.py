@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedtune.errors import RunError
-from fedtune_client.round_states import RoundStates, state_folder
+from fedtune_client.round_states import RoundStates, prune_runs, state_folder
 
 Tensors = dict[str, torch.Tensor]
 
@@ -88,3 +89,28 @@ def test_devices_of_odd_names_have_folders_of_their_own(tmp_path: Path) -> None:
     for folder in folders:
         assert folder.parent == tmp_path
         folder.mkdir()
+
+
+def test_what_old_runs_left_is_removed(tmp_path: Path) -> None:
+    now = time.time()
+
+    def run(name: str, days_ago: float) -> Path:
+        folder = state_folder(tmp_path, name)
+        RoundStates(folder).keep(name, 1, left(1))
+        os.utime(folder, (now - 86_400 * days_ago,) * 2)
+        return folder
+
+    current = run("current", 90)
+    recent = [run(f"run-{days}", days) for days in range(1, 10)]
+    old = run("old", 31)
+    (tmp_path / "not-ours").mkdir()
+    prune_runs(tmp_path, current)
+    assert {path for path in tmp_path.iterdir() if path.name != "not-ours"} == {
+        current, *recent[:7]
+    }  # fmt: skip
+    assert (tmp_path / "not-ours").is_dir()
+    assert not old.exists()
+    os.utime(recent[0], (now - 86_400 * 40,) * 2)
+    prune_runs(tmp_path, current)
+    assert not recent[0].exists()
+    prune_runs(tmp_path / "none", current)

@@ -1,21 +1,17 @@
 from __future__ import annotations
 
-import datetime
 import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from fedtune.deploy.certificates import make_authority, make_server_certificate
 from fedtune.deploy.home_run import HomeRun
 from fedtune.errors import DeploymentError
 from fedtune_server import start as module
-from fedtune_server.start import certificate_days, start
+from fedtune_server.start import start
 from tests.processes import free_ports
 
 
@@ -23,8 +19,10 @@ from tests.processes import free_ports
 def home(tmp_path: Path) -> Path:
     port, service, dashboard, health = free_ports(4)
     (tmp_path / "pki").mkdir()
-    for name in ("ca.crt", "server.crt", "server.key"):
-        (tmp_path / "pki" / name).write_text("")
+    pair = make_server_certificate(authority := make_authority("h"), "h")
+    (tmp_path / "pki" / "ca.crt").write_bytes(authority.certificate)
+    (tmp_path / "pki" / "server.crt").write_bytes(pair.certificate)
+    (tmp_path / "pki" / "server.key").write_bytes(pair.key)
     (tmp_path / "server.toml").write_text(
         f'host = "h"\nbind = "127.0.0.1"\nport = {port}\nservice_port = {service}\n'
         f"dashboard_port = {dashboard}\nhealth_port = {health}\n"
@@ -102,29 +100,8 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(
     assert not (home / "logs").exists()
 
 
-def test_the_days_of_a_certificate_are_read_anew(tmp_path: Path) -> None:
-    path = tmp_path / "server.crt"
-    assert certificate_days(path) is None
-    path.write_text("not a certificate")
-    assert certificate_days(path) is None
-    path.write_bytes(certificate(days=10))
-    assert certificate_days(path) == pytest.approx(10, abs=0.01)
-    path.write_bytes(certificate(days=-1))
-    assert certificate_days(path) == pytest.approx(-1, abs=0.01)
-
-
-def certificate(days: float) -> bytes:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "h")])
-    now = datetime.datetime.now(datetime.UTC)
-    built = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=30))
-        .not_valid_after(now + datetime.timedelta(days=days))
-        .sign(key, hashes.SHA256())
-    )
-    return built.public_bytes(serialization.Encoding.PEM)
+def test_a_certificate_of_another_key_is_refused(home: Path) -> None:
+    other = make_server_certificate(make_authority("h"), "h")
+    (home / "pki" / "server.key").write_bytes(other.key)
+    with pytest.raises(DeploymentError, match=r"is not of the key .* fedtune server rotate"):
+        start(home)

@@ -1,7 +1,7 @@
 """The dashboard's routes: one page, its events, and metrics.
 
     GET  /             the page: a form for the token, or the board
-    GET  /page.css, /page.js
+    GET  /page.css, /page.js, and the modules that it imports
     POST /login        the token; answers with a cookie
     POST /logout
     GET  /events       server-sent events: what the page shows, then what changes
@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from importlib import resources
 from urllib.parse import parse_qs
@@ -29,6 +29,7 @@ from fedtune_server.dashboard.guard import not_cross_site, same_origin
 from fedtune_server.dashboard.login import SESSION_S, Attempts, Doorkeeper
 
 MOST_STREAMS = 16
+SCRIPTS = ("page.js", "elements.js", "fleet.js", "pictures.js")
 _BEAT_S = 15.0
 _MOST_LOGIN_BYTES = 4096
 _LOGIN_S = 10.0
@@ -59,10 +60,11 @@ def make_app(given: Parts) -> FastAPI:
     """The dashboard as an ASGI app; `guard.Guard` belongs around it."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     routes = _Routes(given)
+    for name in SCRIPTS:
+        app.add_api_route(f"/{name}", _script(name), methods=["GET"], response_model=None)
     for method, path, answer in (
         ("GET", "/", routes.page),
         ("GET", "/page.css", routes.style),
-        ("GET", "/page.js", routes.script),
         ("POST", "/login", routes.login),
         ("POST", "/logout", routes.logout),
         ("GET", "/events", routes.events),
@@ -79,7 +81,7 @@ class _Routes:
         self._attempts = given.attempts or Attempts()
         self._cookie = "__Host-fedtune" if given.secure else "fedtune"
         self._streams = 0
-        self._page, self._style, self._script = map(_packaged, ("page.html", "page.css", "page.js"))
+        self._page, self._style = _packaged("page.html"), _packaged("page.css")
 
     # ---------------------------------------------------------------- files
 
@@ -88,9 +90,6 @@ class _Routes:
 
     async def style(self) -> Response:
         return Response(self._style, media_type="text/css")
-
-    async def script(self) -> Response:
-        return Response(self._script, media_type="text/javascript")
 
     async def no_icon(self) -> Response:
         return Response(status_code=204)
@@ -204,6 +203,15 @@ class _Routes:
             return answer
         text = await asyncio.to_thread(self._given.metrics)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _script(name: str) -> Callable[[], Awaitable[Response]]:
+    text = _packaged(name)
+
+    async def script() -> Response:
+        return Response(text, media_type="text/javascript")
+
+    return script
 
 
 def _packaged(name: str) -> str:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from cryptography import x509
 
 from fedtune_server.dashboard.readings import Reading
 from fedtune_server.desk.view import RunEntry, SiteEntry
@@ -96,21 +93,6 @@ def _of_sites(runs: Sequence[RunEntry], sites: Sequence[SiteEntry]) -> Iterator[
             text = f"site {site.name} takes part in run {wanted[site.name]} and is offline"
             seen = "; last seen" if site.last_seen else "; it was not seen since this start"
             yield Attention("offline", text + seen, site.last_seen)
-
-
-def certificate_end(path: Path) -> datetime | None:
-    """When a certificate ends, UTC; None where it cannot be read."""
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
-    except (OSError, ValueError):
-        return None
-
-
-def days_until(end: datetime | None, now: datetime | None = None) -> float | None:
-    """Days from now on; negative: it is over."""
-    if end is None:
-        return None
-    return (end - (now or datetime.now(UTC))).total_seconds() / 86_400
 
 
 def troubled_processes(path: Path) -> dict[str, str]:

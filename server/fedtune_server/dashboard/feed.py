@@ -15,12 +15,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedtune_server.dashboard.attention import (
-    attention,
-    certificate_end,
-    days_until,
-    troubled_processes,
-)
+from fedtune.deploy.certificates import days_left
+from fedtune_server.dashboard.attention import attention, troubled_processes
 from fedtune_server.dashboard.model import Deployment, Part, chosen_run, parts
 from fedtune_server.dashboard.readings import Reading, RunReader
 from fedtune_server.desk.view import DeskView
@@ -58,7 +54,7 @@ class Readings:
             runs,
             sites,
             reading,
-            days_until(certificate_end(self.certificate), now),
+            days_left(self.certificate, now),
             troubled_processes(self._supervisor),
         )
         return Deployment(runs, sites, self._view.refusals(), shown, reading, found)

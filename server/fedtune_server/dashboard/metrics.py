@@ -13,9 +13,9 @@ from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import REGISTRY, Collector
 
+from fedtune.deploy.certificates import certificate_end
 from fedtune.export.device_view import plans_in_force
 from fedtune.export.ledger_facts import LedgerFacts, number
-from fedtune_server.dashboard.attention import certificate_end
 from fedtune_server.dashboard.feed import Readings
 from fedtune_server.dashboard.model import Deployment, seconds_per_round, traffic
 from fedtune_server.desk.view import SiteEntry, SiteReport
@@ -40,7 +40,7 @@ RUN_COUNTERS = {
 }
 SITE_METRICS = {
     "online": "1 if the site told of itself in the last half minute",
-    "memory_bytes": "memory of the site's training process",
+    "memory_bytes": "memory of the site's training process, while it is online",
     "memory_allowed_bytes": "memory that training may take at the site",
     "round": "round that the site works on",
     "step": "optimiser steps of this round that are done",
@@ -63,6 +63,11 @@ def metrics_text(readings: Readings) -> bytes:
     return generate_latest(_Both(BoardCollector(readings), REGISTRY))
 
 
+def own_metrics(readings: Readings) -> bytes:
+    """The same without the Python process, whose names the health port has for itself."""
+    return generate_latest(_Named("fedtune_", _Both(BoardCollector(readings), REGISTRY)))
+
+
 class _Both(Collector):
     """Two collectors as one; a name that both have is the first one's, as a name stands once."""
 
@@ -76,6 +81,16 @@ class _Both(Collector):
                 if family.name not in seen:
                     seen.add(family.name)
                     yield family
+
+
+class _Named(Collector):
+    """What of a collector has names that begin so."""
+
+    def __init__(self, prefix: str, inner: Collector) -> None:
+        self._prefix, self._inner = prefix, inner
+
+    def collect(self) -> Iterator[Metric]:
+        return (each for each in self._inner.collect() if each.name.startswith(self._prefix))
 
 
 class BoardCollector(Collector):
@@ -169,7 +184,7 @@ def _site_values(site: SiteEntry) -> dict[str, float | None]:
     told = site.report or SiteReport()
     return {
         "online": float(site.online),
-        "memory_bytes": told.memory_bytes,
+        "memory_bytes": told.memory_bytes if site.online else None,
         "memory_allowed_bytes": told.memory_allowed_bytes,
         "round": told.round,
         "step": told.step,

@@ -62,7 +62,7 @@ def parts(deployment: Deployment) -> dict[str, Part]:
         **{f"site/{name}": row for name, row in rows.items()},
         "loss": _loss(facts),
         "round": _round(lines, facts),
-        "refusals": {"refusals": _refusals(deployment.refusals, facts, lines)},
+        "refusals": {"refusals": _refusals(deployment.refusals, lines)},
         "privacy": _privacy(lines),
         "ledger": {"lines": [_ledger_line(line) for line in reversed(lines[-_LINES:])]},
     }
@@ -197,12 +197,15 @@ def _row(
     sums: tuple[float, float],
 ) -> Part:
     told = (site.report if site else None) or SiteReport()
+    online = site is not None and site.online
     predicted = number(plan, "peak_bytes")
-    used = told.memory_bytes or _measured_peak(facts, device)
+    # What a site told before it went is no longer in use there.
+    used = (told.memory_bytes if online else 0) or _measured_peak(facts, device)
     allowed = told.memory_allowed_bytes or number(plan, "budget_bytes")
     mark, state = _state(site, told)
     return {
         "site": name,
+        "online": online,
         "mark": mark,
         "state": state,
         "device": told.device or UNKNOWN,
@@ -224,7 +227,7 @@ def _row(
         "predicted_share": predicted / allowed if predicted and allowed else None,
         "link_down": _speed(told.link_down_bytes_per_s),
         "link_up": _speed(told.link_up_bytes_per_s),
-        "refusal": _clip(told.last_refusal),
+        "refusal": _clip(told.last_refusal) if state == "refusing" else "",
         "excluded": _clip(facts.excluded.get(name, "")),
     }
 
@@ -267,16 +270,20 @@ def _speed(bytes_per_s: float) -> str:
 # ---------------------------------------------------------------- what was refused, spent, written
 
 
-def _refusals(
-    told: Sequence[Refusal], facts: LedgerFacts, lines: Sequence[Line]
-) -> list[dict[str, str]]:
-    """Refusals of sites, of calls and of updates, the newest first."""
+def _refusals(told: Sequence[Refusal], lines: Sequence[Line]) -> list[dict[str, str]]:
+    """Refusals of sites, of calls and of updates, the newest first.
+
+    What a site would not do is told by the site and, a moment later, by the run: once is enough.
+    """
+    kinds = ("device_refused", "calibration_refused", "site_excluded")
+    of_run = [line for line in lines if line.get("kind") in kinds]
+    known = {(str(line.get("device", "")), str(line.get("reason", ""))) for line in of_run}
     found = [
         {"time": each.time, "who": each.who, "what": each.what, "reason": _clip(each.reason)}
         for each in told
+        if each.what != "work" or (each.who, each.reason) not in known
     ]
-    kinds = ("device_refused", "calibration_refused", "site_excluded")
-    for line in (line for line in lines if line.get("kind") in kinds):
+    for line in of_run:
         round_ = f", round {line['round']}" if "round" in line else ""
         found.append(
             {
@@ -318,12 +325,24 @@ def _ledger_line(line: Line) -> dict[str, str]:
 
 def _scalars(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     for key, value in fields.items():
-        if isinstance(value, float):
+        if isinstance(value, int | float) and key.endswith("_bytes"):
+            yield key.removesuffix("_bytes"), bytes_text(value)
+        elif isinstance(value, int | float) and key.endswith("seconds"):
+            yield key.removesuffix("_seconds"), seconds_text(value)
+        elif isinstance(value, float):
             yield key, f"{value:.6g}"
         elif isinstance(value, str | int) and value != "":
             yield key, str(value)
-        elif isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value):
-            yield key, " ".join(value)
+        elif words := _words(value):
+            yield key, " ".join(words)
+
+
+def _words(value: object) -> list[str]:
+    """A list of texts, or the texts of a mapping; nothing of other values."""
+    inside = list(value.values()) if isinstance(value, Mapping) else value
+    if isinstance(inside, list | tuple) and all(isinstance(each, str) for each in inside):
+        return list(inside)
+    return []
 
 
 def _clip(text: str) -> str:

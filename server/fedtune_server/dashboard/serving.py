@@ -9,9 +9,9 @@ import socket
 import ssl
 import threading
 import time
-from pathlib import Path
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedtune.deploy.homes import CoordinatorHome, ServerSettings
 from fedtune.errors import DeploymentError
@@ -20,11 +20,11 @@ from fedtune_server.dashboard.feed import Readings, page_feed
 from fedtune_server.dashboard.guard import Guard
 from fedtune_server.dashboard.login import Doorkeeper, read_tokens
 from fedtune_server.dashboard.metrics import metrics_text
-from fedtune_server.desk.view import DeskView
+from fedtune_server.link.heads import bounded_heads
+from fedtune_server.renewing import RenewingServer
 
 _START_S = 15.0
 _STOP_S = 4.0
-_CERTIFICATE_EVERY_S = 30.0
 _log = logging.getLogger(__name__)
 
 
@@ -65,19 +65,8 @@ class Dashboard:
         self._listener.close()
 
 
-class _Server(uvicorn.Server):
-    """A server that takes a renewed certificate without a restart."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self._seen, self._look_at = _stamp(config), 0.0
-
-    async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second."""
-        if time.monotonic() >= self._look_at:
-            self._look_at = time.monotonic() + _CERTIFICATE_EVERY_S
-            self._renew()
-        return await super().on_tick(counter)
+class _Server(RenewingServer):
+    """A server that ends open pages, too."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for open connections a little, then cut those that do not answer a goodbye."""
@@ -87,21 +76,9 @@ class _Server(uvicorn.Server):
                 connection.transport.abort()
         await asyncio.sleep(0.05)  # the loop closes their sockets
 
-    def _renew(self) -> None:
-        stamp = _stamp(self.config)
-        if stamp == self._seen or self.config.ssl is None or self.config.ssl_certfile is None:
-            return
-        try:
-            self.config.ssl.load_cert_chain(self.config.ssl_certfile, self.config.ssl_keyfile)
-        except (OSError, ssl.SSLError) as error:  # it is being written: looked at again
-            _log.warning("dashboard: the new certificate cannot be used yet: %s", error)
-            return
-        self._seen = stamp
-        _log.info("dashboard: uses the new certificate")
-
 
 def serve(
-    view: DeskView, settings: ServerSettings, home: CoordinatorHome, *, insecure: bool = False
+    readings: Readings, settings: ServerSettings, home: CoordinatorHome, *, insecure: bool = False
 ) -> Dashboard:
     """Start the dashboard at `settings.dashboard_port`.
 
@@ -114,7 +91,6 @@ def serve(
     read_tokens(home)  # refuses to start without one
     if insecure:
         _log.warning("dashboard: INSECURE: plaintext; anyone on the way reads the token")
-    readings = Readings(view, home.certificate, home.logs / "supervisor.json")
     parts = Parts(
         page_feed(readings),
         Doorkeeper(lambda: read_tokens(home)),
@@ -143,7 +119,7 @@ def _config(app: Guard, home: CoordinatorHome, insecure: bool) -> uvicorn.Config
     config = uvicorn.Config(
         app,
         loop="asyncio",  # the same on every machine, whatever else is installed
-        http="h11",
+        http=bounded_heads(H11Protocol),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -174,16 +150,3 @@ def _listen(host: str, port: int) -> socket.socket:
             "dashboard_port in server.toml"
         ) from None
     return listener
-
-
-def _stamp(config: uvicorn.Config) -> tuple[int, int]:
-    """Changes when the certificate or its key is written."""
-    times = [_written(Path(str(p))) for p in (config.ssl_certfile, config.ssl_keyfile) if p]
-    return (times[0], times[1]) if len(times) == 2 else (0, 0)
-
-
-def _written(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0

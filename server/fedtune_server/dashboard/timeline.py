@@ -11,7 +11,7 @@ from fedtune.export.device_view import plans_in_force
 from fedtune.export.ledger_facts import LedgerFacts, Line, number
 from fedtune.export.ledger_tail import line_time
 
-Outcome = Literal["at work", "reported", "refused", "late", "joined late"]
+Outcome = Literal["at work", "reported", "refused", "late", "joined late", "cut off"]
 
 
 @dataclass(slots=True)
@@ -20,7 +20,7 @@ class Span:
 
     Attributes:
         outcome: `late`: the round closed without it; `joined late`: its update was of an earlier
-            round and counted in this one.
+            round and counted in this one; `cut off`: the run ended before it did.
         start_s, end_s: seconds after the round began; no end: it is at work.
         planned_s: what its plan says that it takes.
         note: a reason, for refusals.
@@ -67,6 +67,8 @@ def current_round(lines: Sequence[Line], facts: LedgerFacts) -> RoundLine | None
             spans |= {name: Span(name, "at work", at_s) for name in _names(line)}
         elif line.get("kind") == "round_finished":
             closed_s = at_s
+        elif line.get("kind") in ("run_interrupted", "run_failed"):
+            _cut_off(spans, at_s)
         elif line.get("device") is not None:
             _hear(spans, line, at_s)
     for span in spans.values():
@@ -90,6 +92,12 @@ def _hear(spans: dict[str, Span], line: Line, at_s: float) -> None:
 def _end(spans: dict[str, Span], name: str, outcome: Outcome, at_s: float, note: str = "") -> None:
     span = spans.setdefault(name, Span(name, outcome, 0.0))
     span.outcome, span.end_s, span.note = outcome, at_s, note
+
+
+def _cut_off(spans: dict[str, Span], at_s: float) -> None:
+    for span in spans.values():
+        if span.end_s is None:
+            span.outcome, span.end_s = "cut off", at_s
 
 
 def _last_start(lines: Sequence[Line]) -> int | None:

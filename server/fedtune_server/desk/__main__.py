@@ -18,11 +18,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fedtune.deploy.exit_codes import EXIT_CONFIG, EXIT_RESTART, EXIT_WANTED
 from fedtune.deploy.homes import CoordinatorHome, ServerSettings
 from fedtune.errors import DeploymentError, FedtuneError
+from fedtune_server.dashboard.feed import Readings
+from fedtune_server.dashboard.metrics import own_metrics
 from fedtune_server.desk.assembly import Parts, assemble, serve
-
-EXIT_AGAIN, EXIT_NOT_AGAIN = 75, 78
 
 _log = logging.getLogger("fedtune_server.desk")
 
@@ -40,17 +41,17 @@ def main(arguments: list[str] | None = None) -> int:
         settings = home.settings()
     except FedtuneError as error:
         _log.error("%s", error)
-        return EXIT_NOT_AGAIN
+        return EXIT_CONFIG
     try:
         with _alone(home):
             asyncio.run(_run(home, settings, asked.dashboard, asked.insecure))
     except FedtuneError as error:  # such as a port that another process still has
         _log.error("%s", error)
-        return EXIT_AGAIN
+        return EXIT_RESTART
     except Exception:  # noqa: BLE001  at the edge of the process: in full in the log, and tried again
         _log.exception("the desk ends by a fault")
-        return EXIT_AGAIN
-    return 0
+        return EXIT_RESTART
+    return EXIT_WANTED
 
 
 async def _run(
@@ -61,13 +62,15 @@ async def _run(
     for number in (signal.SIGTERM, signal.SIGINT):
         # Windows has no handlers in the loop; a plain one wakes it as well.
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-    board = _dashboard(parts, insecure) if dashboard else None
+    readings = Readings(parts.desk, home.certificate, home.logs / "supervisor.json")
+    board = _dashboard(parts, readings, insecure) if dashboard else None
     try:
         await serve(
             parts,
             stop,
             insecure,
             lambda port: _log.info("the desk answers on port %d", port),
+            lambda: own_metrics(readings),
         )
     finally:
         if board is not None:
@@ -97,11 +100,11 @@ def _local(settings: ServerSettings) -> str:
     return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
 
 
-def _dashboard(parts: Parts, insecure: bool) -> Callable[[], object]:
+def _dashboard(parts: Parts, readings: Readings, insecure: bool) -> Callable[[], object]:
     """Serve the dashboard in a thread; returns what ends it."""
     # Without --dashboard, FastAPI is never loaded.
-    module = importlib.import_module("fedtune_server.dashboard")
-    server = module.serve(parts.desk, parts.settings, parts.home, insecure=insecure)
+    module = importlib.import_module("fedtune_server.dashboard.serving")
+    server = module.serve(readings, parts.settings, parts.home, insecure=insecure)
     stop: Callable[[], object] = server.stop
     return stop
 

@@ -6,11 +6,13 @@ import asyncio
 import hashlib
 import os
 import re
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import grpc
 
@@ -20,6 +22,7 @@ from fedtune.v1 import coordinator_pb2 as pb
 from fedtune.v1.coordinator_pb2_grpc import ArtifactServiceServicer
 from fedtune_server.desk.artifacts import Bases, Digests, LocalFile, base_files, run_files
 from fedtune_server.desk.calls import CallRefusedError, caller
+from fedtune_server.desk.credentials import Gate
 from fedtune_server.desk.facts import Desk
 from fedtune_server.desk.queue import UnknownRunError
 from fedtune_server.desk.rates import Bandwidth
@@ -27,30 +30,42 @@ from fedtune_server.desk.telemetry import SERVED_BYTES
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _AT_ONCE, _AT_ONCE_EACH = 64, 4
+_LOOK_S = 5.0
+"""How often it is asked whether the site that downloads has been revoked."""
+_HASHING = 4
+"""Threads that may read whole files for their digests: the other services have their own."""
+
+_T = TypeVar("_T")
 
 
 class ArtifactService(ArtifactServiceServicer):
     """Serves files; a caller has a few streams at most, and all share the bandwidth."""
 
-    def __init__(self, desk: Desk, bases: Bases, digests: Digests, bandwidth: Bandwidth) -> None:
-        self._desk, self._bases, self._digests = desk, bases, digests
+    def __init__(
+        self, gate: Gate, desk: Desk, bases: Bases, digests: Digests, bandwidth: Bandwidth
+    ) -> None:
+        self._gate, self._desk, self._bases, self._digests = gate, desk, bases, digests
         self._bandwidth = bandwidth
+        self._hashing = ThreadPoolExecutor(_HASHING, "artifacts")
         self._open: Counter[str] = Counter()
 
     async def GetManifest(self, request: pb.ManifestRequest, context: Any) -> pb.Manifest:
         """The files of a run or a base."""
         role, name = caller().role, caller().name
-        return await asyncio.to_thread(self._manifest, request, role, name)
+        return await self._aside(lambda: self._manifest(request, role, name))
 
     async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.Chunk]:
         """A file's bytes from an offset on."""
         role, name = caller().role, caller().name
         with self._counted(f"{role} {name}"):
-            file = await asyncio.to_thread(self._find, request, role, name)
+            file = await self._aside(lambda: self._find(request, role, name))
             stream = await asyncio.to_thread(_opened, file)
             with stream:
-                offset = request.offset
+                offset, look_at = request.offset, time.monotonic() + _LOOK_S
                 while True:
+                    if role == "site" and time.monotonic() >= look_at:
+                        await asyncio.to_thread(self._gate.check_still_admitted, name)
+                        look_at = time.monotonic() + _LOOK_S
                     data = await asyncio.to_thread(_piece, stream, file, offset)
                     if not data:
                         return
@@ -59,6 +74,9 @@ class ArtifactService(ArtifactServiceServicer):
                     yield pb.Chunk(offset=offset, data=data, sha256=digest)
                     SERVED_BYTES.inc(len(data))
                     offset += len(data)
+
+    async def _aside(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._hashing, work)
 
     # ------------------------------------------------------------ which files
 

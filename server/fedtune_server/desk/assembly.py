@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from fedtune.errors import FedtuneError
 from fedtune_server.desk.artifact_service import ArtifactService
 from fedtune_server.desk.artifacts import Bases, Digests
 from fedtune_server.desk.calls import Guard
-from fedtune_server.desk.credentials import Gate, OperatorToken, SiteRegistry
+from fedtune_server.desk.credentials import Gate, SiteRegistry
 from fedtune_server.desk.facts import Desk
 from fedtune_server.desk.orders import Orders
 from fedtune_server.desk.player import FlowerControl, Player
@@ -33,8 +34,13 @@ from fedtune_server.desk.serving import (
 from fedtune_server.desk.site_logs import SiteLogs
 from fedtune_server.desk.site_service import SiteService
 from fedtune_server.desk.telemetry import write_metrics
+from fedtune_server.operator_token import OperatorToken
 
 METRICS_S = 5.0
+_MOST_METRICS_S = 30.0
+"""The health port leaves out a file that is older than twice this."""
+_COST_SHARE = 5.0
+"""A count of long ledgers is made seldom: it costs at most a fifth of a core."""
 _GRACE_S = 1.0
 
 _log = logging.getLogger(__name__)
@@ -73,6 +79,7 @@ def assemble(
             RunService(desk, orders, logs),
             SiteService(gate, presence, logs),
             ArtifactService(
+                gate,
                 desk,
                 Bases([Path(folder) for folder in settings.bases], state / "bases"),
                 Digests(state / "digests"),
@@ -89,11 +96,13 @@ async def serve(
     stop: asyncio.Event,
     insecure: bool = False,
     opened: Callable[[int], object] = lambda port: None,
+    metrics: Callable[[], bytes] = lambda: b"",
 ) -> None:
     """Answer calls and play runs until told to stop.
 
     Args:
         opened: is told the port once calls are answered.
+        metrics: the text for Prometheus, kept in state/desk.prom.
 
     Raises:
         DeploymentError: the port is taken, or the certificate cannot be read.
@@ -113,9 +122,10 @@ async def serve(
     opened(port)
     try:
         while not stop.is_set():
-            await asyncio.to_thread(_measure, parts)
+            took_s = await asyncio.to_thread(_measure, parts, metrics)
+            pause_s = min(max(METRICS_S, _COST_SHARE * took_s), _MOST_METRICS_S)
             try:
-                await asyncio.wait_for(stop.wait(), METRICS_S)
+                await asyncio.wait_for(stop.wait(), pause_s)
             except TimeoutError:
                 continue
     finally:
@@ -124,12 +134,15 @@ async def serve(
         playing.join(_GRACE_S)
 
 
-def _measure(parts: Parts) -> None:
+def _measure(parts: Parts, metrics: Callable[[], bytes]) -> float:
+    """Write the metrics; the seconds that it took."""
+    began = time.monotonic()
     try:
         parts.desk.count()
+        write_metrics(parts.home.path / "state" / "desk.prom", metrics())
     except FedtuneError as error:
         _log.warning("runs and sites cannot be counted: %s", error)
-    write_metrics(parts.home.path / "state" / "desk.prom")
+    return time.monotonic() - began
 
 
 def _bracketed(address: str) -> str:

@@ -5,16 +5,12 @@ What is not allowed in `RIGHTS` is refused, so that a new method is closed until
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import threading
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Literal, Protocol
 
 from fedtune.errors import AccessError
+from fedtune_server.operator_token import OperatorToken
 
 Role = Literal["operator", "site", "anyone"]
 
@@ -66,36 +62,6 @@ class Caller:
     name: str
 
 
-class OperatorToken:
-    """The operator's token as operator.toml has it now, so that a new one counts at once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._read_at: tuple[int, int] | None = None
-        self._digest = b""
-
-    def matches(self, token: str) -> bool:
-        """Whether this is the operator's token; never where the file cannot be read."""
-        with self._lock:
-            self._refresh()
-            digest = self._digest
-        return bool(digest) and hmac.compare_digest(digest, _sha256(token))
-
-    def _refresh(self) -> None:
-        try:
-            stat = self._path.stat()
-            at = (stat.st_mtime_ns, stat.st_ino)
-            if at == self._read_at:
-                return
-            token = tomllib.loads(self._path.read_text(encoding="utf-8")).get("token")
-        except (OSError, ValueError):
-            self._digest, self._read_at = b"", None
-            return
-        self._read_at = at
-        self._digest = _sha256(token) if isinstance(token, str) and token else b""
-
-
 class Gate:
     """Tells callers by their tokens."""
 
@@ -116,10 +82,15 @@ class Gate:
             raise AccessError(f"a {caller.role}'s token gives no right to call {method}")
         return caller
 
-    def still_admitted(self, site: str) -> bool:
-        """Whether a site that was admitted has not been revoked since."""
+    def check_still_admitted(self, site: str) -> None:
+        """Ask of a site that was admitted, and whose stream is open.
+
+        Raises:
+            AccessError: it has been revoked since.
+        """
         found = self._registry.sites().get(site)
-        return found is not None and found.state == "enrolled"
+        if found is None or found.state != "enrolled":
+            raise AccessError(f"site {site} is revoked at this coordinator")
 
     def _caller(self, header: str) -> Caller:
         scheme, _, token = header.partition(" ")
@@ -138,7 +109,3 @@ class Gate:
         if site.state != "enrolled":
             raise AccessError(f"site {site.name} is {site.state} at this coordinator")
         return Caller("site", site.name)
-
-
-def _sha256(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

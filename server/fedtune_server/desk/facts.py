@@ -25,8 +25,6 @@ from fedtune_server.desk.view import (
     SiteState,
 )
 
-_STATES: tuple[RunState, ...] = ("queued", "running", "stopping", "stopped", "finished", "failed")
-
 
 class Desk:
     """What may be looked at; see `DeskView`, whose methods these are."""
@@ -99,12 +97,8 @@ class Desk:
         return self._presence.refusals()
 
     def count(self) -> None:
-        """Set the gauges of what there is now."""
-        runs, sites = self.runs(), self.sites()
-        for state in _STATES:
-            telemetry.RUNS.labels(state).set(sum(run.state == state for run in runs))
-        for run in runs:
-            telemetry.ROUND.labels(run.name).set(run.round)
+        """Set the gauges of the sites that there are now."""
+        sites = self.sites()
         for name in ("invited", "enrolled", "revoked"):
             telemetry.SITES.labels(name).set(sum(site.state == name for site in sites))
         telemetry.SITES_ONLINE.set(sum(site.online for site in sites))

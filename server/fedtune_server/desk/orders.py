@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedtune.errors import ConfigError, RunError
 from fedtune.settings import RunConfig
+from fedtune_server.deployed_config import deployed_config
 from fedtune_server.desk.credentials import SiteRegistry
 from fedtune_server.desk.player import Player, read_status
 from fedtune_server.desk.presence import Presence, utc_now
@@ -64,7 +65,7 @@ class Orders:
             if overwrite:
                 _remove(folder)
             else:
-                _check_same(folder, config)
+                _check_same(folder, deployed_config(config, folder))
             self._queue.put(run)
         self.tell_sites()
         self._player.wake()

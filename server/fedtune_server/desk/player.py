@@ -25,6 +25,7 @@ from fedtune_server.desk.queue import Queue, Wanted
 _MOST_FRUITLESS = 20
 _LONGEST_PAUSE_S = 60.0
 _POLL_S = 1.0
+_UNWRITTEN_S = 30.0
 _TAIL_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
@@ -206,8 +207,12 @@ class Player:
             self._end(run, "finished", "")  # by a process whose end nobody saw
             return
         fab = self._make_fab(flower_config(config))
+        # Where its id cannot be written down, such as on a full disk, it is a stranger at the next
+        # step, and the next one is not started at once.
+        self._not_before[run.name] = self._now() + _UNWRITTEN_S
         run_id = self._control.start_run(fab)
         self._queue.change(run.name, flower_run_id=run_id, started_with=mark, started_round=reached)
+        self._not_before.pop(run.name, None)
         _log.info("run %s is played as Flower run %d", run.name, run_id)
 
 

@@ -93,9 +93,11 @@ class Presence:
         with self._lock:
             known = self._known.setdefault(site, _Known())
             before = known.report.last_refusal if known.report is not None else ""
+            # The first word after a start of the desk may be of a refusal of days ago.
+            old = known.report is None and report.state != "refusing"
             known.report = report
             self._see(known)
-        if report.last_refusal and report.last_refusal != before:
+        if report.last_refusal and report.last_refusal != before and not old:
             self.refuse(site, "work", report.last_refusal)
 
     def _see(self, known: _Known) -> None:

@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from fedtune.deploy.certificates import read_pair
 from fedtune.errors import DeploymentError
 from fedtune.v1 import coordinator_pb2
 from fedtune.v1.coordinator_pb2_grpc import (
@@ -38,7 +39,8 @@ _OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    # gRPC's own five minutes would end a stream that is silent for one: callers ping every 20 s.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.so_reuseport", 0),  # two desks on one port would share its callers
 )
 
@@ -143,23 +145,8 @@ class Certificate:
         return tuple(value for stat in stats for value in (stat.st_mtime_ns, stat.st_ino))
 
     def _read(self) -> Any:
-        certificate, key = self._certificate.read_bytes(), self._key.read_bytes()
-        _check_pair(certificate, key)
-        return grpc.ssl_server_certificate_configuration([(key, certificate)])
-
-
-def _check_pair(certificate: bytes, key: bytes) -> None:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import serialization
-
-    form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    try:
-        shown = x509.load_pem_x509_certificate(certificate).public_key().public_bytes(*form)
-        private = serialization.load_pem_private_key(key, None)
-    except (ValueError, TypeError) as error:
-        raise DeploymentError(f"certificate or key cannot be read ({error})") from None
-    if private.public_key().public_bytes(*form) != shown:
-        raise DeploymentError("certificate and key do not belong together")
+        pair = read_pair(self._certificate, self._key)
+        return grpc.ssl_server_certificate_configuration([(pair.key, pair.certificate)])
 
 
 def plain_warning(address: str, say: Callable[[str], object]) -> None:

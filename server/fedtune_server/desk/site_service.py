@@ -10,7 +10,6 @@ from typing import Any
 import grpc
 
 from fedtune.deploy.channel import one_line
-from fedtune.errors import AccessError
 from fedtune.v1 import coordinator_pb2 as pb
 from fedtune.v1.coordinator_pb2_grpc import SiteServiceServicer
 from fedtune_server.desk.calls import CallRefusedError, caller
@@ -46,7 +45,7 @@ class SiteService(SiteServiceServicer):
                         raise CallRefusedError(
                             grpc.StatusCode.ABORTED, f"site {site} connected anew elsewhere"
                         )
-                    await self._still_admitted(site)
+                    await asyncio.to_thread(self._gate.check_still_admitted, site)
                     stopped = self._presence.stopped
                     if stopped != told:
                         yield pb.SiteOrder(stopped_runs=stopped)
@@ -68,10 +67,6 @@ class SiteService(SiteServiceServicer):
             if status.log_lines:
                 lines = list(status.log_lines)
                 await asyncio.to_thread(self._logs.keep, site, lines)
-
-    async def _still_admitted(self, site: str) -> None:
-        if not await asyncio.to_thread(self._gate.still_admitted, site):
-            raise AccessError(f"site {site} is revoked at this coordinator")
 
 
 def read_report(status: pb.SiteStatus) -> SiteReport:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import tomllib
 from base64 import b64decode
 from binascii import Error as Base64Error
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Protocol
 
-from fedtune.errors import DeploymentError
 from fedtune.flwr_compat import (
     PUBLIC_KEY_HEADER,
     SIGNATURE_HEADER,
@@ -40,45 +35,6 @@ class Sites(Protocol):
     def by_token(self, token: str) -> Site | None: ...
 
     def set_node(self, name: str, node_id: int) -> None: ...
-
-
-class OperatorToken:
-    """The operator's token, read anew when its file has changed."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._seen: tuple[int, int] | None = None
-        self._digest = b""
-
-    def read(self) -> str:
-        """The token itself, for our own requests.
-
-        Raises:
-            DeploymentError: the file is not there or holds none.
-        """
-        try:
-            token = tomllib.loads(self._path.read_text(encoding="utf-8")).get("token")
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise DeploymentError(
-                f"{self._path} cannot be read ({error}); make it with: fedtune server init"
-            ) from None
-        if not isinstance(token, str) or not token:
-            raise DeploymentError(f'{self._path}: expected token = "...", found none')
-        return token
-
-    def matches(self, headers: Mapping[str, str]) -> bool:
-        """Whether a request shows it; compared in constant time."""
-        shown = bearer(headers)
-        if not shown:
-            return False
-        try:
-            found = self._path.stat()
-            if self._seen != (found.st_mtime_ns, found.st_ino):
-                self._digest = hashlib.sha256(self.read().encode()).digest()
-                self._seen = (found.st_mtime_ns, found.st_ino)
-        except (OSError, DeploymentError):
-            return False
-        return hmac.compare_digest(self._digest, hashlib.sha256(shown.encode()).digest())
 
 
 def bearer(headers: Mapping[str, str]) -> str:

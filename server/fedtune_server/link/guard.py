@@ -17,8 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from fedtune.flwr_compat import PUBLIC_KEY_HEADER
-from fedtune_server.link.credentials import OperatorToken, Sites, bearer, signed_by
+from fedtune_server.link.credentials import Sites, bearer, signed_by
+from fedtune_server.link.echo import MOST_BYTES as MOST_ECHO_BYTES
 from fedtune_server.link.limits import RateLimit
+from fedtune_server.link.pace import HEADER, Pace
+from fedtune_server.operator_token import OperatorToken
 
 Scope: TypeAlias = Any  # ASGI's dict of a request
 Message: TypeAlias = Any  # ASGI's dict of an event
@@ -35,8 +38,11 @@ SESSION_HEADER = "fedtune-session"
 
 BODY_S = 300.0
 """How long a body may take: 5 MB, Flower's largest piece, over 0.15 Mbit/s."""
+STRANGER_BYTES, STRANGER_S = 65_536, 20.0
+"""The same of who shows nothing: 2000 connections of such are 130 MB."""
 HEALTH = "/health"
 ACTIVATE = "/v1/fleet/activate-node"
+PULL = "/v1/fleet/pull-messages"
 
 _LOOPBACK = ("127.0.0.1", "::1")
 _LOG_PER_S, _LOG_BURST = 2.0, 100
@@ -132,6 +138,7 @@ class Guard:
         self._bounds = bounds
         self._hook = hook
         rates = (bounds.requests_per_s, bounds.burst, clock)
+        self._pace = Pace(clock)
         self._seen = _Seen(
             RateLimit(*rates), RateLimit(*rates), RateLimit(_LOG_PER_S, _LOG_BURST, clock)
         )
@@ -151,13 +158,18 @@ class Guard:
             if self._seen.peers.is_empty(_peer(scope)):
                 found = Refusal(429, "rate", "too many refused requests; ask again later")
             await self._refuse(scope, send, found)
-            return
-        await self._serve(scope, headers, receive, send)
+        else:
+            await self._serve(scope, headers, receive, send, found)
 
     async def _serve(
-        self, scope: Scope, headers: Mapping[str, str], receive: Receive, send: Send
+        self,
+        scope: Scope,
+        headers: Mapping[str, str],
+        receive: Receive,
+        send: Send,
+        caller: Caller,
     ) -> None:
-        body = await self._body(headers, receive)
+        body = await self._body(scope["path"], headers, receive)
         if body is None:  # the caller is gone
             return
         if isinstance(body, Refusal):
@@ -170,6 +182,8 @@ class Guard:
         app = self._ours if path in self._doors.public | self._doors.tokened else self._flower
         if path == ACTIVATE:
             send = self._adopting(headers, send)
+        if path == PULL and caller.kind == "site":
+            send = _pacing(send, self._pace.poll_s(caller.name))
         await app(scope, _replay(body, receive), send)
 
     # ------------------------------------------------------------ who may enter
@@ -205,7 +219,7 @@ class Guard:
         return Caller("site", name)
 
     def _admit_operator(self, scope: Scope, headers: Mapping[str, str]) -> Caller | Refusal:
-        if self._operator.matches(headers):
+        if self._operator.matches(bearer(headers)):
             return Caller("operator", "operator")
         if self._bounds.trust_loopback and not bearer(headers) and _peer(scope) in _LOOPBACK:
             return Caller("operator", "loopback")
@@ -216,7 +230,7 @@ class Guard:
         site = self._sites.by_token(token) if token else None
         if site is not None and site.state == "enrolled":
             return Caller("site", site.name)
-        if self._operator.matches(headers):
+        if self._operator.matches(bearer(headers)):
             return Caller("operator", "operator")
         return Refusal(401, "credentials", "this needs a site's token")
 
@@ -240,18 +254,24 @@ class Guard:
 
     # ------------------------------------------------------------ bodies and answers
 
-    async def _body(self, headers: Mapping[str, str], receive: Receive) -> bytes | Refusal | None:
-        most = self._bounds.body_bytes
+    async def _body(
+        self, path: str, headers: Mapping[str, str], receive: Receive
+    ) -> bytes | Refusal | None:
+        most, seconds = self._bounds.body_bytes, BODY_S
+        if path == HEALTH or path in self._doors.public:
+            most, seconds = min(most, STRANGER_BYTES), STRANGER_S
+        elif path in self._doors.tokened:
+            most = min(most, MOST_ECHO_BYTES)
         too_large = Refusal(413, "body", f"a body may hold at most {most} bytes")
         said = headers.get("content-length", "0")
-        if not said.isdigit():
+        if not (said.isascii() and said.isdigit() and len(said) <= 18):
             return Refusal(400, "body", "content-length is not a number")
         if int(said) > most:
             return too_large
         parts: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout(BODY_S):
+            async with asyncio.timeout(seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -263,7 +283,7 @@ class Guard:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            return Refusal(408, "body", f"the body took longer than {BODY_S:.0f} s")
+            return Refusal(408, "body", f"the body took longer than {seconds:.0f} s")
 
     async def _refuse(self, scope: Scope, send: Send, refusal: Refusal) -> None:
         peer = _peer(scope)
@@ -319,6 +339,18 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def _pacing(send: Send, poll_s: float) -> Send:
+    """Say with an answer when to ask again."""
+
+    async def saying(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            header = (HEADER.encode(), f"{poll_s:.2f}".encode())
+            message = {**message, "headers": [*message.get("headers", ()), header]}
+        await send(message)
+
+    return saying
 
 
 async def _answer(send: Send, status: int, text: str, headers: Mapping[str, str]) -> None:

@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.deploy.exit_codes import EXIT_CONFIG, EXIT_RESTART
 from fedtune.deploy.flower_process import (
-    EXIT_CONFIG,
-    EXIT_RESTART,
     leave,
     start_log,
     talk_to_the_coordinator_alone,
 )
 from fedtune.deploy.homes import CoordinatorHome, ServerSettings
+from fedtune.deploy.memory import return_freed_memory
 from fedtune.errors import DeploymentError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class LinkParts:
 def main(arguments: Sequence[str]) -> None:
     """The process; it never returns."""
     options = _options(arguments)
+    return_freed_memory()
     home = CoordinatorHome(options.home)
     talk_to_the_coordinator_alone(home.flower)
     start_log("link", home.logs)
@@ -91,9 +92,9 @@ def guarded_app(
     from starlette.applications import Starlette
 
     from fedtune.flwr_compat import LinkNodes, known_paths, link_app
-    from fedtune_server.link.credentials import OperatorToken
     from fedtune_server.link.echo import PATH, echo_route
     from fedtune_server.link.guard import Bounds, Doors, Guard
+    from fedtune_server.operator_token import OperatorToken
 
     def on_activate(public_key: bytes) -> None:
         # Flower's database may be younger than the registry: then it learns of the node here.
@@ -137,6 +138,9 @@ def serve(
     """
     import uvicorn
 
+    from fedtune_server.link.heads import link_protocol
+    from fedtune_server.renewing import RenewingServer
+
     app = guarded_app(home, settings, parts, insecure=insecure)
     # Flower is imported by now, and its loggers can be taken over.
     start_log("link", home.logs)
@@ -146,6 +150,8 @@ def serve(
         app,
         host=settings.bind,
         port=settings.port,
+        http=link_protocol(),
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -157,7 +163,7 @@ def serve(
         ssl_certfile=None if insecure else str(home.certificate),
         ssl_keyfile=None if insecure else str(home.key),
     )
-    server = uvicorn.Server(config)
+    server = RenewingServer(config, _SameAuthority(home.ca_certificate))
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn stops at a signal, and raises it again once it has stopped: that is for nobody.
         signal.signal(number, lambda *_: None)
@@ -167,6 +173,30 @@ def serve(
         leave(EXIT_RESTART)
     if not server.started:
         leave(EXIT_RESTART)
+
+
+class _SameAuthority:
+    """Whether the authority is the one that the coordinator's processes began with, and trust."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._began_with = self._read()
+        self._was_told = False
+
+    def __call__(self) -> bool:
+        same = self._read() == self._began_with
+        if not same and not self._was_told:
+            self._was_told = True
+            _log.warning(
+                "there is a new authority, which counts once the coordinator was started again"
+            )
+        return same
+
+    def _read(self) -> bytes:
+        try:
+            return self._path.read_bytes()
+        except OSError:
+            return b""
 
 
 def _flower_arguments(home: CoordinatorHome, settings: ServerSettings, insecure: bool) -> list[str]:

@@ -421,6 +421,11 @@ def test_late_devices_and_repeated_rounds_are_shown() -> None:
             "the run waits for 3 sites, here: a; missing: b, c",
         ),
         (
+            "sites_awaited",
+            {"needed": 2, "here": ["a", "b", "c"], "missing": []},
+            "all sites are here: a, b, c",
+        ),
+        (
             "round_waits",
             {"round": 2, "needed": 2, "here": [], "missing": ["a"]},
             "round 2 waits for 2 sites, here: none; missing: a",

@@ -14,6 +14,7 @@ from fedtune.cli import coordinator as module
 from fedtune.cli.logs import log_text
 from fedtune.cli.main import main
 from fedtune_server.desk.site_logs import SiteLogs
+from fedtune_server.desk.view import SiteReport
 from tests.fedtune_server.desk.office import (
     OPERATOR_TOKEN,
     Office,
@@ -126,6 +127,15 @@ def test_ctrl_c_leaves_the_run_going(
     until(lambda: at.office.flower.started == ["demo"])
 
 
+def test_who_follows_a_run_that_fails_reads_how_to_go_on(at: At, capsys: Captured) -> None:
+    player = at.play("failed", EVENTS[0], {"kind": "run_failed", "reason": "too few sites"})
+    assert at.do("run", str(at.run_file)) == 2
+    player.join(10)
+    shown = capsys.readouterr().out
+    assert "fedtune resume demo" in shown
+    assert "same command" not in shown
+
+
 def test_a_detached_run_is_listed_stopped_and_resumed(at: At, capsys: Captured) -> None:
     assert at.do("run", str(at.run_file), "--detach", "--set", "run.rounds=7") == 0
     until(lambda: at.office.flower.started)
@@ -140,6 +150,8 @@ def test_a_detached_run_is_listed_stopped_and_resumed(at: At, capsys: Captured) 
     until(lambda: at.office.parts.desk.run("demo").state == "stopped")
     assert at.do("status", "demo") == 0
     assert "reason     the operator stopped it" in capsys.readouterr().out
+    assert at.do("logs", "north") == 0
+    assert "no lines of north came: a site sends them" in capsys.readouterr().err
     assert at.do("resume", "demo") == 0
     until(lambda: len(at.office.flower.started) == 2)
 
@@ -204,9 +216,34 @@ def test_a_coordinator_that_does_not_answer_is_said(tmp_path: Path, capsys: Capt
 
 def test_a_sites_log_is_shown(at: At, capsys: Captured) -> None:
     logs = SiteLogs(at.office.parts.home.logs / "sites")
-    logs.keep("north", ['{"time": "12:00", "level": "INFO", "message": "step 3"}', "plain"])
+    time = "2026-11-27T17:09:55.972Z"
+    said = [
+        json.dumps({"time": time, "level": level, "process": "node", "message": "step 3"})
+        for level in ("info", "warning")
+    ]
+    logs.keep("north", [*said, "plain"])
     assert at.do("logs", "north", "-n", "5") == 0
-    assert capsys.readouterr().out.splitlines() == ["12:00 INFO step 3", "plain"]
+    assert capsys.readouterr().out.splitlines() == [
+        "2026-11-27 17:09:55 node step 3",
+        "2026-11-27 17:09:55 warning node step 3",
+        "plain",
+    ]
+
+
+def test_the_status_of_a_run_says_what_its_sites_refuse(at: At, capsys: Captured) -> None:
+    at.office.parts.desk._presence.hear(
+        "north", SiteReport(state="refusing", last_refusal="at night")
+    )
+    assert at.do("run", str(at.run_file), "-d") == 0
+    capsys.readouterr()
+    assert at.do("status", "demo") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  north: offline, last seen 20") for line in lines)
+    assert lines[-2].endswith("; last refusal: at night")
+    assert lines[-1] == "  south: offline"
+    assert at.do("status", "demo", "--json") == 0
+    north, south = json.loads(capsys.readouterr().out)["site_states"]
+    assert (north["last_refusal"], south["online"]) == ("at night", False)
 
 
 def test_a_log_line_cannot_act_on_a_terminal() -> None:
@@ -249,3 +286,27 @@ def test_a_desk_that_restarts_is_asked_again(tmp_path: Path, capsys: Captured) -
     kinds = [json.loads(line)["kind"] for line in heard]
     assert kinds == KINDS
     assert "does not answer" in "".join(said)
+
+
+@pytest.mark.parametrize("verb", ["status", "watch"])
+def test_a_run_here_is_shown_and_the_other_named(
+    verb: str, at: At, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both have a run `demo`: a line says which is shown, and how to see the other."""
+    monkeypatch.chdir(at.folder)
+    monkeypatch.setenv("FEDTUNE_OPERATOR", str(at.folder / "operator.toml"))
+    write_ledger(at.folder / "runs" / "demo", {"seq": 0, "time": "", **EVENTS[0]}, EVENTS[-1])
+    main([verb, "demo"])
+    shown = capsys.readouterr()
+    assert "runs/demo on this machine" in shown.err.replace("\\", "/")
+    assert "--coordinator FILE" in shown.err
+    main([verb, str(at.folder / "runs" / "demo")])
+    assert "on this machine" not in capsys.readouterr().err
+
+
+def test_a_path_is_never_asked_of_a_coordinator(
+    at: At, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDTUNE_OPERATOR", str(at.folder / "operator.toml"))
+    assert main(["status", str(at.folder / "nothing")]) == 2
+    assert "no run is at" in capsys.readouterr().err

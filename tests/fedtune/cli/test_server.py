@@ -74,7 +74,7 @@ def test_wrong_uses_are_told_in_one_line(
 ) -> None:
     for verb in (["invite", "a"], ["revoke", "a"], ["sites"], ["rotate"], ["rotate", "--ca"]):
         assert main(["server", *verb]) == 2
-        assert "make it with: fedtune server init" in refused(capsys)
+        assert "make one with: fedtune server init --host NAME" in refused(capsys)
     assert main(["server", "init"]) == 2
     assert "--host" in refused(capsys)
     assert main(["server", "init", "--host", "http://x"]) == 2

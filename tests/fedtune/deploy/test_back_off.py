@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from fedtune.deploy.back_off import EXIT_AGAIN, BackOff, Waits
+from fedtune.deploy.back_off import BackOff, Waits
+from fedtune.deploy.exit_codes import EXIT_RESTART
 
 
 class _NoChance(random.Random):
@@ -45,7 +46,9 @@ def test_a_thousand_ends_do_not_overflow() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("code", "loop"), [(1, True), (-9, True), (0, False), (EXIT_AGAIN, False)])
+@pytest.mark.parametrize(
+    ("code", "loop"), [(1, True), (-9, True), (0, False), (EXIT_RESTART, False)]
+)
 def test_five_failures_are_a_crash_loop_and_requests_for_a_restart_are_not(
     code: int, loop: bool
 ) -> None:

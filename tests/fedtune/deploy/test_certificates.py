@@ -18,7 +18,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedtune.deploy.certificates import (
     KeyPair,
     certified_names,
-    check_pair,
     days_left,
     fingerprint,
     make_authority,
@@ -28,6 +27,7 @@ from fedtune.deploy.certificates import (
     proves,
     public_pem,
     read_certificate,
+    read_pair,
     read_private_key,
     read_public_key,
 )
@@ -112,8 +112,9 @@ def test_days_are_counted_to_the_end(tmp_path: Path) -> None:
     assert days_left(certificate, NOW + datetime.timedelta(days=830)) == -6
     made = read_certificate(make_authority("a", NOW).certificate, "it")
     assert (made.not_valid_after_utc - made.not_valid_before_utc).days == 3650
-    with pytest.raises(DeploymentError, match=r"cannot be read .* fedtune server rotate"):
-        days_left(tmp_path / "none")
+    assert days_left(tmp_path / "none") is None
+    certificate.write_text("no certificate", encoding="utf-8")
+    assert days_left(certificate) is None
 
 
 def test_names_fingerprint_and_pair_are_read_back(tmp_path: Path) -> None:
@@ -122,10 +123,15 @@ def test_names_fingerprint_and_pair_are_read_back(tmp_path: Path) -> None:
     assert certified_names(made) == ("localhost", "10.0.0.5", "127.0.0.1", "::1")
     assert len(fingerprint(AUTHORITY.certificate)) == 32
     certificate, key = lay_out(tmp_path, pair)
-    check_pair(certificate, key)
+    assert read_pair(certificate, key) == pair
     key.write_bytes(AUTHORITY.key)
     with pytest.raises(DeploymentError, match=r"is not of the key .* fedtune server rotate"):
-        check_pair(certificate, key)
+        read_pair(certificate, key)
+    key.write_text("no key", encoding="utf-8")
+    with pytest.raises(DeploymentError, match=r"expected a certificate and .* server rotate"):
+        read_pair(certificate, key)
+    with pytest.raises(DeploymentError, match=r"cannot be read .* fedtune server rotate"):
+        read_pair(tmp_path / "none", key)
 
 
 def test_a_sites_key_is_as_flower_reads_it() -> None:

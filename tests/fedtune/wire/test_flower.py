@@ -7,7 +7,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedtune.errors import ProtocolError
-from fedtune.wire.flower import TENSORS_STYPE, TRAIN, from_record, to_record
+from fedtune.wire.flower import SMALL_BYTES, TENSORS_STYPE, TRAIN, from_record, to_record
 
 TENSORS = bytes(range(200))
 
@@ -20,14 +20,27 @@ def array(data: bytes = b"abc", dtype: str = "uint8", stype: str = TENSORS_STYPE
     return ArrayRecord({"packed": Array(dtype, (len(data),), stype, data)})
 
 
-@pytest.mark.parametrize("tensors", [None, b"", TENSORS])
+LARGE = bytes(SMALL_BYTES + 1)
+
+
+@pytest.mark.parametrize("tensors", [None, b"", TENSORS, LARGE[1:], LARGE])
 def test_a_message_comes_out_as_it_went_in(tensors: bytes | None) -> None:
     assert from_record(to_record(TRAIN, b"body", tensors), TRAIN) == (b"body", tensors)
 
 
 def test_all_tensors_travel_in_one_array() -> None:
-    record = to_record(TRAIN, b"body", TENSORS)
+    record = to_record(TRAIN, b"body", LARGE)
     assert [len(arrays) for arrays in record.array_records.values()] == [1]
+
+
+def test_tensors_that_fit_one_post_travel_without_an_array() -> None:
+    record = to_record(TRAIN, b"body", TENSORS)
+    assert list(record.array_records) == []
+    assert set(record["tensors"]) == {"packed"}
+
+
+def test_tensors_of_a_small_message_still_come_as_an_array() -> None:
+    assert from_record(RecordDict({"fedtune": config(), "tensors": array()}), TRAIN)[1] == b"abc"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +58,18 @@ def test_all_tensors_travel_in_one_array() -> None:
         (RecordDict({"fedtune": config(kind="query.profile")}), "expected kind train.lora, got"),
         (RecordDict({"fedtune": config(body="text")}), "expected bytes as body, got str"),
         (RecordDict({"fedtune": config(body=bytes(16 * 2**20 + 1))}), "a body of at most"),
+        (
+            RecordDict({"fedtune": config(), "tensors": ConfigRecord({"packed": "text"})}),
+            "expected packed tensors, as bytes, and nothing else",
+        ),
+        (
+            RecordDict({"fedtune": config(), "tensors": ConfigRecord({"packed": b"", "a": 1})}),
+            "expected packed tensors, as bytes, and nothing else",
+        ),
+        (
+            RecordDict({"fedtune": config(), "tensors": ConfigRecord({"packed": LARGE})}),
+            "expected at most 4194304 bytes of tensors without an array, got 4194305",
+        ),
         (
             RecordDict({"fedtune": config(), "tensors": MetricRecord({"a": 1})}),
             "expected one array of packed tensors",

@@ -12,7 +12,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from fedtune.errors import RunError
-from fedtune_server.dashboard.app import Parts, make_app
+from fedtune_server.dashboard.app import SCRIPTS, Parts, make_app
 from fedtune_server.dashboard.feed import Readings, page_feed
 from fedtune_server.dashboard.guard import Guard
 from fedtune_server.dashboard.login import Attempts, Doorkeeper
@@ -23,6 +23,8 @@ from .conftest import HOSTILE, TOKEN, FakeDesk
 BASE = "https://coordinator.test:9402"
 OWN = {"origin": BASE}
 DATA = ("spring", "north", "round_started", "Linux, 8 cores")
+
+SCRIPT_PATHS = [f"/{name}" for name in SCRIPTS]
 
 
 class Client:
@@ -208,7 +210,15 @@ def test_only_its_own_names_and_addresses_reach_it(server: Server, host: str, st
 
 
 def test_every_answer_forbids_foreign_content_framing_and_storing(server: Server) -> None:
-    for path in ("/", "/page.css", "/page.js", "/events", "/metrics", "/nothing", "/favicon.ico"):
+    for path in (
+        "/",
+        "/page.css",
+        *SCRIPT_PATHS,
+        "/events",
+        "/metrics",
+        "/nothing",
+        "/favicon.ico",
+    ):
         headers = server.client.get(path).headers
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy
@@ -221,7 +231,7 @@ def test_every_answer_forbids_foreign_content_framing_and_storing(server: Server
 
 
 def test_the_page_has_no_inline_code_and_no_foreign_address(server: Server) -> None:
-    text = "".join(server.client.get(path).text for path in ("/", "/page.css", "/page.js"))
+    text = "".join(server.client.get(path).text for path in ("/", "/page.css", *SCRIPT_PATHS))
     for forbidden in ("innerHTML", "style=", " onclick", " onload", "eval(", "@import"):
         assert forbidden not in text
     foreign = text.replace("http://www.w3.org/2000/svg", "")

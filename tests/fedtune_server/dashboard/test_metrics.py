@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedtune.deploy.homes import CoordinatorHome
 from fedtune_server.dashboard.feed import Readings
-from fedtune_server.dashboard.metrics import metrics_text
+from fedtune_server.dashboard.metrics import metrics_text, own_metrics
+from fedtune_server.desk import telemetry
 
 from .conftest import HOSTILE, FakeDesk
 
@@ -85,6 +87,26 @@ def test_the_end_of_the_certificate_is_told(desk: FakeDesk, home: CoordinatorHom
     assert found["fedtune_certificate_expiry_timestamp_seconds", ()] > 1.7e9
 
 
+def test_the_file_for_the_health_port_holds_the_same_without_the_process(told: FakeDesk) -> None:
+    """That port tells of its own process under the same names, and a name may stand once."""
+    text = own_metrics(Readings(told, Path("no.crt"), Path("no.json"))).decode()
+    found = {
+        sample.name for each in text_string_to_metric_families(text) for sample in each.samples
+    }
+    assert all(name.startswith("fedtune_") for name in found)
+    both = {name for name, _ in samples(told)}
+    assert found == {name for name in both if name.startswith("fedtune_")}
+    assert any(name.startswith("python_") for name in both)
+
+
+def test_memory_of_a_site_that_is_gone_is_not_told(told: FakeDesk) -> None:
+    there = replace(told.site_entries[3], online=False)
+    told.site_entries[3] = there
+    assert there.report is not None
+    assert there.report.memory_bytes > 0
+    assert ("fedtune_site_memory_bytes", ("south",)) not in samples(told)
+
+
 def test_a_metric_that_the_process_has_too_is_told_once(told: FakeDesk) -> None:
     own = Gauge("fedtune_run_round", "of the desk itself", ["run"])
     try:
@@ -98,7 +120,10 @@ def test_a_metric_that_the_process_has_too_is_told_once(told: FakeDesk) -> None:
 
 
 def told_names(told: FakeDesk, home: CoordinatorHome) -> set[str]:
-    return {name for name, _ in samples(told, home.certificate) if name.startswith("fedtune_")}
+    for metric in (telemetry.CALLS, telemetry.AUTH_REFUSALS, telemetry.SITES):
+        metric.labels(*metric._labelnames)  # a family without a sample says no name
+    names = {name for name, _ in samples(told, home.certificate)}
+    return {n for n in names if n.startswith("fedtune_") and not n.endswith("_created")}
 
 
 def asked_names(text: str) -> set[str]:

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedtune.deploy.certificates import days_left
 from fedtune.export.ledger_facts import LedgerFacts
 from fedtune.export.quantities import UNKNOWN
 from fedtune_server.dashboard.attention import (
     attention,
-    certificate_end,
-    days_until,
     troubled_processes,
 )
 from fedtune_server.dashboard.feed import Feed, Readings
 from fedtune_server.dashboard.model import chosen_run, parts
 from fedtune_server.dashboard.readings import Reading, RunReader
 from fedtune_server.dashboard.timeline import current_round
-from fedtune_server.desk.view import RunEntry, SiteEntry
+from fedtune_server.desk.view import Refusal, RunEntry, SiteEntry, SiteReport
 
 from .conftest import HOSTILE, T0, FakeDesk, plan
 
@@ -131,6 +130,16 @@ def test_a_repeated_round_starts_anew_for_whom_it_asks(desk: FakeDesk) -> None:
     assert spans == {"a": ("reported", 0.0), "b": ("at work", 8.0), "c": ("joined late", 9.0)}
 
 
+@pytest.mark.parametrize("kind", ["run_interrupted", "run_failed"])
+def test_the_time_line_ends_with_the_run(told: FakeDesk, kind: str) -> None:
+    told.tell("spring", kind, 345, reason="the operator stopped it")
+    found = shown(told)["round"]
+    spans = {span["device"]: (span["outcome"], span["end_s"]) for span in found["spans"]}
+    assert spans["south"] == ("cut off", 45.0)  # it was at work
+    assert spans["north"] == ("reported", 12.0)
+    assert (found["over"], found["closed_s"]) == (True, None)
+
+
 def test_before_the_first_round_there_is_no_time_line(desk: FakeDesk) -> None:
     desk.add_run("spring")
     desk.tell("spring", "run_started", 0, run="spring-1")
@@ -144,6 +153,29 @@ def test_refusals_of_sites_calls_and_updates_stand_together(told: FakeDesk) -> N
         ("update, round 3", HOSTILE),
         ("call", HOSTILE),
     ]
+
+
+def test_work_that_a_site_would_not_do_is_shown_once(told: FakeDesk) -> None:
+    """The site tells it at once, and the run when the site's answer comes."""
+    told.refused.append(Refusal(told.refused[0].time, "north", "work", "not at this hour"))
+    told.refused.append(Refusal(told.refused[0].time, "south", "work", "not at this hour"))
+    told.tell("spring", "device_refused", 341, round=3, device="north", reason="not at this hour")
+    found = shown(told)["refusals"]["refusals"]
+    assert [each["what"] for each in found if each["who"] == "north"] == ["update, round 3"]
+    assert [each["what"] for each in found if each["who"] == "south"] == ["work"]
+
+
+def test_a_site_that_is_gone_uses_no_memory_and_an_old_refusal_is_no_state(
+    desk: FakeDesk,
+) -> None:
+    desk.add_run("spring")
+    for name, online, state in (("a", True, "idle"), ("b", True, "refusing"), ("c", False, "idle")):
+        report = SiteReport(state=state, memory_bytes=10**9, last_refusal="not at this hour")
+        desk.site_entries.append(SiteEntry(name, "enrolled", online, "", report))
+    rows = {name: shown(desk)[f"site/{name}"] for name in "abc"}
+    assert [rows[name]["used"] for name in "abc"] == ["1.00 GB", "1.00 GB", "\N{EN DASH}"]
+    assert [rows[name]["refusal"] for name in "abc"] == ["", "not at this hour", ""]
+    assert [rows[name]["online"] for name in "abc"] == [True, True, False]
 
 
 def test_a_privacy_budget_is_absent_until_an_event_names_an_epsilon(told: FakeDesk) -> None:
@@ -161,6 +193,13 @@ def test_the_last_events_come_newest_first_and_clipped(told: FakeDesk) -> None:
     assert lines[0]["kind"] == "warning"
     assert len(lines[0]["text"]) == 300
     assert len(lines) <= 30
+
+
+def test_amounts_in_events_have_their_unit(told: FakeDesk) -> None:
+    fields = {"free_bytes": 14_900_000_000, "seconds": 13.3, "planned_seconds": 5.0}
+    told.tell("spring", "round_finished", 342, round=3, **fields, paths={"report": "r.html"})
+    text = shown(told)["ledger"]["lines"][0]["text"]
+    assert text == "round 3, free 14.9 GB, seconds 13.3 s, planned 5.00 s, paths r.html"
 
 
 def test_the_parts_do_not_change_with_time_alone(told: FakeDesk) -> None:
@@ -234,10 +273,10 @@ def test_crash_loops_of_runs_and_processes_and_failed_runs_are_alarms() -> None:
 
 def test_days_left_come_from_the_certificate(home: Any, renew: Any) -> None:
     renew(12.5)
-    days = days_until(certificate_end(home.certificate), datetime.now(UTC))
+    days = days_left(home.certificate)
     assert days == pytest.approx(12.5, abs=0.01)
     home.certificate.write_text("no certificate", encoding="utf-8")
-    assert days_until(certificate_end(home.certificate)) is None
+    assert days_left(home.certificate) is None
 
 
 def test_crash_loops_are_read_from_the_supervisors_file(tmp_path: Path) -> None:

@@ -12,9 +12,18 @@ import pytest
 
 from fedtune.deploy.homes import CoordinatorHome, ServerSettings
 from fedtune.errors import DeploymentError
-from fedtune_server.dashboard.serving import Dashboard, serve
+from fedtune_server.dashboard import serving
+from fedtune_server.dashboard.feed import Readings
+from fedtune_server.dashboard.serving import Dashboard
 
 from .conftest import TOKEN, FakeDesk
+
+
+def serve(
+    desk: FakeDesk, settings: ServerSettings, home: CoordinatorHome, *, insecure: bool = False
+) -> Dashboard:
+    readings = Readings(desk, home.certificate, home.logs / "supervisor.json")
+    return serving.serve(readings, settings, home, insecure=insecure)
 
 
 def settings(port: int) -> ServerSettings:

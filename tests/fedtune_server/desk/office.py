@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fedtune.deploy.channel import open_channel
 from fedtune.deploy.homes import CoordinatorHome, ServerSettings
 from fedtune.errors import DeploymentError
 from fedtune.settings import RunConfig
+from fedtune_server.dashboard.feed import Readings
+from fedtune_server.dashboard.metrics import own_metrics
 from fedtune_server.desk.assembly import Parts, assemble, serve
 
 OPERATOR_TOKEN = "the-operator"
@@ -181,7 +184,9 @@ def opened_office(path: Path, ca: bytes = b"", port: int = 0, **settings: Any) -
             ports.append(found)
             ready.set()
 
-        await serve(parts, event, insecure=not ca, opened=told)
+        readings = Readings(parts.desk, home.certificate, home.logs / "supervisor.json")
+        metrics = partial(own_metrics, readings)
+        await serve(parts, event, insecure=not ca, opened=told, metrics=metrics)
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
     thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from fedtune.deploy.manifest import CHUNK_BYTES
 from fedtune.errors import DeploymentError
 from fedtune.model.source import base_digest
 from fedtune.v1 import coordinator_pb2 as pb
-from fedtune.v1.coordinator_pb2_grpc import ArtifactServiceStub
+from fedtune.v1.coordinator_pb2_grpc import ArtifactServiceStub, RunServiceStub
 from fedtune_server.desk.queue import Queue, Wanted
 from tests.fedtune_server.desk.office import Office, config, opened_office
 
@@ -152,6 +153,42 @@ def test_a_file_that_changes_while_it_is_sent_breaks_the_stream(office: Office) 
         (office.folder("demo") / path).write_bytes(b"short")
         with pytest.raises(grpc.RpcError, match="a file changed meanwhile"):
             list(stream)
+
+
+def test_a_site_that_is_revoked_gets_no_more_of_a_file(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtune_server.desk.artifact_service._LOOK_S", 0.0)
+    path = "checkpoints/round-0002.safetensors"
+    (office.folder("demo") / path).write_bytes(b"x" * (40 * CHUNK_BYTES))
+    with office.channel("token-of-north") as channel:
+        stream = ArtifactServiceStub(channel).Download(
+            pb.DownloadRequest(of=RUN, path=path), timeout=20
+        )
+        next(stream)
+        office.registry.known["north"].state = "revoked"
+        with pytest.raises(grpc.RpcError, match="site north is revoked"):
+            list(stream)
+
+
+def test_who_waits_for_digests_keeps_nobody_else_waiting(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many manifests of a base of 100 GB as there may be calls, and `fedtune ps` answers."""
+    hold = threading.Event()
+    monkeypatch.setattr(
+        "fedtune_server.desk.artifacts.Bases.find", lambda self, digest: hold.wait(20)
+    )
+    try:
+        with office.channel("token-of-north") as north, office.channel() as operator:
+            ask = ArtifactServiceStub(north).GetManifest
+            calls = [ask.future(pb.ManifestRequest(base_digest="a" * 64)) for _ in range(40)]
+            time.sleep(0.2)
+            RunServiceStub(operator).ListRuns(pb.ListRunsRequest(), timeout=5)
+            for call in calls:
+                call.cancel()
+    finally:
+        hold.set()
 
 
 def test_a_caller_has_few_streams_at_once(office: Office) -> None:

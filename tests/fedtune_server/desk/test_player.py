@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,26 @@ def test_runs_are_played_one_after_another_in_the_order_they_were_asked_for(desk
     assert desk.flower.started == ["a", "b"]
     assert desk.state("a") == ("finished", "")
     assert desk.flower.most_at_once == 1
+
+
+def test_a_full_disk_does_not_make_run_after_run(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.want("a")
+    with monkeypatch.context() as full:
+
+        def no_room(*_: object) -> None:
+            raise RunError("the disk is full")
+
+        full.setattr("fedtune_server.desk.queue.write_durably", no_room)
+        for _ in range(20):
+            with suppress(RunError):
+                desk.step(seconds=1.0)
+    assert len(desk.flower.started) == 1
+    desk.step()
+    desk.step()
+    assert len(desk.flower.started) == 2
+    assert desk.queue.need("a").flower_run_id == 101
 
 
 def test_a_run_whose_process_died_is_started_again(desk: Desk) -> None:

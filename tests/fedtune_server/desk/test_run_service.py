@@ -14,6 +14,7 @@ import pytest
 from fedtune.deploy.channel import open_channel
 from fedtune.v1 import coordinator_pb2 as pb
 from fedtune.v1.coordinator_pb2_grpc import RunServiceStub
+from fedtune_server.deployed_config import deployed_config
 from tests.fedtune_server.desk.office import (
     Office,
     config,
@@ -84,7 +85,9 @@ def test_another_run_in_the_folder_is_kept_unless_overwritten(office: Office, ru
     until(lambda: office.flower.started)
     folder = office.folder("demo")
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(config("demo").model_dump_json())
+    # As the run's process writes it.
+    written = deployed_config(config("demo"), folder).model_dump_json()
+    (folder / "config.json").write_text(written)
     write_status(folder, "finished", 3)
     office.flower.end(100, "completed")
     until(lambda: runs.GetRun(pb.RunName(name="demo"), timeout=5).state == "finished")

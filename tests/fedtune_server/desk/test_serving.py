@@ -18,10 +18,12 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
+from fedtune.deploy import channel
 from fedtune.deploy.channel import open_channel, spoken_errors
 from fedtune.errors import AccessError, DeploymentError
 from fedtune.v1 import coordinator_pb2 as pb
 from fedtune.v1.coordinator_pb2_grpc import RunServiceStub
+from fedtune_server.desk import serving
 from fedtune_server.desk.serving import Certificate, listen
 from tests.fedtune_server.desk.office import OPERATOR_TOKEN, make_home, opened_office, until
 
@@ -137,6 +139,17 @@ def test_health_is_for_everybody_and_reflection_for_the_operator(tmp_path: Path)
         with office.channel() as channel:
             names = ProtoReflectionDescriptorDatabase(channel).get_services()
             assert "fedtune.v1.ArtifactService" in names
+
+
+def test_callers_may_ping_as_often_as_they_do() -> None:
+    """A server that minds ends a stream that is silent for a minute: `too_many_pings`.
+
+    The names are gRPC's own; one that it does not know is ignored without a word.
+    """
+    allowed = dict(serving._OPTIONS)
+    every_ms = dict(channel._OPTIONS)["grpc.keepalive_time_ms"]
+    assert allowed["grpc.http2.min_ping_interval_without_data_ms"] < every_ms
+    assert allowed["grpc.keepalive_permit_without_calls"] == 1
 
 
 def test_a_port_that_is_taken_is_said() -> None:

@@ -211,6 +211,18 @@ def test_a_refusal_is_kept_once(office: Office) -> None:
     ]
 
 
+def test_an_old_refusal_is_no_news_after_a_start_of_the_desk() -> None:
+    presence = Presence()
+    presence.hear("north", SiteReport(state="idle", last_refusal="not at this hour"))
+    assert presence.refusals() == ()
+    presence.hear("north", SiteReport(state="refusing", last_refusal="memory"))
+    presence.hear("south", SiteReport(state="refusing", last_refusal="not at this hour"))
+    assert [(each.who, each.reason) for each in presence.refusals()] == [
+        ("south", "not at this hour"),
+        ("north", "memory"),
+    ]
+
+
 def test_a_silent_site_is_offline() -> None:
     now = [0.0]
     presence = Presence(now=lambda: now[0])

@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.flwr_compat import PUBLIC_KEY_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER
 from fedtune_server.link import guard as module
-from fedtune_server.link.credentials import OperatorToken
 from fedtune_server.link.guard import (
     ACTIVATE,
     REASON_HEADER,
@@ -29,6 +28,8 @@ from fedtune_server.link.guard import (
     Guard,
     Hook,
 )
+from fedtune_server.link.pace import HEADER, LEAST_S
+from fedtune_server.operator_token import OperatorToken
 from tests.deployment.homes import public_pem
 
 PULL = "/v1/fleet/pull-messages"
@@ -132,7 +133,7 @@ def raw_status(guard: Guard, raw_path: str, headers: dict[str, str]) -> int:
         "method": "POST",
         "path": unquote(raw_path),
         "raw_path": raw_path.encode(),
-        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers.items()],
         "client": ("10.0.0.9", 1),
     }
     sent: list[Any] = []
@@ -275,6 +276,29 @@ def test_a_body_that_stands_still_is_given_up(
     assert ask(make(operator), PULL, signed(), content=still()).status_code == 408
 
 
+def test_who_shows_nothing_may_not_have_much_kept(
+    operator: OperatorToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard, most = make(operator), module.STRANGER_BYTES
+    assert ask(guard, JOIN, content=bytes(most)).text == f"ours {most}"
+    for path in (JOIN, module.HEALTH):
+        assert ask(guard, path, content=bytes(most + 1)).status_code == 413
+    site = {"authorization": "Bearer the-sites-token"}
+    assert ask(guard, ECHO, site, content=bytes((4 << 20) + 1)).status_code == 413
+
+    async def still() -> AsyncIterator[bytes]:
+        yield b"a"
+        await asyncio.sleep(5)
+
+    monkeypatch.setattr(module, "STRANGER_S", 0.05)
+    assert ask(guard, JOIN, content=still()).status_code == 408
+
+
+@pytest.mark.parametrize("said", ["\u00b2", "-1", "9" * 5000])
+def test_a_length_that_is_no_number_is_refused(operator: OperatorToken, said: str) -> None:
+    assert raw_status(make(operator), PULL, signed() | {"content-length": said}) == 400
+
+
 def test_a_flood_is_refused_and_passes(operator: OperatorToken) -> None:
     clock = [100.0]
     guard = make(operator, bounds=Bounds(requests_per_s=2.0, burst=3), clock=clock)
@@ -335,3 +359,11 @@ def test_a_hook_may_answer_instead(operator: OperatorToken) -> None:
     guard = make(operator, hook=fault)
     assert ask(guard, PULL, signed()).status_code == 500
     assert ask(guard, ACTIVATE, signed()).status_code == 200
+
+
+def test_a_site_is_told_when_to_ask_again_and_nobody_else_is(operator: OperatorToken) -> None:
+    guard = make(operator)
+    assert float(ask(guard, PULL, signed()).headers[HEADER]) == LEAST_S
+    assert HEADER not in ask(guard, ACTIVATE, signed()).headers
+    assert HEADER not in ask(guard, LIST_RUNS, TOKEN).headers
+    assert HEADER not in ask(guard, PULL).headers
