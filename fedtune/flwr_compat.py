@@ -25,7 +25,8 @@ A deployment needs more, which is imported where it is used, because it is heavy
 - `create_app` of the link, its settings, `SQLITE_PRAGMAS`, `HEARTBEAT_PATIENCE` and the handler of
   `activate-node`: Flower's waits are too short for a loaded machine, and a node that was killed may
   not come back for a minute.
-- `flower_supernode` and what it makes its connection of: one HTTP 500 ends it, or its heartbeat.
+- `flower_supernode` and what it makes its connection of: one HTTP 500 ends it, or its heartbeat;
+  and its loop, which keeps the task of a message whose run ended while it was received.
 - `now`: what Flower signs and compares; a site's clock may be wrong.
 """
 
@@ -90,6 +91,7 @@ __all__ = [
     "copy_over_wire",
     "correct_clock",
     "expire_tasks_of_a_lost_executor",
+    "forget_messages_of_ended_runs",
     "known_paths",
     "lean_transfers",
     "light_node",

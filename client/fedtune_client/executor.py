@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from fedtune.flwr_compat import TaskSource
 
 APP = "fedtune_client.deployed"
+GROUP_APP = "fedtune_client.group"
+"""Of a site that stands for a coordinator's sites."""
 POLL_S = 0.3
 MOST_WAIT_S = 5.0
 LAST_REPLY_S = 15.0
@@ -70,22 +72,23 @@ def main(arguments: Sequence[str]) -> None:
     """The process; it never returns."""
     parser = argparse.ArgumentParser("python -m fedtune_client.executor", description=__doc__)
     parser.add_argument("home", type=Path)
-    parser.add_argument("--app", default=APP, help="installed module with client_app(home)")
+    parser.add_argument("--app", help=f"installed module with client_app(home); {APP}")
     parser.add_argument("--insecure", action="store_true", help="for the app; see the node")
     options = parser.parse_args(arguments)
     home = SiteHome(options.home)
     talk_to_the_coordinator_alone(home.state / "flower")
     start_log("executor", home.logs)
     try:
-        settings = home.settings().site
+        settings = home.settings()
         secret = executor_secret(home.state)
-        app = load(options.app, home.path)
+        usual = GROUP_APP if settings.group.coordinator else APP
+        app = load(options.app or usual, home.path)
     except FedtuneError as error:
         _log.error("%s", error)
         leave(EXIT_CONFIG)
         return
     start_log("executor", home.logs)
-    worker = Executor(f"127.0.0.1:{settings.node_port}", secret, app, home.state)
+    worker = Executor(f"127.0.0.1:{settings.site.node_port}", secret, app, home.state)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.signal(signal.SIGINT, lambda *_: worker.stop())
     code = worker.run()

@@ -9,6 +9,7 @@
     runs/NAME/      (run folders)
     flower/         (FLWR_HOME, state.db)
     logs/
+    groups/SITE/    (questions of the level above: docs/hierarchy.md)
 
 Private keys and tokens are readable by their owner alone.
 """
@@ -95,6 +96,15 @@ class SiteDeviceSection(Section):
     formats: tuple[str, ...] = Field((), description="backbone formats; empty: those that run")
 
 
+class SiteGroupSection(Section):
+    """A site that stands for a group: a coordinator on this machine, with sites of its own."""
+
+    coordinator: str = Field(
+        "",
+        description="home of that coordinator; empty: the site trains itself (docs/hierarchy.md)",
+    )
+
+
 class SiteSettings(Section):
     """`client.toml`: one site."""
 
@@ -102,6 +112,7 @@ class SiteSettings(Section):
     data: SiteDataSection = SiteDataSection()
     base: SiteBaseSection = SiteBaseSection()
     device: SiteDeviceSection = SiteDeviceSection()
+    group: SiteGroupSection = SiteGroupSection()
 
 
 class CoordinatorHome:
@@ -147,6 +158,10 @@ class CoordinatorHome:
     @property
     def runs(self) -> Path:
         return self.path / "runs"
+
+    def group(self, site: str) -> Path:
+        """Where the site of the level above that this coordinator is asks its run."""
+        return self.path / "groups" / site
 
     @property
     def flower(self) -> Path:

@@ -206,6 +206,12 @@ class DeploymentSection(Section):
         description="times that a device may take what its plan and its measured link say, before "
         "a round goes on without it",
     )
+    group: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,99})?$",
+        description="the site of another coordinator that this one's sites are together: the run "
+        "plays what is asked of that site, and no rounds of its own (docs/hierarchy.md)",
+    )
 
 
 ExportName = Literal["merged", "peft", "onnx"]

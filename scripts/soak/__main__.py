@@ -9,6 +9,7 @@ import argparse
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -91,6 +92,24 @@ def _faults(part: str, faults: Sequence[Fault]) -> Callable[[Budget, Tell], None
     return play_faults
 
 
+def play_levels(budget: Budget, tell: Tell) -> None:
+    """A coordinator whose sites are one site of another, as processes: as its tests say."""
+    began = time.monotonic()
+    file = Path(__file__).resolve().parents[2] / "tests" / "deployment" / "test_levels.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=budget.seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        words, good = f"not over within {budget.seconds:g} s", False
+    else:
+        lines = done.stdout.strip().splitlines()
+        words, good = lines[-1] if lines else done.stderr[-200:], done.returncode == 0
+    state = "passed" if good else "failed"
+    tell(Result("levels", "all", state, time.monotonic() - began, words))  # type: ignore[arg-type]
+
+
 PARTS: Mapping[str, Callable[[Budget, Tell], None]] = {
     "fuzz": play_fuzz,
     "guided": lambda budget, tell: guided.play(budget.seconds, budget.folder, tell),
@@ -99,6 +118,7 @@ PARTS: Mapping[str, Callable[[Budget, Tell], None]] = {
     "routes": _faults("routes", ROUTES),
     "faults": _faults("faults", FAULTS),
     "all-faults": _faults("all-faults", (*FAULTS, *KILLS, *ROUTES)),
+    "levels": play_levels,
 }
 
 

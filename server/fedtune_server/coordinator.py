@@ -190,8 +190,11 @@ class Coordinator:
             fleet = gather_live(grid, roster, self._task(), emit)
         else:
             fleet = gather_fleet(grid, nodes, self._task(), self._terms.deadline_s, emit)
-        most = {name: each.devices_max for name, each in self._config.fleet.items()}
-        return without_unannounced_groups(fleet, most, emit)
+        return without_unannounced_groups(fleet, self._devices_max(), emit)
+
+    def _devices_max(self) -> dict[str, int]:
+        """Class of devices -> devices that one site of it may stand for."""
+        return {name: each.devices_max for name, each in self._config.fleet.items()}
 
     def _task(self) -> TaskSpec:
         return TaskSpec(
@@ -215,7 +218,7 @@ class Coordinator:
 
     def _lineup(self, fleet: Fleet, planning: Planning, plan: FleetPlan, roster: Roster) -> Lineup:
         task, deadline_s = self._task(), self._terms.deadline_s
-        newcomers = Newcomers(roster, task, self._emit)
+        newcomers = Newcomers(roster, task, self._devices_max(), self._emit)
         return Lineup(
             self._config, self._shapes, fleet, task, planning, plan, newcomers, deadline_s,
             self._emit,

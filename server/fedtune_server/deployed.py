@@ -28,6 +28,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.config import cache_folder, coordinator_home, parse_run_config
 from fedtune.deploy.homes import CoordinatorHome
+from fedtune.deploy.mailbox import Mailbox
 from fedtune.deploy.site_task import RUN_KEY
 from fedtune.errors import ConfigError, FedtuneError, RunError, StoppedError
 from fedtune.model.shapes import read_shapes
@@ -37,6 +38,7 @@ from fedtune.settings import RunConfig
 from fedtune_server.coordinator import Coordinator
 from fedtune_server.deployed_config import deployed_config
 from fedtune_server.distortion import Measure
+from fedtune_server.hierarchy.below import answer_above
 from fedtune_server.playing import Watcher, play_run
 from fedtune_server.registry import Registry
 from fedtune_server.roster import ALL_SITES, Registered
@@ -109,6 +111,8 @@ def play_deployed(
 ) -> Path:
     """Play a run of the queue, or what is left of it, on real sites; its folder.
 
+    A run of a group plays what the level above asks instead (`deployment.group`).
+
     Args:
         finish: writes the exports.
         directory: the registry of sites; default: that of the home.
@@ -125,6 +129,7 @@ def play_deployed(
     model = resolve_model(config.model.path, config.model.revision)
     shapes = read_shapes(model, config.lora.targets, cache_folder() / "digests")
     roster = registered(config, directory or _registry(home))
+    group = config.deployment.group
 
     def rounds(coordinator: Coordinator) -> None:
         with _named_ends(home, name):
@@ -132,6 +137,10 @@ def play_deployed(
 
     try:
         with _ended_by_signal():
+            if group:
+                mailbox = Mailbox(home.group(group))
+                with _named_ends(home, name):
+                    return answer_above(config, shapes, grid, roster, mailbox, _tell)
             return play_run(
                 config,
                 shapes,

@@ -150,19 +150,25 @@ def without_unannounced_groups(fleet: Fleet, most: Mapping[str, int], emit: Emit
     """
     kept = {}
     for name, report in fleet.reports.items():
-        allowed = most.get(report.profile.device_class, 1)
-        if report.devices <= allowed:
+        if reason := stands_for_too_many(report, most):
+            emit(excluded(name, reason))
+        else:
             kept[name] = fleet.nodes[name]
-            continue
-        reason = (
-            f"{name} stands for {report.devices} devices, and its class "
-            f"{report.profile.device_class!r} allows {allowed}; raise devices_max of the class"
-        )
-        emit(Event("site_excluded", {"device": name, "reason": reason}))
     if not kept:
         raise RunError("no device can take part: each stands for more devices than its class may")
     reports = {name: fleet.reports[name] for name in kept}
     return fleet if len(kept) == len(fleet.nodes) else fleet_of(kept, reports)
+
+
+def stands_for_too_many(report: SiteReport, most: Mapping[str, int]) -> str:
+    """Why a site would count as more devices than the run file allows; empty where it may."""
+    allowed = most.get(report.profile.device_class, 1)
+    if report.devices <= allowed:
+        return ""
+    return (
+        f"{report.profile.name} stands for {report.devices} devices, and its class "
+        f"{report.profile.device_class!r} allows {allowed}; raise devices_max of the class"
+    )
 
 
 def fleet_of(nodes: Mapping[str, int], reports: Mapping[str, SiteReport]) -> Fleet:

@@ -26,6 +26,7 @@ from fedtune_server.fleet import (
     excluded,
     gather_fleet,
     judged_report,
+    stands_for_too_many,
     tell_changed_data,
 )
 from fedtune_server.roster import Roster
@@ -94,13 +95,19 @@ class Newcomers:
     """Asks those nodes of a roster that are not in the fleet, between rounds.
 
     Args:
+        most: class of devices -> devices that a site of it may stand for; others: one.
         first_answer_s: longest wait for nodes that were never asked.
     """
 
     def __init__(
-        self, roster: Roster, task: TaskSpec, emit: Emit, first_answer_s: float = _FIRST_ANSWER_S
+        self,
+        roster: Roster,
+        task: TaskSpec,
+        most: Mapping[str, int],
+        emit: Emit,
+        first_answer_s: float = _FIRST_ANSWER_S,
     ) -> None:
-        self._roster, self._task, self._emit = roster, task, emit
+        self._roster, self._task, self._most, self._emit = roster, task, most, emit
         self._first_answer_s = first_answer_s
         self._open: dict[str, _Invitation] = {}
         self._reasons: dict[int, str] = {}
@@ -166,7 +173,8 @@ class Newcomers:
                 answer.failure, answer.body, self._task, node, self._roster.objection
             )
             if isinstance(report, SiteReport):
-                report = _fitting(report, here, fleet, known, found)
+                too_many = stands_for_too_many(report, self._most)
+                report = too_many or _fitting(report, here, fleet, known, found)
             if isinstance(report, str):
                 self.turned_away(node, self._roster.called(node), report)
                 continue

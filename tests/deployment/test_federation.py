@@ -5,6 +5,7 @@ One federation serves all tests, this file's in their order: to start one takes 
 
 from __future__ import annotations
 
+import json
 import ssl
 import sys
 from collections.abc import Mapping
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from fedtune.deploy.homes import CoordinatorHome
 from fedtune.deploy.operator import OperatorFile
 from fedtune.wire.checkpoint import latest_checkpoint
 from fedtune.wire.ledger_chain import verify_ledger
-from tests.deployment.federated import ROUND_S, deployed, result
+from tests.deployment.federated import ROUND_S, SITES, deployed, result
 
 pytestmark = [
     pytest.mark.deployment,
@@ -35,6 +37,27 @@ def test_real_sites_come_to_the_result_of_a_simulation(
     assert (ended["state"], ended["round"]) == ("finished", 3), ended
     assert result(federation.run_folder(name)) == result(expected[0])
     verify_ledger(federation.run_folder(name) / "ledger.jsonl")
+
+
+def test_a_site_and_the_coordinator_killed_amid_rounds_change_nothing(
+    federation: Any, expected: tuple[Path, Mapping[str, Any]]
+) -> None:
+    name = federation.hand_in(deployed(expected, "befallen"))
+    killed = []
+    federation.wait_for_event(name, "round_started", lambda event: event["round"] == 1, 2 * ROUND_S)
+    killed += federation.sites["north"].tree()
+    federation.sites["north"].kill()
+    federation.start_site("north", wait=False)
+    federation.wait_for_event(name, "round_started", lambda event: event["round"] == 2, 2 * ROUND_S)
+    killed += federation.server.tree()
+    federation.server.kill()
+    federation.start_server()
+    ended = federation.wait_until_ended(name, 5 * ROUND_S)
+    assert (ended["state"], ended["round"]) == ("finished", 3), ended
+    assert result(federation.run_folder(name)) == result(expected[0])
+    assert federation.events(name, "run_resumed")
+    _, alive = psutil.wait_procs(killed, timeout=0)
+    assert alive == []
 
 
 def test_a_stop_reaches_the_devices_and_a_resumed_run_comes_to_the_same(

@@ -211,7 +211,7 @@ def test_a_late_joiner_enters_at_the_next_round_and_stays(runs: Runs) -> None:
     assert not plan_difference(runs.folder / "plan.json", rows)  # as fedtune verify does
 
 
-@pytest.mark.parametrize("kind", ["base", "labels", "name"])
+@pytest.mark.parametrize("kind", ["base", "labels", "name", "group"])
 def test_a_late_joiner_that_does_not_fit_is_told_once_why(runs: Runs, kind: str) -> None:
     if kind == "base":
         runs.fake.change("b", base_digest="e" * 64)
@@ -219,6 +219,9 @@ def test_a_late_joiner_that_does_not_fit_is_told_once_why(runs: Runs, kind: str)
     elif kind == "labels":
         runs.fake.change("b", labels=("new",))
         words = "b has labels that the run does not know (new)"
+    elif kind == "group":
+        runs.fake.change("b", devices=3)
+        words = "b stands for 3 devices, and its class 'any' allows 1"
     else:
         runs.fake.reports["b"] = runs.fake.reports["a"]
         words = "b calls itself 'a'"

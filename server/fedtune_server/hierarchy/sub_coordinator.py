@@ -41,8 +41,9 @@ from fedtune.wire.messages import (
 )
 from fedtune.wire.packing import tensors_digest
 from fedtune.wire.tensors import unpack_dispatch
+from fedtune_server.deadlines import Allowances
 from fedtune_server.evaluation import measure
-from fedtune_server.fleet import Emit, Fleet, fleet_of, gather_fleet, wait_for_nodes
+from fedtune_server.fleet import Emit, Fleet, fleet_of, gather_fleet, without_unannounced_groups
 from fedtune_server.from_config import round_terms
 from fedtune_server.hierarchy.group_rule import (
     GroupRule,
@@ -52,8 +53,11 @@ from fedtune_server.hierarchy.group_rule import (
     whole_state,
     within,
 )
+from fedtune_server.newcomers import gather_live
 from fedtune_server.open_round import OpenRounds
 from fedtune_server.planning import Planning
+from fedtune_server.presence import Live, Presence
+from fedtune_server.roster import Counted, Roster
 from fedtune_server.round import train
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.sampling import Draw
@@ -67,7 +71,7 @@ class Group:
     Attributes:
         name: as a device of that level.
         device_class: section of that level's [fleet]; its `devices_max` must allow the group.
-        devices: that must be there before the group answers.
+        devices: that must be there before the group answers, where they are counted only.
         link_bytes_per_s: between the two coordinators.
         formats: that the class above may plan; no backbone is held, so they mean nothing here.
     """
@@ -85,6 +89,7 @@ class _Run:
 
     fleet: Fleet
     plans: Mapping[str, DevicePlan]
+    allowances: Allowances
 
 
 class SubCoordinator:
@@ -97,6 +102,12 @@ class SubCoordinator:
         grid: of the group's own devices.
         folder: where the group keeps its plan and its open rounds.
         emit: told of every event below; none goes up.
+        roster: tells the group's devices from other nodes of the grid; default: all nodes are.
+
+    Attributes:
+        group: how it shows itself; may be replaced between messages.
+        within_s: longest that a round or a measurement may take, in seconds; None: as the
+            configuration says. May be replaced between messages.
     """
 
     def __init__(
@@ -107,9 +118,12 @@ class SubCoordinator:
         grid: Grid,
         folder: RunFolder,
         emit: Emit,
+        roster: Roster | None = None,
     ) -> None:
-        self._group, self._config, self._shapes = group, config, shapes
+        self.group, self._config, self._shapes = group, config, shapes
+        self.within_s: float | None = None
         self._grid, self._folder, self._emit = grid, folder, emit
+        self._roster = roster or Counted(group.devices)
         self._open_rounds = OpenRounds(folder.open_rounds)
         self._runs: dict[str, _Run] = {}
         self._warned = False
@@ -161,6 +175,7 @@ class SubCoordinator:
             evaluate=order.evaluate,
             emit=self._emit,
             draw=Draw(self._config.run.devices_per_round, order.seed),
+            live=self._live(run),
         )
         joined = outcome.joined
         factors = {
@@ -170,7 +185,7 @@ class SubCoordinator:
         report = TrainReport(
             run=order.run,
             round=order.round,
-            device=self._group.name,
+            device=self.group.name,
             base_digest=order.base_digest,
             samples=sum(each.update.samples for each in outcome.good),
             tokens=sum(each.update.tokens for each in outcome.good),
@@ -195,20 +210,21 @@ class SubCoordinator:
         self._check(order.run, order.base_digest, order.plan.device)
         run, terms = self._run(order.run, order.labels), self._terms(order)
         sent = self._unpacked(order, packed, run.fleet)
-        number = order.round + 1
+        number, live = order.round + 1, self._live(run)
+        here = run.plans.keys() if live is None else live.presence.here().keys()
         measured = measure(
             self._grid,
             run.fleet,
             GroupRule(whole_state(sent, self._shapes.matrices, number), order.plan.ranks()),
             trained_state(sent, number),
-            [within(plan, order.plan) for plan in run.plans.values()],
+            [within(plan, order.plan) for name, plan in run.plans.items() if name in here],
             terms,
             self._emit,
         )
         metrics = _means(measured.values(), {"held_out_loss": "held_out_units"})
         if measured and all("accuracy" in each for each in measured.values()):
             metrics |= _means(measured.values(), {"accuracy": "held_out_units"})
-        return EvaluateReport(order.run, order.round, self._group.name, metrics)
+        return EvaluateReport(order.run, order.round, self.group.name, metrics)
 
     # ------------------------------------------------------------ the own fleet
 
@@ -216,17 +232,31 @@ class SubCoordinator:
         deadline_s = self._config.run.round_deadline_s
         if spec.base_digest != self._shapes.digest:
             raise ProtocolError(
-                f"{self._group.name}: the run is on another base model ({spec.base_digest[:12]}); "
+                f"{self.group.name}: the run is on another base model ({spec.base_digest[:12]}); "
                 "copy the model of the level above to this group"
             )
-        nodes = wait_for_nodes(self._grid, self._group.devices, deadline_s)
-        return gather_fleet(self._grid, nodes, spec, deadline_s, self._emit)
+        nodes = self._roster.wait(self._grid, deadline_s, self._emit)
+        if self._roster.live:
+            fleet = gather_live(self._grid, self._roster, spec, self._emit)
+        else:
+            fleet = gather_fleet(self._grid, nodes, spec, deadline_s, self._emit)
+        most = {name: each.devices_max for name, each in self._config.fleet.items()}
+        return without_unannounced_groups(fleet, most, self._emit)
 
     def _planned(self, fleet: Fleet) -> _Run:
         planning = Planning(
             self._config, self._shapes, fleet, "planned", self._folder, self._emit, None
         )
-        return _Run(fleet, planning.plan().by_device())
+        settings = self._config
+        allowances = Allowances(settings.deployment.slack, settings.run.round_deadline_s)
+        return _Run(fleet, planning.plan().by_device(), allowances)
+
+    def _live(self, run: _Run) -> Live | None:
+        """How a round deals with devices that come and go; None where they stay."""
+        if not self._roster.live:
+            return None
+        presence = Presence(self._grid, run.fleet.nodes, self._roster)
+        return Live(presence, run.allowances, self._roster.patience_s)
 
     def _run(self, run: str, labels: tuple[str, ...]) -> _Run:
         """The run as it was planned; after a restart of this coordinator planned as before."""
@@ -252,8 +282,8 @@ class SubCoordinator:
         """As fast as its slowest device; memory is no limit, since nothing is trained here."""
         rates = [set(each.matmul_flops_per_s) for each in profiles]
         return DeviceProfile(
-            name=self._group.name,
-            device_class=self._group.device_class,
+            name=self.group.name,
+            device_class=self.group.device_class,
             cpu_threads=1,
             memory_bytes=MAX_COUNT,
             matmul_flops_per_s={
@@ -261,8 +291,8 @@ class SubCoordinator:
                 for name in sorted(set.intersection(*rates))
             },
             memory_bandwidth_bytes_per_s=min(p.memory_bandwidth_bytes_per_s for p in profiles),
-            link_bytes_per_s=self._group.link_bytes_per_s,
-            formats=self._group.formats,
+            link_bytes_per_s=self.group.link_bytes_per_s,
+            formats=self.group.formats,
         )
 
     # ------------------------------------------------------------ one instruction
@@ -272,23 +302,24 @@ class SubCoordinator:
         seed = order.seed if isinstance(order, TrainInstruction) else self._config.run.seed
         # Work that comes late is for a start that this group no longer has.
         policy = replace(terms.policy, mode="sync", late="refuse")
-        return replace(terms, seed=seed, scale=order.scale, policy=policy)
+        deadline_s = min(terms.deadline_s, self.within_s or terms.deadline_s)
+        return replace(terms, seed=seed, scale=order.scale, policy=policy, deadline_s=deadline_s)
 
     def _check(self, run: str, base_digest: str, device: str) -> None:
         if base_digest != self._shapes.digest:
             raise ProtocolError(
-                f"{self._group.name}: the instruction of {run} is for another base model "
+                f"{self.group.name}: the instruction of {run} is for another base model "
                 f"({base_digest[:12]})"
             )
-        if device != self._group.name:
-            raise ProtocolError(f"{self._group.name}: the instruction is for device {device!r}")
+        if device != self.group.name:
+            raise ProtocolError(f"{self.group.name}: the instruction is for device {device!r}")
 
     def _unpacked(
         self, order: TrainInstruction | EvaluateInstruction, packed: bytes, fleet: Fleet
     ) -> Dispatch:
         if tensors_digest(packed) != order.tensors_digest:
             raise ProtocolError(
-                f"{self._group.name}: the tensors do not have the sha256 they were sent with"
+                f"{self.group.name}: the tensors do not have the sha256 they were sent with"
             )
         scale: LoraScale = order.scale
         shapes = self._shapes.by_name()
@@ -306,7 +337,7 @@ class SubCoordinator:
                 text = (
                     f"{name} needs rank {needed} for all that the devices of {plan.device} learn, "
                     f"and its plan gives {pair.rank}; raise `rank` of the class "
-                    f"{self._group.device_class} at the level above"
+                    f"{self.group.device_class} at the level above"
                 )
                 self._emit(Event("warning", {"text": text}))
 
