@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.soak import guided
-from scripts.soak.faults import FAULTS, KILLS, ROUTES, Fault, play
+from scripts.soak.faults import FAULTS, KILLS, ROUTES, UNDISTURBED, Fault, play
 from scripts.soak.fuzz import fuzz_in_processes, keep, unlike
 from scripts.soak.netem import Link, why_not
 from scripts.soak.results import Journal, Result, Tell, failed, table
@@ -79,7 +79,7 @@ def _faults(part: str, faults: Sequence[Fault]) -> Callable[[Budget, Tell], None
     def play_faults(budget: Budget, tell: Tell) -> None:
         from scripts.soak.world import ROUNDS, World, clear, make_base
 
-        chosen = [f for f in faults if re.search(budget.only, f.name)]
+        chosen = [f for f in (UNDISTURBED, *faults) if re.search(budget.only, f.name)]
         folder = clear(budget.folder / part)
         mount = sys.platform == "linux" and os.geteuid() == 0
         until = time.monotonic() + budget.seconds
