@@ -93,7 +93,7 @@ class Wire:
         self._writers.add(forth)
         with contextlib.suppress(asyncio.CancelledError):  # streams of Python 3.11 would tell of it
             await asyncio.gather(self._pass(near, forth, 0), self._pass(far, back, 1))
-        self._writers -= {back, forth}
+            self._writers -= {back, forth}
 
     async def _pass(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: int
