@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,11 +18,12 @@ from safetensors.numpy import save_file
 from fedtune.deploy.certificates import make_node_key
 from fedtune.deploy.homes import CoordinatorHome
 from fedtune.flwr_compat import Control
-from fedtune_server.link.credentials import OperatorToken
+from fedtune_server.operator_token import OperatorToken
 from fedtune_server.registry import Registry
 from light_devices import WIDTH, name
 
 HEADS, VOCABULARY = 8, 1000
+_ENDS = {"exported": "finished", "run_failed": "failed", "run_interrupted": "interrupted"}
 _PER_PROCESS = 50
 """Devices of one process, whose threads share one interpreter."""
 
@@ -126,6 +127,19 @@ class ManySites(Federation):
             wait_for("all devices", all_there, within_s, every_s=1.0)
         finally:
             control.close()
+
+    def wait_until_ended(self, name: str, within_s: float) -> Mapping[str, object]:
+        """What the run came to, by its ledger: to ask by a command would be a load of its own."""
+        found: dict[str, object] = {}
+
+        def ended() -> bool:
+            for event in self.events(name):
+                if event["kind"] in _ENDS:
+                    found.update(event, state=_ENDS[str(event["kind"])])
+            return bool(found)
+
+        wait_for(f"the end of {name}", ended, within_s, every_s=1.0)
+        return found
 
     def stop_devices(self) -> dict[str, tuple[int, float, float]]:
         """End the devices; their requests by kind: how many, median and 95th percentile in s.
