@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
@@ -198,8 +198,19 @@ def _fails(name: str, routes: Sequence[str]) -> Fault:
     return Fault(name, inject, nothing, "equal", at=0.0)
 
 
+def _fails_and_restarts(name: str, routes: Sequence[str]) -> Fault:
+    """As `_fails`; and a node is ended, so that the routes of coming and going are asked, too."""
+    fault = _fails(name, routes)
+
+    def inject(deployment: Deployment) -> None:
+        fault.inject(deployment)
+        send("site-1/node", signal.SIGTERM)(deployment)
+
+    return replace(fault, inject=inject)
+
+
 ROUTES: tuple[Fault, ...] = (
-    _fails("HTTP 500 once on each fleet route", FLEET_ROUTES),
+    _fails_and_restarts("HTTP 500 once on each fleet route", FLEET_ROUTES),
     _fails("HTTP 500 once on each runtime route", RUNTIME_ROUTES),
     _fails("HTTP 500 once on each control route", CONTROL_ROUTES),
     *(

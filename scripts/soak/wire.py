@@ -91,8 +91,9 @@ class Wire:
             back.close()
             return
         self._writers.add(forth)
-        await asyncio.gather(self._pass(near, forth, 0), self._pass(far, back, 1))
-        self._writers -= {back, forth}
+        with contextlib.suppress(asyncio.CancelledError):  # streams of Python 3.11 would tell of it
+            await asyncio.gather(self._pass(near, forth, 0), self._pass(far, back, 1))
+            self._writers -= {back, forth}
 
     async def _pass(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: int
