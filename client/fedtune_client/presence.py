@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import grpc
 
+from fedtune.deploy.channel import spoken as in_words
 from fedtune.v1 import coordinator_pb2 as pb
 from fedtune.v1.coordinator_pb2_grpc import SiteServiceStub
 from fedtune_client.standing import StandingBoard
@@ -74,7 +75,7 @@ class Presence:
                 if self._connected():
                     pause_s, spoken = _FIRST_RETRY_S, ""
             except grpc.RpcError as error:
-                reason = f"{error.code().name}: {error.details()}"
+                reason = str(in_words(error))
                 # The same words once, not every half minute for weeks.
                 if reason != spoken and not self._ending.is_set():
                     _log.warning("no presence at the coordinator: %s", reason[:500])

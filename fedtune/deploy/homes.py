@@ -22,6 +22,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from fedtune.deploy.setting_errors import first_error
 from fedtune.errors import DeploymentError, one_line
 from fedtune.sections.section import Bytes, Section
 
@@ -57,7 +58,8 @@ class ServerSettings(Section):
         DEFAULT_PORT + 3, ge=1, le=65535, description="of health and metrics, on loopback alone"
     )
     behind_proxy: bool = Field(
-        False, description="a proxy on this machine ends TLS: loopback peers are not trusted"
+        False,
+        description="a proxy on this machine passes requests on; the peers that it names count",
     )
     bases: tuple[str, ...] = Field((), description="folders of base models that sites may download")
     limits: LimitsSection = LimitsSection()
@@ -249,7 +251,4 @@ def _read(path: Path, section: type[_T], made_by: str) -> _T:
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        found = one_line(f"{key}: {first['msg']}; found {first['input']!r}", 300)
-        raise DeploymentError(f"{path}: {found}") from None
+        raise DeploymentError(f"{path}: {first_error(error, section)}") from None

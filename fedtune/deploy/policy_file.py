@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, StringConstraints, ValidationError
 
+from fedtune.deploy.setting_errors import first_error
 from fedtune.errors import PolicyError
 from fedtune.sections.section import Bytes, Section
 
@@ -65,11 +66,8 @@ def read_policy(path: Path) -> PolicySettings:
     try:
         return PolicySettings.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise PolicyError(
-            f"{path.name}: {key}: {first['msg']}, found {first['input']!r}, {refusing}"
-        ) from None
+        words = first_error(error, PolicySettings)
+        raise PolicyError(f"{path.name}: {words}, {refusing}") from None
 
 
 def minutes(clock: str) -> int:

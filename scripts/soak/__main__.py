@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.soak import guided
-from scripts.soak.faults import FAULTS, KILLS, ROUTES, Fault, play
+from scripts.soak.faults import FAULTS, KILLS, ROUTES, UNDISTURBED, Fault, play
 from scripts.soak.fuzz import fuzz_in_processes, keep, unlike
 from scripts.soak.netem import Link, why_not
 from scripts.soak.results import Journal, Result, Tell, failed, table
@@ -79,7 +79,7 @@ def _faults(part: str, faults: Sequence[Fault]) -> Callable[[Budget, Tell], None
     def play_faults(budget: Budget, tell: Tell) -> None:
         from scripts.soak.world import ROUNDS, World, clear, make_base
 
-        chosen = [f for f in faults if re.search(budget.only, f.name)]
+        chosen = [f for f in (UNDISTURBED, *faults) if re.search(budget.only, f.name)]
         folder = clear(budget.folder / part)
         mount = sys.platform == "linux" and os.geteuid() == 0
         until = time.monotonic() + budget.seconds
@@ -92,22 +92,23 @@ def _faults(part: str, faults: Sequence[Fault]) -> Callable[[Budget, Tell], None
     return play_faults
 
 
-def play_levels(budget: Budget, tell: Tell) -> None:
-    """A coordinator whose sites are one site of another, as processes: as its tests say."""
+def play_tests(budget: Budget, tell: Tell) -> None:
+    """The tests that take too long for every change, such as a group of sites over real links."""
     began = time.monotonic()
-    file = Path(__file__).resolve().parents[2] / "tests" / "deployment" / "test_levels.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    folder = Path(__file__).resolve().parents[2] / "tests"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "soak"]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=budget.seconds, check=False
-        )
+            [*command, str(folder)],
+            capture_output=True, text=True, timeout=budget.seconds, check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         words, good = f"not over within {budget.seconds:g} s", False
     else:
         lines = done.stdout.strip().splitlines()
         words, good = lines[-1] if lines else done.stderr[-200:], done.returncode == 0
     state = "passed" if good else "failed"
-    tell(Result("levels", "all", state, time.monotonic() - began, words))  # type: ignore[arg-type]
+    tell(Result("tests", "all", state, time.monotonic() - began, words))  # type: ignore[arg-type]
 
 
 PARTS: Mapping[str, Callable[[Budget, Tell], None]] = {
@@ -118,7 +119,7 @@ PARTS: Mapping[str, Callable[[Budget, Tell], None]] = {
     "routes": _faults("routes", ROUTES),
     "faults": _faults("faults", FAULTS),
     "all-faults": _faults("all-faults", (*FAULTS, *KILLS, *ROUTES)),
-    "levels": play_levels,
+    "tests": play_tests,
 }
 
 

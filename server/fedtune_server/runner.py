@@ -32,7 +32,7 @@ from fedtune.deploy.memory import return_freed_memory
 from fedtune.errors import DeploymentError, FedtuneError
 
 if TYPE_CHECKING:
-    from fedtune.flwr_compat import ServerTask, TaskSource
+    from fedtune.flwr_compat import Control, ServerTask, TaskSource
 
 APP = "fedtune_server.deployed:app"
 MOST_RUNS = 4
@@ -105,6 +105,7 @@ class Runner:
         self._children: dict[str, subprocess.Popen[bytes]] = {}  # by task token
         self._stop = threading.Event()
         self._wait_s = POLL_S
+        self._alone = False
 
     def run(self) -> None:
         """Work until SIGTERM or SIGINT; then end every run's process, in less than 5 s.
@@ -112,30 +113,45 @@ class Runner:
         Raises:
             DeploymentError: the home is not complete.
         """
-        from fedtune.flwr_compat import TaskSource
+        from fedtune.flwr_compat import Control, TaskSource
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
-        source = TaskSource("server", *_link(self._home, self._insecure))
+        link = _link(self._home, self._insecure)
+        source, control = TaskSource("server", *link), Control(*link)
         _log.info("waiting for runs")
         while not self._stop.is_set():
-            self._step(source)
+            self._step(source, control)
             self._stop.wait(self._wait_s)
         self._end_children()
 
-    def _step(self, source: TaskSource) -> None:
+    def _step(self, source: TaskSource, control: Control) -> None:
         import httpx
 
         try:
+            self._end_orphans(control)
             self._report_dead(source)
             found = source.acquire() if len(self._children) < MOST_RUNS else None
             self._wait_s = POLL_S
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, DeploymentError) as error:
             self._wait_s = min(MOST_WAIT_S, 2 * self._wait_s)
             _log.warning("the link is not there (%s); again in %.1f s", error, self._wait_s)
             return
         if found is not None:
             self._start(*found)
+
+    def _end_orphans(self, control: Control) -> None:
+        """At the start: end the runs of a runner before this one, whose processes died with it.
+
+        The link would wait for their heartbeats for minutes; the desk starts them anew at once.
+        """
+        if self._alone:
+            return
+        for run_id, run in control.runs().items():
+            if run.status in ("starting", "running"):
+                _log.warning("run %d was played by a runner that is gone; it is ended", run_id)
+                control.stop_run(run_id)
+        self._alone = True
 
     def _start(self, token: str, run_id: int) -> None:
         child = subprocess.Popen(self._command, stdin=subprocess.PIPE)

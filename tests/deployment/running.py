@@ -91,7 +91,11 @@ class Deployment:
             self.start_executor(number)
 
     def output(self, name: str) -> str:
-        return (self.folder / f"{name}.out").read_text("utf-8", "replace")
+        """What a process printed, and what it wrote to its log."""
+        kind, _, number = name.partition("-")
+        home = self.sites[int(number)].path if number else self.home.path
+        paths = (self.folder / f"{name}.out", home / "logs" / f"{kind}.log")
+        return "".join(path.read_text("utf-8", "replace") for path in paths if path.exists())
 
     @cached_property
     def control(self) -> Control:

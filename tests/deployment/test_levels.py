@@ -19,7 +19,7 @@ import pytest
 from fedtune.cli.simulate import simulate_config
 from fedtune.config import parse_run_config
 from fedtune.wire.checkpoint import latest_checkpoint, read_checkpoint
-from tests.deployment.test_federation import real_sites
+from tests.deployment.conftest import real_sites
 
 ALONE, GROUPED, GROUP = ("south",), ("east", "north"), "region"
 ROUND_S = 120.0
@@ -32,6 +32,7 @@ that a sum in another order leaves in the first round to 1e-4 in the second."""
 Tree = dict[str, Any]
 
 pytestmark = [
+    pytest.mark.soak,
     pytest.mark.deployment,
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX"),
@@ -59,7 +60,7 @@ def tree(base: Path, name: str, **sections: Any) -> Tree:
         "run": {"name": name, "rounds": 2},
         "model": {"path": str(base)},
         "data": {"max_tokens": 40},
-        "lora": {"rank_max": 4, "rank_cap": 8},
+        "lora": {"rank_max": 4, "rank_cap": 8, "tail_rank": 0},
         "importance": {"method": "uniform"},
         "plan": {"steps": "equal"},
         "train": {"local_steps": 2, "batch_size": 4, "compute": "fp32", **_SMOOTH},

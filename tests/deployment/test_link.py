@@ -105,6 +105,7 @@ def test_no_host_but_the_coordinator_is_asked_for(two_sites: Deployment) -> None
     assert hosts <= {"localhost", "127.0.0.1", "::1"}
 
 
+@pytest.mark.soak
 def test_a_site_whose_executor_dies_is_answered_for_and_works_again(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path, sites=1)
     try:
@@ -123,6 +124,7 @@ def test_a_site_whose_executor_dies_is_answered_for_and_works_again(tmp_path: Pa
         deployment.close()
 
 
+@pytest.mark.soak
 def test_links_nodes_and_faults_come_and_go(tmp_path: Path) -> None:
     """One HTTP 500 on each route, a killed node and a killed link: the run still completes."""
     deployment = Deployment(tmp_path, sites=1)
@@ -158,6 +160,7 @@ def test_links_nodes_and_faults_come_and_go(tmp_path: Path) -> None:
         deployment.close()
 
 
+@pytest.mark.soak
 def test_a_run_whose_process_dies_fails_at_once_and_the_next_one_plays(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path, sites=0)
     try:
@@ -179,6 +182,7 @@ def test_a_run_whose_process_dies_fails_at_once_and_the_next_one_plays(tmp_path:
         deployment.close()
 
 
+@pytest.mark.soak
 def test_a_revoked_site_ends_with_the_coordinators_words(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path, sites=1)
     try:
@@ -279,6 +283,7 @@ datetime.datetime = Late
 """
 
 
+@pytest.mark.soak
 def test_a_site_whose_clock_is_an_hour_late_takes_part(tmp_path: Path) -> None:
     (tmp_path / "late").mkdir()
     (tmp_path / "late" / "sitecustomize.py").write_text(HOUR_LATE, encoding="utf-8")
@@ -299,6 +304,7 @@ def test_a_site_whose_clock_is_an_hour_late_takes_part(tmp_path: Path) -> None:
         deployment.close()
 
 
+@pytest.mark.soak
 def test_all_of_it_speaks_plaintext_only_where_it_is_told_to(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path, sites=1, insecure=True)
     try:

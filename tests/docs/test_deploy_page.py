@@ -8,6 +8,7 @@ page's host is loopback.
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +32,7 @@ from fedtune.deploy.policy_file import read_policy
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "deploy.md"
 EXAMPLE = ROOT / "examples" / "deployment"
+OPERATOR = "fedtune-server/operator.toml"
 SITES = ("berlin", "lyon", "oslo")
 DOWNLOADS = "oslo"
 """The site that joins without `--base`, as the page offers."""
@@ -102,6 +105,14 @@ def real_sites() -> ModuleType:
     return module
 
 
+def said(*words: str) -> str:
+    """What a command of `fedtune` prints, which must go well; in this process, to be quick."""
+    with redirect_stdout(io.StringIO()) as out:
+        code = main(list(words))
+    assert code == 0, f"fedtune {shlex.join(words)}: {code}\n{out.getvalue()}"
+    return out.getvalue()
+
+
 @dataclass
 class Walk:
     """Somebody who does what the page says, on machines that are folders."""
@@ -141,15 +152,16 @@ class Walk:
         if verb in ("server start", "client start"):
             self.start(machine, words)
         elif verb == "server invite":
-            said = self.tools.fedtune(*words, "--json").stdout
-            self.codes[words[2]] = json.loads(said)["code"]
+            self.codes[words[2]] = json.loads(said(*words, "--json"))["code"]
         elif verb == "client join":
             self.join(machine, words)
         elif words[0] == "resume":
             self.wait_until(words[1], "stopped")
+            said(*words)
+        elif words[0] == "watch":  # with a time limit, which this process has none for
             self.tools.fedtune(*words)
         else:
-            self.tools.fedtune(*self.here(words))
+            said(*self.here(words))
 
     def here(self, words: list[str]) -> list[str]:
         """The page's words with this machine's host and ports."""
@@ -165,7 +177,7 @@ class Walk:
         if site == DOWNLOADS and "--base" in words:
             at = words.index("--base")
             del words[at : at + 2]
-        self.tools.fedtune(*self.here(words))
+        said(*self.here(words))
         health, node = self.site_ports(site)
         for key, value in {"health_port": health, "node_port": node, "threads": 1}.items():
             self.set(Path("fedtune-site/client.toml"), key, value)
@@ -207,7 +219,7 @@ class Walk:
 
     def state(self, run: str) -> str:
         self.patch.chdir(self.place("coordinator"))
-        lines = self.tools.fedtune("ps", "--json").stdout.splitlines()
+        lines = said("ps", "--json").splitlines()
         return next(str(it["state"]) for it in map(json.loads, lines) if it["name"] == run)
 
     def wait_until(self, run: str, state: str) -> None:
@@ -215,7 +227,7 @@ class Walk:
 
     def online(self, run: str) -> dict[str, bool]:
         self.patch.chdir(self.place("coordinator"))
-        found = json.loads(self.tools.fedtune("status", run, "--json").stdout)["site_states"]
+        found = json.loads(said("status", run, "--coordinator", OPERATOR, "--json"))["site_states"]
         return {site["name"]: site["online"] for site in found}
 
 

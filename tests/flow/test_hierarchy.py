@@ -19,6 +19,7 @@ from fedtune_client.app import make_client_app
 from fedtune_client.site import SimulatedFleet, SiteSettings
 from fedtune_server.coordinator import Coordinator
 from fedtune_server.hierarchy import Group, SubCoordinator, make_group_app
+from fedtune_server.roster import Counted
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.simulation.grid import InProcessGrid
 
@@ -76,6 +77,6 @@ def test_losses_of_three_rounds_equal_those_of_the_flat_run(
 
         folder = stack.enter_context(RunFolder.create(tmp_path / "top"))
         top = stack.enter_context(InProcessGrid(make_group_app(group_of), 2))
-        Coordinator(above, shapes, folder, events.append).run(top, 2)
+        Coordinator(above, shapes, folder, events.append).run(top, Counted(2))
     assert losses(events) == pytest.approx(flat, rel=2e-6)
     assert flat[-1] < flat[0]

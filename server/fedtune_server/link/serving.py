@@ -116,12 +116,7 @@ def guarded_app(
         tokened=frozenset({PATH}),
     )
     limits = settings.limits
-    bounds = Bounds(
-        limits.requests_per_s,
-        limits.burst,
-        limits.body_bytes,
-        trust_loopback=not settings.behind_proxy,
-    )
+    bounds = Bounds(limits.requests_per_s, limits.burst, limits.body_bytes)
     ours = Starlette(routes=[echo_route(), *routes])
     operator = OperatorToken(home.operator_file)
     operator.read()

@@ -33,6 +33,7 @@ from fedtune.wire.packing import tensors_digest
 from fedtune.wire.tensors import unpack_dispatch
 from fedtune_server.coordinator import Coordinator
 from fedtune_server.hierarchy import Group, SubCoordinator, make_group_app
+from fedtune_server.roster import Counted
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.simulation.grid import InProcessGrid
 
@@ -192,7 +193,7 @@ def play_flat(tree: Tree, folder: Path, absent: Absent = ()) -> Played:
     events: list[Event] = []
     with RunFolder.create(folder / "flat") as run, InProcessGrid(devices.app(), 4) as grid:
         coordinator = Coordinator(parse_run_config(tree, "test"), SHAPES, run, events.append)
-        return Played(coordinator.run(grid, 4), events, devices.orders)
+        return Played(coordinator.run(grid, Counted(4)), events, devices.orders)
 
 
 def play_levels(
@@ -216,7 +217,7 @@ def play_levels(
         run = stack.enter_context(RunFolder.create(folder / "top"))
         config = parse_run_config(above(tree, rank, devices_max), "test")
         top = stack.enter_context(InProcessGrid(make_group_app(group_of), 2))
-        adapter = Coordinator(config, SHAPES, run, events.append).run(top, 2)
+        adapter = Coordinator(config, SHAPES, run, events.append).run(top, Counted(2))
     orders = [order for devices in fleets.values() for order in devices.orders]
     return Played(adapter, events, orders, below)
 

@@ -207,14 +207,14 @@ def test_a_rotated_token_counts_at_once(operator: OperatorToken, tmp_path: Path)
     assert ask(guard, LIST_RUNS, {"authorization": "Bearer another"}).status_code == 200
 
 
-def test_loopback_is_trusted_only_without_a_proxy_and_never_with_a_wrong_token(
-    operator: OperatorToken,
-) -> None:
-    trusting, proxied = make(operator), make(operator, bounds=Bounds(trust_loopback=False))
-    assert ask(trusting, LIST_RUNS, peer="127.0.0.1").status_code == 200
-    assert ask(proxied, LIST_RUNS, peer="127.0.0.1").status_code == 401
+@pytest.mark.parametrize("peer", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("path", [LIST_RUNS, ACQUIRE])
+def test_loopback_needs_the_token_too(operator: OperatorToken, path: str, peer: str) -> None:
+    """Other users of the machine come from there, and proxies and tunnels that end there."""
+    assert ask(make(operator), path, peer=peer).status_code == 401
     wrong = {"authorization": "Bearer wrong"}
-    assert ask(trusting, LIST_RUNS, wrong, peer="127.0.0.1").status_code == 401
+    assert ask(make(operator), path, wrong, peer=peer).status_code == 401
+    assert ask(make(operator), path, TOKEN, peer=peer).status_code == 200
 
 
 def test_a_site_is_told_why_it_is_refused(operator: OperatorToken) -> None:
