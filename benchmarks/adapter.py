@@ -154,7 +154,7 @@ class Deployment:
         (self.home.path / ORDER).write_text(json.dumps(order), encoding="utf-8")
         token = str(_operator_token(self.home))
         control = Control(self.address, self.home.ca_certificate.read_bytes(), token)
-        wait_for("the link", lambda: _answers(control), 90)
+        wait_for("the link", lambda: _answers(control), 180)
         fab = run_fab({"fedtune-run": "echo", "fedtune-task": json.dumps(_TASK)})
         run = control.start_run(fab)
         ended: FlowerRun | None = None
