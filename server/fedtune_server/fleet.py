@@ -69,6 +69,7 @@ def gather_fleet(
     deadline_s: float,
     emit: Emit,
     objection: Objection = lambda node, name: "",
+    called: Callable[[int], str] = lambda node: f"node {node}",
 ) -> Fleet:
     """Ask every node what it is and keep those that can take part.
 
@@ -76,6 +77,9 @@ def gather_fleet(
 
     A device whose name is taken, or that would train other parameters whole than most, is left
     out as well: one device cannot stop the others.
+
+    Args:
+        called: what a node is called that did not say its name.
 
     Raises:
         RunError: none can take part.
@@ -89,7 +93,7 @@ def gather_fleet(
             report = f"another device is called {name!r}; give it a name of its own"
         if isinstance(report, str):
             last_reason = report
-            emit(excluded(f"node {node}", report))
+            emit(excluded(called(node), report))
             continue
         reports[report.profile.name], node_of[report.profile.name] = report, node
     reports = _of_one_kind(dict(sorted(reports.items())), emit)

@@ -54,7 +54,9 @@ def gather_live(grid: Grid, roster: Roster, task: TaskSpec, emit: Emit) -> Fleet
         deadline_s = min(_PROFILE_S, roster.patience_s)
         nodes = sorted(roster.here(grid))
         try:
-            fleet = gather_fleet(grid, nodes, task, deadline_s, events.append, roster.objection)
+            fleet = gather_fleet(
+                grid, nodes, task, deadline_s, events.append, roster.objection, roster.called
+            )
         except RunError as error:
             reason = f"; {error}"
         ready = len(fleet.names) if fleet is not None else 0
@@ -160,7 +162,7 @@ class Newcomers:
             if isinstance(report, SiteReport):
                 report = _fitting(report, here, fleet, known, found)
             if isinstance(report, str):
-                self.turned_away(node, f"node {node}", report)
+                self.turned_away(node, self._roster.called(node), report)
                 continue
             name = report.profile.name
             self._reasons[node] = ""

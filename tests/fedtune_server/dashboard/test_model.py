@@ -307,7 +307,9 @@ def test_a_replaced_run_is_read_anew(desk: FakeDesk) -> None:
     assert [view.device for view in reader.read(T0).devices] == ["old"]
     (desk.folder("spring") / "ledger.jsonl").unlink()
     desk.tell("spring", "planned", 1, devices=[plan("new")])
-    assert [view.device for view in reader.read(T0).devices] == ["new"]
+    found = reader.read(T0)
+    assert [view.device for view in found.devices] == ["new"]
+    assert len(found.lines) == 1
 
 
 class _Look:
