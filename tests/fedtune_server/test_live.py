@@ -231,6 +231,7 @@ def test_a_late_joiner_that_does_not_fit_is_told_once_why(runs: Runs, kind: str)
         grid.on_look = look
         runs.play(grid)
     (told,) = runs.fake.all("site_excluded")
+    assert told["device"] == "b"  # its name in the registry, not the number of its node
     assert told["reason"].startswith(words)
     assert {device for _, device in runs.asked()} == {"a", "c"}
 
