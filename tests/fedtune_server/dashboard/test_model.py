@@ -238,6 +238,16 @@ def test_silence_is_an_alarm_until_the_next_event(told: FakeDesk) -> None:
     assert "silence" not in names(2013)
 
 
+def test_a_site_that_nobody_waits_for_is_no_alarm(desk: FakeDesk) -> None:
+    desk.add_run("spring", state="stopped", devices=("north", "south"))
+    desk.add_run("summer", devices=("south",))
+    desk.site_entries = [
+        SiteEntry("north", "enrolled", False, ""),  # of a stopped run
+        SiteEntry("south", "revoked", False, ""),  # by the operator's own will
+    ]
+    assert shown(desk)["alarms"]["alarms"] == []
+
+
 def test_a_site_that_a_running_run_needs_and_is_offline_is_an_alarm(told: FakeDesk) -> None:
     found = shown(told)["alarms"]["alarms"]
     assert [a["text"] for a in found if a["name"] == "offline"] == [
