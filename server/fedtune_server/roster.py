@@ -59,6 +59,10 @@ class Roster(Protocol):
         """Nodes of the run's devices that can be reached now -> when each was last activated."""
         ...
 
+    def called(self, node: int) -> str:
+        """The name of a node's site, or of the node where it has none."""
+        ...
+
     def objection(self, node: int, name: str) -> str:
         """Why a node that calls itself so does not take part; empty where it may."""
         ...
@@ -82,6 +86,9 @@ class Counted:
 
     def here(self, grid: Grid) -> Mapping[int, str]:
         return dict.fromkeys(grid.get_node_ids(), "")
+
+    def called(self, node: int) -> str:
+        return f"node {node}"
 
     def objection(self, node: int, name: str) -> str:
         return ""
@@ -173,6 +180,9 @@ class Registered:
         if name is None or name not in self.enrolled():
             return False
         return ALL_SITES in self.sites or name in self.sites
+
+    def called(self, node: int) -> str:
+        return self.name_of_node(node) or f"node {node}"
 
     def objection(self, node: int, name: str) -> str:
         known = self.name_of_node(node)

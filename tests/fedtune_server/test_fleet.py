@@ -210,3 +210,15 @@ def test_a_run_that_goes_on_takes_back_its_own_devices_alone(fleet_of: FleetOf) 
         assert len(fake.all("warning")) == 2
         with pytest.raises(RunError, match="none of the run's devices came back; expected gone, f"):
             find_again(gather, {"gone": known["a"]}, fake.events.append, live=False)
+
+
+def test_a_site_that_is_left_out_has_its_name_where_that_is_known(fleet_of: FleetOf) -> None:
+    fake = fleet_of("a", "b")
+    fake.change("b", base_digest="e" * 64)
+    task = TaskSpec("run-1", "causal-lm", fake.shapes.digest, ())
+    with fake.grid() as grid:
+        names = {1000: "a", 1001: "b"}
+        nodes, emit = grid.get_node_ids(), fake.events.append
+        gather_fleet(grid, nodes, task, 30.0, emit, called=names.__getitem__)
+        gather_fleet(grid, nodes, task, 30.0, emit)
+    assert [each["device"] for each in fake.all("site_excluded")] == ["b", "node 1001"]

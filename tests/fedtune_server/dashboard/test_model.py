@@ -237,6 +237,16 @@ def test_silence_is_an_alarm_until_the_next_event(told: FakeDesk) -> None:
     assert "silence" not in names(2013)
 
 
+def test_a_site_that_nobody_waits_for_is_no_alarm(desk: FakeDesk) -> None:
+    desk.add_run("spring", state="stopped", devices=("north", "south"))
+    desk.add_run("summer", devices=("south",))
+    desk.site_entries = [
+        SiteEntry("north", "enrolled", False, ""),  # of a stopped run
+        SiteEntry("south", "revoked", False, ""),  # by the operator's own will
+    ]
+    assert shown(desk)["alarms"]["alarms"] == []
+
+
 def test_a_site_that_a_running_run_needs_and_is_offline_is_an_alarm(told: FakeDesk) -> None:
     found = shown(told)["alarms"]["alarms"]
     assert [a["text"] for a in found if a["name"] == "offline"] == [
@@ -306,7 +316,9 @@ def test_a_replaced_run_is_read_anew(desk: FakeDesk) -> None:
     assert [view.device for view in reader.read(T0).devices] == ["old"]
     (desk.folder("spring") / "ledger.jsonl").unlink()
     desk.tell("spring", "planned", 1, devices=[plan("new")])
-    assert [view.device for view in reader.read(T0).devices] == ["new"]
+    found = reader.read(T0)
+    assert [view.device for view in found.devices] == ["new"]
+    assert len(found.lines) == 1
 
 
 class _Look:
