@@ -67,10 +67,6 @@ class Roster(Protocol):
         """Why a node that calls itself so does not take part; empty where it may."""
         ...
 
-    def called(self, node: int) -> str:
-        """What a person calls a node."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class Counted:
@@ -92,9 +88,6 @@ class Counted:
 
     def objection(self, node: int, name: str) -> str:
         return ""
-
-    def called(self, node: int) -> str:
-        return f"node {node}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +187,3 @@ class Registered:
                 "it was invited under"
             )
         return ""
-
-    def called(self, node: int) -> str:
-        return self.name_of_node(node) or f"node {node}"
