@@ -82,6 +82,7 @@ def load(devices: int, layers: int) -> Loaded:
     from fedtune.config import parse_run_config
     from fedtune.records import Event
     from fedtune_server.coordinator import Coordinator
+    from fedtune_server.roster import Counted
     from fedtune_server.run_folder import RunFolder
     from fedtune_server.simulation.grid import InProcessGrid
 
@@ -100,7 +101,7 @@ def load(devices: int, layers: int) -> Loaded:
         coordinator = Coordinator(parse_run_config(tree, "load"), model, folder, events.append)
         with InProcessGrid(fleet.app(), devices) as grid:
             wall, cpu = time.perf_counter(), time.process_time()
-            coordinator.run(grid, devices)
+            coordinator.run(grid, Counted(devices))
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             upload = grid.bytes_up
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 
-from fedtune.errors import DeploymentError
+from fedtune.errors import DeploymentError, one_line
 
 _PORT = re.compile(r"[0-9]{1,5}")
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
@@ -26,7 +26,7 @@ def check_host(host: str) -> str:
     if len(bare) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
         raise DeploymentError(
             f"expected a host's name or address, such as fed.example.org or 10.0.0.5; found "
-            f"{host!r}"
+            f"{one_line(repr(host), 200)}"
         )
     return bare
 
@@ -41,7 +41,8 @@ def split_address(address: str, what: str) -> tuple[str, int]:
         DeploymentError: it is not of that form.
     """
     host, colon, port = address.rpartition(":")
-    expected = f"{what}: expected HOST:PORT, such as fed.example.org:9400; found {address!r}"
+    found = one_line(repr(address), 200)
+    expected = f"{what}: expected HOST:PORT, such as fed.example.org:9400; found {found}"
     if not colon or not _PORT.fullmatch(port) or not 1 <= int(port) <= 65_535:
         raise DeploymentError(expected)
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
