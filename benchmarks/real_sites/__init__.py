@@ -223,6 +223,7 @@ class Federation:
             "FEDTUNE_CONNECTIONS": str(self.connections),
         }
         self.server: Started | None = None
+        self._options: tuple[str, ...] = ()
         self.sites: dict[str, Started] = {}
         first, *_ = ports = free_ports(4 + 2 * len(rows))
         self.port, self.service_port, self.dashboard_port, self.health_port = ports[:4]
@@ -253,8 +254,9 @@ class Federation:
         return fedtune(*arguments, check=check, FEDTUNE_OPERATOR=str(self.operator))
 
     def start_server(self, *options: str) -> Started:
-        """Start the coordinator, and wait until it answers."""
-        arguments = ["server", "start", str(self.home), *options]
+        """Start the coordinator, and wait until it answers; without options, with those of before."""
+        self._options = options or self._options
+        arguments = ["server", "start", str(self.home), *self._options]
         self.server = Started(
             arguments, self.folder / "coordinator.out", **self._environment_of("coordinator")
         )

@@ -75,6 +75,7 @@ def test_the_load_of_a_coordinator_is_told_by_fleet() -> None:
 
 @pytest.mark.deployment
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.soak
 def test_light_devices_play_a_round_at_a_real_link() -> None:
     options = ("--quick", "--only", "link", "--devices", "3", "--json")
     found = json.loads(run("load.py", *options).splitlines()[-1])["3 devices at a link"]
@@ -87,6 +88,7 @@ def test_light_devices_play_a_round_at_a_real_link() -> None:
 
 @pytest.mark.deployment
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.soak
 def test_an_adapter_goes_to_three_sites_and_back() -> None:
     found = json.loads(run("adapter.py", "--quick", "--json").splitlines()[-1])["packed"]
     assert found["megabytes"] == pytest.approx(10.0, abs=0.1)
