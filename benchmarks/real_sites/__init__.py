@@ -254,7 +254,7 @@ class Federation:
         return fedtune(*arguments, check=check, FEDTUNE_OPERATOR=str(self.operator))
 
     def start_server(self, *options: str) -> Started:
-        """Start the coordinator, and wait until it answers; without options, with those of before."""
+        """Start the coordinator, and wait until it answers; as before, where no options say how."""
         self._options = options or self._options
         arguments = ["server", "start", str(self.home), *self._options]
         self.server = Started(
