@@ -27,7 +27,14 @@ from fedtune.devices.measurement import package_versions
 from fedtune.errors import DeploymentError, FedtuneError, ProtocolError, RunError, StoppedError
 from fedtune.v1 import coordinator_pb2 as pb
 from fedtune.wire.calibration import decode_calibration_instruction
-from fedtune.wire.flower import CALIBRATE, EVALUATE, PROFILE, TRAIN, from_record, to_record
+from fedtune.wire.flower import (
+    CALIBRATE,
+    EVALUATE,
+    TRAIN,
+    from_record,
+    make_forwarding_app,
+    to_record,
+)
 from fedtune.wire.messages import (
     decode_evaluate_instruction,
     decode_task_spec,
@@ -66,7 +73,7 @@ def client_app(home: Path) -> ClientApp:
         site = SiteHome(path)
         _groups[path] = GroupSite(site, site.settings())
         _groups[path].start()
-    return make_forwarding_app(_groups[path])
+    return make_group_site_app(_groups[path])
 
 
 def interrupt(home: Path, reason: str) -> None:
@@ -81,9 +88,8 @@ def close(home: Path) -> None:
         site.close()
 
 
-def make_forwarding_app(site: GroupSite) -> ClientApp:
+def make_group_site_app(site: GroupSite) -> ClientApp:
     """Build the app that answers a coordinator's messages with what the group says."""
-    app = ClientApp()
 
     def answered(kind: str, message: Message, context: Context) -> Message:
         body, packed = from_record(message.content, kind)
@@ -91,23 +97,7 @@ def make_forwarding_app(site: GroupSite) -> ClientApp:
         found = site.answer(kind, task, body, packed, message.metadata.ttl)
         return Message(to_record(kind, found.body, found.tensors), reply_to=message)
 
-    @app.query("profile")  # type: ignore[untyped-decorator]
-    def profile(message: Message, context: Context) -> Message:
-        return answered(PROFILE, message, context)
-
-    @app.query("calibration")  # type: ignore[untyped-decorator]
-    def calibration(message: Message, context: Context) -> Message:
-        return answered(CALIBRATE, message, context)
-
-    @app.train("lora")  # type: ignore[untyped-decorator]
-    def train(message: Message, context: Context) -> Message:
-        return answered(TRAIN, message, context)
-
-    @app.evaluate("loss")  # type: ignore[untyped-decorator]
-    def evaluate(message: Message, context: Context) -> Message:
-        return answered(EVALUATE, message, context)
-
-    return app
+    return make_forwarding_app(answered)
 
 
 class GroupSite:

@@ -11,7 +11,7 @@ import typer
 from fedtune.cli.apps import load_app
 from fedtune.cli.client_pull import pull
 from fedtune.cli.client_start import start
-from fedtune.cli.server import chosen_services
+from fedtune.cli.server import Compose, Docker, Systemd, chosen_services
 from fedtune.deploy.operator import DEFAULT_SITE_HOME
 
 client = typer.Typer(name="client", help="Join and run a site.", no_args_is_help=True)
@@ -39,11 +39,9 @@ def join(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="without TLS: everybody between can read and change")
     ] = False,
-    systemd: Annotated[bool, typer.Option("--systemd", help="write a systemd unit")] = False,
-    docker: Annotated[bool, typer.Option("--docker", help="write a Dockerfile")] = False,
-    compose: Annotated[
-        bool, typer.Option("--compose", help="write a Dockerfile and compose.yaml")
-    ] = False,
+    systemd: Systemd = False,
+    docker: Docker = False,
+    compose: Compose = False,
 ) -> None:
     """Make the site's key, check the coordinator by the code, and enrol."""
     if insecure:

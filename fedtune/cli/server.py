@@ -34,6 +34,12 @@ server.command("start")(start)
 Home = Annotated[Path, typer.Option("--dir", help="the coordinator's folder", show_default=True)]
 
 
+Systemd = Annotated[bool, typer.Option("--systemd", help="write a systemd unit")]
+Docker = Annotated[bool, typer.Option("--docker", help="write a Dockerfile")]
+Compose = Annotated[bool, typer.Option("--compose", help="write a Dockerfile and compose.yaml")]
+"""Which service files to write; of both sides."""
+
+
 def chosen_services(*, systemd: bool, docker: bool, compose: bool) -> Sequence[ServiceKind]:
     """The service files that flags ask for."""
     asked = {
@@ -53,11 +59,9 @@ def init(
     port: Annotated[
         int, typer.Option("--port", help="of Flower's link; the three behind it are used, too")
     ] = DEFAULT_PORT,
-    systemd: Annotated[bool, typer.Option("--systemd", help="write a systemd unit")] = False,
-    docker: Annotated[bool, typer.Option("--docker", help="write a Dockerfile")] = False,
-    compose: Annotated[
-        bool, typer.Option("--compose", help="write a Dockerfile and compose.yaml")
-    ] = False,
+    systemd: Systemd = False,
+    docker: Docker = False,
+    compose: Compose = False,
 ) -> None:
     """Make a coordinator: keys, certificates, operator token, settings, and no sites yet."""
     services = chosen_services(systemd=systemd, docker=docker, compose=compose)

@@ -12,10 +12,17 @@ because Flower sends a record once to its link, however many messages hold it.
 
 from __future__ import annotations
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fedtune.errors import ProtocolError
 from fedtune.wire.fields import MAX_MESSAGE_BYTES, shown
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
 
 VERSION = 1
 TENSORS_STYPE = "fedtune.safetensors.v1"
@@ -66,6 +73,25 @@ def from_record(record: RecordDict, kind: str) -> tuple[bytes, bytes | None]:
     if isinstance(tensors, ConfigRecord):
         return body, _small(tensors, kind)
     return body, _packed(tensors, kind)
+
+
+def make_forwarding_app(answered: Callable[[str, Message, Context], Message]) -> ClientApp:
+    """Build a ClientApp that hands each of the four kinds of messages to one function.
+
+    Args:
+        answered: the reply to a message of that kind.
+    """
+    from flwr.clientapp import ClientApp  # here: a coordinator does without
+
+    app = ClientApp()
+    for register, kind in (
+        (app.query, PROFILE),
+        (app.query, CALIBRATE),
+        (app.train, TRAIN),
+        (app.evaluate, EVALUATE),
+    ):
+        register(kind.partition(".")[2])(partial(answered, kind))
+    return app
 
 
 def _body(config: object, kind: str) -> bytes:

@@ -20,7 +20,7 @@ from fedtune.settings import RunConfig
 from fedtune.wire import messages
 from fedtune.wire.flower import PROFILE, from_record, to_record
 from fedtune_client import executor
-from fedtune_client.group import GroupSite, client_app, close, make_forwarding_app
+from fedtune_client.group import GroupSite, client_app, close, make_group_site_app
 from fedtune_server.simulation.grid import InProcessGrid
 
 SPEC = messages.encode_task_spec(messages.TaskSpec("run-1", "causal-lm", "d" * 64, ()))
@@ -112,7 +112,7 @@ def test_a_question_is_handed_on_and_its_answer_comes_back(
 def test_the_app_answers_a_message_with_what_the_group_says(
     site: GroupSite, run: Run, config: RunConfig
 ) -> None:
-    with InProcessGrid(make_forwarding_app(site), 1, run_config=flower_config(config)) as grid:
+    with InProcessGrid(make_group_site_app(site), 1, run_config=flower_config(config)) as grid:
         (node,) = grid.get_node_ids()
         (sent,) = grid.push_messages([Message(to_record(PROFILE, SPEC), node, PROFILE, ttl=60.0)])
         replies: list[Message] = []

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.wire.flower import CALIBRATE, EVALUATE, PROFILE, TRAIN, from_record, to_record
+from fedtune.wire.flower import from_record, make_forwarding_app, to_record
 from fedtune_server.hierarchy.answering import answer
 from fedtune_server.hierarchy.sub_coordinator import SubCoordinator
 
@@ -19,27 +19,10 @@ def make_group_app(group_of: Callable[[Context], SubCoordinator]) -> ClientApp:
         group_of: finds the coordinator of the node that a message is for; the same object each
             time, since it keeps the plans of the run.
     """
-    app = ClientApp()
 
     def answered(kind: str, message: Message, context: Context) -> Message:
         body, packed = from_record(message.content, kind)
         content = to_record(kind, *answer(group_of(context), kind, body, packed))
         return Message(content, reply_to=message)
 
-    @app.query("profile")  # type: ignore[untyped-decorator]
-    def profile(message: Message, context: Context) -> Message:
-        return answered(PROFILE, message, context)
-
-    @app.query("calibration")  # type: ignore[untyped-decorator]
-    def calibration(message: Message, context: Context) -> Message:
-        return answered(CALIBRATE, message, context)
-
-    @app.train("lora")  # type: ignore[untyped-decorator]
-    def train(message: Message, context: Context) -> Message:
-        return answered(TRAIN, message, context)
-
-    @app.evaluate("loss")  # type: ignore[untyped-decorator]
-    def evaluate(message: Message, context: Context) -> Message:
-        return answered(EVALUATE, message, context)
-
-    return app
+    return make_forwarding_app(answered)
