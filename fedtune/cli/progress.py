@@ -125,7 +125,8 @@ def _site_joined(progress: RunProgress, fields: Mapping[str, object]) -> None:
 
 
 def _device_asked_again(progress: RunProgress, fields: Mapping[str, object]) -> None:
-    progress.note(f"{fields.get('device')} is back, and does its round again")
+    does = "does its round" if "round" in fields else f"is asked {fields.get('message')}"
+    progress.note(f"{fields.get('device')} is back, and {does} again")
 
 
 def _names(value: object) -> list[str]:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fedtune.errors import RoundError
 from fedtune.records import DevicePlan, DeviceProfile, Event
+from fedtune.wire.flower import TRAIN
 from fedtune_server.collecting import Collected
 from fedtune_server.fleet import Emit
-from fedtune_server.flights import Flights
+from fedtune_server.flights import Flights, WorkOfRound
 from fedtune_server.presence import LOOK_S, Live
-from fedtune_server.returning import Returning
+from fedtune_server.returning import Returning, asked_again
 from fedtune_server.sampling import Draw
 from fedtune_server.terms import RoundTerms
 
@@ -56,7 +57,14 @@ class Asking:
         self._enough = 0
         self._live, self._profiles = live, profiles or {}
         self._returning = (
-            Returning(live, flights, collected.lost, collected.round) if live is not None else None
+            Returning(
+                live.presence,
+                live.return_s,
+                WorkOfRound(flights, collected.round),
+                collected.lost,
+            )
+            if live is not None
+            else None
         )
         self._ends: dict[str, float] = {}
         self._last = 0.0
@@ -179,10 +187,11 @@ class Asking:
         own = self._own
         asked = [plan for plan in plans if plan.device not in own]
         self.now.update(plan.device for plan in asked)
+        if self._returning is not None:
+            self._returning.asks(plan.device for plan in asked)
         if asked:
             self.download_bytes += self._send(asked)
         if self._returning is not None:
-            self._returning.asked(plan.device for plan in asked)
             left = self._flights.clock.now()
             allowed = self._allowed([plan.device for plan in asked])
             self._ends |= {name: left + seconds for name, seconds in allowed.items()}
@@ -204,8 +213,7 @@ class Asking:
             self.refill()
             return
         for device in self._returning.back():
-            fields = {"round": self._collected.round, "device": device}
-            self._emit(Event("device_asked_again", fields))
+            self._emit(asked_again(device, TRAIN, self._collected.round))
             self._ask([device])
 
     def ends(self) -> float:

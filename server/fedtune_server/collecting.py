@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from flwr.serverapp import Grid
 
 from fedtune.errors import ProtocolError, RefusedUpdateError
-from fedtune.flwr_compat import ErrorCode
 from fedtune.records import Contribution, Event
 from fedtune_server.acceptance import accept, reported
 from fedtune_server.clock import FIRST_POLL_S, LONGEST_POLL_S
@@ -16,10 +15,8 @@ from fedtune_server.exchange import Answer
 from fedtune_server.fleet import Emit, Fleet
 from fedtune_server.flights import Flight, Flights
 from fedtune_server.open_round import OpenRounds
+from fedtune_server.returning import LOST
 from fedtune_server.terms import RoundTerms
-
-LOST = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED)
-"""Flower's codes of work that was lost with the node, or with the process that did it."""
 
 
 @dataclass(slots=True)

@@ -50,7 +50,7 @@ from fedtune_server.lineup import Lineup
 from fedtune_server.newcomers import Newcomers, gather_live
 from fedtune_server.open_round import OpenRounds
 from fedtune_server.planning import Planning
-from fedtune_server.presence import Live, Presence
+from fedtune_server.presence import Again, Live, Presence
 from fedtune_server.roster import Roster
 from fedtune_server.round import train
 from fedtune_server.run_folder import RunFolder
@@ -120,9 +120,8 @@ class Coordinator:
         while state.round < self._config.run.rounds:
             live = self._live(grid, roster, lineup.fleet, allowances)
             state = self._round(grid, lineup, state, live)
-        after = self._evaluate(
-            grid, lineup, state, self._live(grid, roster, lineup.fleet, allowances)
-        )
+        live = self._live(grid, roster, lineup.fleet, allowances)
+        after = self._evaluate(grid, lineup, state, live, self._again(roster))
         fields = {
             "seconds": time.perf_counter() - started,
             "planned_seconds": state.planned_seconds,
@@ -143,7 +142,7 @@ class Coordinator:
             self._folder.write_json("labels.json", list(fleet.labels))
         heads = self._fresh_heads(fleet)
         planning = self._planning(fleet)
-        planning.measure(grid, self._run_id, heads, self._terms.deadline_s)
+        planning.measure(grid, self._run_id, heads, self._terms.deadline_s, self._again(roster))
         lineup = self._lineup(fleet, planning, planning.plan(), roster)
         start = self._rule.start(self._shapes.matrices, heads)
         return lineup, self._save(lineup.put_down(RunState(run=self._run_id, adapter=start)))
@@ -221,7 +220,7 @@ class Coordinator:
         newcomers = Newcomers(roster, task, self._devices_max(), self._emit)
         return Lineup(
             self._config, self._shapes, fleet, task, planning, plan, newcomers, deadline_s,
-            self._emit,
+            self._again(roster), self._emit,
         )  # fmt: skip
 
     def _fresh_heads(self, fleet: Fleet) -> dict[str, FloatArray]:
@@ -234,7 +233,12 @@ class Coordinator:
         return heads
 
     def _evaluate(
-        self, grid: Grid, lineup: Lineup, state: RunState, live: Live | None
+        self,
+        grid: Grid,
+        lineup: Lineup,
+        state: RunState,
+        live: Live | None,
+        again: Again | None,
     ) -> float | None:
         """The held-out loss of the last adapter; of the devices that are there."""
         plans, terms = lineup.plans, self._terms
@@ -245,7 +249,9 @@ class Coordinator:
             allowed = [live.allowances.seconds(p, reports[p.device].profile) for p in plans]
             longest = max(allowed, default=0.0) + LOADING_S  # a plan counts no such pass
             terms = replace(terms, deadline_s=min(longest, terms.deadline_s))
-        return evaluate(grid, lineup.fleet, self._rule, state.adapter, plans, terms, self._emit)
+        return evaluate(
+            grid, lineup.fleet, self._rule, state.adapter, plans, terms, self._emit, again
+        )
 
     def _live(
         self, grid: Grid, roster: Roster, fleet: Fleet, allowances: Allowances
@@ -254,6 +260,10 @@ class Coordinator:
         if not roster.live:
             return None
         return Live(Presence(grid, fleet.nodes, roster), allowances, roster.patience_s)
+
+    def _again(self, roster: Roster) -> Again | None:
+        """As `_live`, for what devices are asked beside rounds."""
+        return Again(roster, self._terms.deadline_s, self._emit) if roster.live else None
 
     def _round(self, grid: Grid, lineup: Lineup, state: RunState, live: Live | None) -> RunState:
         """Play one round, and save what it leads to."""

@@ -16,8 +16,10 @@ from fedtune.wire.messages import (
     encode_evaluate_instruction,
 )
 from fedtune.wire.packing import tensors_digest
-from fedtune_server.exchange import Answer, exchange
+from fedtune_server.exchange import Answer
 from fedtune_server.fleet import Emit, Fleet
+from fedtune_server.presence import Again
+from fedtune_server.questions import ask
 from fedtune_server.starts import prepare
 from fedtune_server.terms import RoundTerms
 
@@ -30,9 +32,10 @@ def evaluate(
     plans: Sequence[DevicePlan],
     terms: RoundTerms,
     emit: Emit,
+    again: Again | None = None,
 ) -> float | None:
     """Held-out loss of the adapter over all devices, each on its own backbone and data."""
-    measured = measure(grid, fleet, rule, adapter, plans, terms, emit)
+    measured = measure(grid, fleet, rule, adapter, plans, terms, emit, again)
     loss = weighted([(m["held_out_loss"], m["held_out_units"]) for m in measured.values()])
     hits = [(m["accuracy"], m["held_out_units"]) for m in measured.values() if "accuracy" in m]
     emit(
@@ -57,8 +60,13 @@ def measure(
     plans: Sequence[DevicePlan],
     terms: RoundTerms,
     emit: Emit,
+    again: Again | None = None,
 ) -> dict[str, Mapping[str, float]]:
-    """What each device measures of the adapter, of those that hold samples for it."""
+    """What each device measures of the adapter, of those that hold samples for it.
+
+    Args:
+        again: how devices that come and go are asked again; default: they stay.
+    """
     sent = prepare(rule, adapter, plans, terms, adapter.round + 1)
     contents = {
         plan.device: to_record(
@@ -79,9 +87,10 @@ def measure(
         for plan in plans
     }
     measured: dict[str, Mapping[str, float]] = {}
-    for answer in exchange(
-        grid, contents, fleet.nodes, kind=EVALUATE, group="end", deadline_s=terms.deadline_s
-    ):
+    for answer in ask(
+        grid, contents, fleet.nodes, kind=EVALUATE, group="end", deadline_s=terms.deadline_s,
+        again=again,
+    ):  # fmt: skip
         try:
             measured[answer.device] = _read_evaluation(answer, terms, adapter.round)
         except ProtocolError as error:

@@ -111,8 +111,14 @@ def post(
 
 def unsent_answer(device: str) -> Answer:
     """Stands for the answer to a message that Flower did not take."""
-    failure = "Flower did not take its message: its node is not registered any more"
-    return Answer(device, failure=failure, code=ErrorCode.NODE_UNAVAILABLE)
+    return lost_answer(
+        device, "Flower did not take its message: its node is not registered any more"
+    )
+
+
+def lost_answer(device: str, reason: str) -> Answer:
+    """Stands for the answer to a message that was lost with its node."""
+    return Answer(device, failure=reason, code=ErrorCode.NODE_UNAVAILABLE)
 
 
 def read_answer(device: str, node: int, reply: Message, kind: str) -> Answer:

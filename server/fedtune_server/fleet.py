@@ -15,7 +15,8 @@ from fedtune.errors import ProtocolError, RoundError, RunError
 from fedtune.records import DeviceProfile, Event, SiteReport
 from fedtune.wire.flower import PROFILE, to_record
 from fedtune.wire.messages import TaskSpec, decode_site_report, encode_task_spec
-from fedtune_server.exchange import exchange
+from fedtune_server.presence import Again
+from fedtune_server.questions import ask
 
 Emit = Callable[[Event], None]
 Objection = Callable[[int, str], str]
@@ -70,6 +71,7 @@ def gather_fleet(
     emit: Emit,
     objection: Objection = lambda node, name: "",
     called: Callable[[int], str] = "node {}".format,
+    again: Again | None = None,
 ) -> Fleet:
     """Ask every node what it is and keep those that can take part.
 
@@ -80,6 +82,7 @@ def gather_fleet(
 
     Args:
         called: what a person calls a node that has not said its name.
+        again: how nodes that come and go are asked again; default: they stay.
 
     Raises:
         RunError: none can take part.
@@ -87,7 +90,7 @@ def gather_fleet(
     reports: dict[str, SiteReport] = {}
     node_of: dict[str, int] = {}
     last_reason = "no device answered"
-    for node, report in ask_profiles(grid, nodes, task, deadline_s, objection):
+    for node, report in ask_profiles(grid, nodes, task, deadline_s, objection, called, again):
         if isinstance(report, SiteReport) and report.profile.name in reports:
             name = report.profile.name
             report = f"another device is called {name!r}; give it a name of its own"
@@ -111,14 +114,17 @@ def ask_profiles(
     task: TaskSpec,
     deadline_s: float,
     objection: Objection = lambda node, name: "",
+    called: Callable[[int], str] = "node {}".format,
+    again: Again | None = None,
 ) -> Iterator[tuple[int, SiteReport | str]]:
     """What each node says of itself, as it comes, or why it cannot take part."""
     request = encode_task_spec(task)
     by_token = {f"node {node}": node for node in nodes}
     contents = {token: to_record(PROFILE, request) for token in by_token}
-    for answer in exchange(
-        grid, contents, by_token, kind=PROFILE, group="profile", deadline_s=deadline_s
-    ):
+    for answer in ask(
+        grid, contents, by_token, kind=PROFILE, group="profile", deadline_s=deadline_s,
+        again=again, called=lambda token: called(by_token[token]),
+    ):  # fmt: skip
         node = by_token[answer.device]
         yield node, judged_report(answer.failure, answer.body, task, node, objection)
 
@@ -209,7 +215,7 @@ def find_again(
     told: list[Event] = []
     now = gather(told.append)
     for event in told:
-        if event.kind in ("site_excluded", "sites_awaited"):
+        if event.kind in ("site_excluded", "sites_awaited", "device_asked_again"):
             emit(event)
     for name in sorted(now.reports.keys() - known.keys()):
         if not live:
@@ -243,15 +249,21 @@ def _data(report: SiteReport) -> tuple[object, ...]:
 
 
 def ask_again(
-    grid: Grid, fleet: Fleet, names: Sequence[str], task: TaskSpec, deadline_s: float
+    grid: Grid,
+    fleet: Fleet,
+    names: Sequence[str],
+    task: TaskSpec,
+    deadline_s: float,
+    again: Again | None = None,
 ) -> dict[str, DeviceProfile]:
     """What some devices say of themselves now, of those that answer and can still take part."""
     request = encode_task_spec(task)
     contents = {name: to_record(PROFILE, request) for name in names}
     found: dict[str, DeviceProfile] = {}
-    for answer in exchange(
-        grid, contents, fleet.nodes, kind=PROFILE, group="profile", deadline_s=deadline_s
-    ):
+    for answer in ask(
+        grid, contents, fleet.nodes, kind=PROFILE, group="profile", deadline_s=deadline_s,
+        again=again,
+    ):  # fmt: skip
         try:
             profile = _read_report(answer.failure, answer.body, task).profile
         except ProtocolError:

@@ -16,7 +16,14 @@ from flwr.serverapp import Grid
 from fedtune.records import DevicePlan
 from fedtune.wire.flower import TRAIN
 from fedtune_server.clock import Clock, RealClock
-from fedtune_server.exchange import Answer, post, read_answer, silent_answer, unsent_answer
+from fedtune_server.exchange import (
+    Answer,
+    lost_answer,
+    post,
+    read_answer,
+    silent_answer,
+    unsent_answer,
+)
 from fedtune_server.starts import Sent
 
 _MOST_BYTES = 256 << 20
@@ -105,10 +112,18 @@ class Flights:
         for name in sorted(flights.keys() - set(ids.values())):
             self._landed.append((flights[name], unsent_answer(name)))
 
-    def drop(self, device: str) -> None:
-        """Forget what a device was sent: it is lost, and so is its answer."""
-        for message_id in [i for i, flight in self._open.items() if flight.device == device]:
-            del self._open[message_id]
+    def drop(self, device: str) -> list[Flight]:
+        """Forget what a device was sent, and has not answered: it is lost, and so is its answer."""
+        ids = [i for i, flight in self._open.items() if flight.device == device]
+        return [self._open.pop(i) for i in ids]
+
+    def give_up(self, device: str, reason: str) -> None:
+        """As `drop`; an answer then says that the device's work was lost."""
+        self._landed += [(flight, lost_answer(device, reason)) for flight in self.drop(device)]
+
+    def unanswered(self, round: int) -> list[str]:
+        """Devices that were sent work of a round and have not answered, by their names."""
+        return sorted(flight.device for flight in self._open.values() if flight.round == round)
 
     def next(
         self, grid: Grid, skip: Collection[str], *, pull: bool
@@ -175,3 +190,24 @@ class Flights:
             if now >= flight.left + flight.ttl_s:
                 del self._open[message_id]
                 self._landed.append((flight, silent_answer(flight.device, flight.ttl_s)))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkOfRound:
+    """The flights of one round, as devices that return are looked for (`returning.Work`)."""
+
+    flights: Flights
+    round: int
+
+    @property
+    def clock(self) -> Clock:
+        return self.flights.clock
+
+    def unanswered(self) -> list[str]:
+        return self.flights.unanswered(self.round)
+
+    def drop(self, device: str) -> None:
+        self.flights.drop(device)
+
+    def give_up(self, device: str, reason: str) -> None:
+        self.flights.give_up(device, reason)

@@ -38,8 +38,10 @@ from fedtune.wire.calibration import (
 from fedtune.wire.flower import CALIBRATE, to_record
 from fedtune.wire.importance import importance_json, read_importance
 from fedtune.wire.packing import pack_tensors, tensors_digest
-from fedtune_server.exchange import Answer, exchange
+from fedtune_server.exchange import Answer
 from fedtune_server.fleet import Emit, Fleet
+from fedtune_server.presence import Again
+from fedtune_server.questions import ask
 from fedtune_server.run_folder import RunFolder
 
 _LARGEST = 100.0
@@ -141,9 +143,18 @@ def find_calibration(
 
 
 def calibrate(
-    grid: Grid, fleet: Fleet, plans: Sequence[DevicePlan], terms: CalibrationTerms, emit: Emit
+    grid: Grid,
+    fleet: Fleet,
+    plans: Sequence[DevicePlan],
+    terms: CalibrationTerms,
+    emit: Emit,
+    again: Again | None = None,
 ) -> Calibration:
-    """Let the devices of these plans measure; what cannot be used is left out with its reason."""
+    """Let the devices of these plans measure; what cannot be used is left out with its reason.
+
+    Args:
+        again: how devices that come and go are asked again; default: they stay.
+    """
     started = time.perf_counter()
     packed = pack_tensors({f"dense.{name}": value for name, value in terms.heads.items()}, "fp32")
     orders = {plan.device: _order(plan, terms, packed, fleet.labels) for plan in plans}
@@ -154,13 +165,14 @@ def calibrate(
     }
     reports: dict[str, CalibrationReport] = {}
     sums: dict[str, Mapping[str, FloatArray]] = {}
-    for answer in exchange(
+    for answer in ask(
         grid,
         contents,
         fleet.nodes,
         kind=CALIBRATE,
         group="calibration",
         deadline_s=terms.deadline_s,
+        again=again,
     ):
         try:
             report, found = _accept(answer, orders[answer.device], terms)

@@ -14,6 +14,7 @@ from fedtune.wire.messages import TaskSpec
 from fedtune_server.fleet import Emit, Fleet, ask_again
 from fedtune_server.newcomers import Newcomers, with_newcomers
 from fedtune_server.planning import Planning
+from fedtune_server.presence import Again
 from fedtune_server.replan import Replanner
 from fedtune_server.round import Outcome
 from fedtune_server.sampling import Draw
@@ -31,6 +32,7 @@ class Lineup:
         planning: knows the reports of all devices of the run, also of those that are away.
         plan: in force.
         deadline_s: of what devices are asked beside rounds.
+        again: how they are asked that again; None: they stay.
 
     Attributes:
         fleet: as it is now.
@@ -46,11 +48,12 @@ class Lineup:
         plan: FleetPlan,
         newcomers: Newcomers,
         deadline_s: float,
+        again: Again | None,
         emit: Emit,
     ) -> None:
         self._config, self._task, self._planning = config, task, planning
         self._newcomers, self._emit = newcomers, emit
-        self._deadline_s = min(deadline_s, _ASK_AGAIN_S)
+        self._deadline_s, self._again = min(deadline_s, _ASK_AGAIN_S), again
         self.fleet = fleet
         self._replanner = Replanner(
             [report.profile for report in planning.known.reports.values()],
@@ -97,7 +100,7 @@ class Lineup:
     ) -> Mapping[str, DevicePlan]:
         """Plans for a round that is played again, because too many devices refused theirs."""
         if self._config.plan.replan:
-            now = ask_again(grid, self.fleet, failed, self._task, self._deadline_s)
+            now = self._ask_again(grid, failed)
             self._replanner.after_round(number, {}, now)
         return self._replanner.plans
 
@@ -106,10 +109,14 @@ class Lineup:
         if self._config.plan.replan:
             refused: Mapping[str, DeviceProfile] = {}
             if outcome.failed:
-                refused = ask_again(grid, self.fleet, outcome.failed, self._task, self._deadline_s)
+                refused = self._ask_again(grid, outcome.failed)
             self._replanner.after_round(number, outcome.metrics, refused)
         self._admit(grid, number)
         self._planning.say_what_leaves(self._replanner.plans.values())
+
+    def _ask_again(self, grid: Grid, failed: tuple[str, ...]) -> Mapping[str, DeviceProfile]:
+        """What devices that refused their plans say of themselves now."""
+        return ask_again(grid, self.fleet, failed, self._task, self._deadline_s, self._again)
 
     def _admit(self, grid: Grid, number: int) -> None:
         """Let those in that came since the last round."""

@@ -29,6 +29,8 @@ from fedtune_server.fleet import (
     stands_for_too_many,
     tell_changed_data,
 )
+from fedtune_server.presence import Again
+from fedtune_server.returning import asked_again, began_anew
 from fedtune_server.roster import Roster
 
 _ASK_AGAIN_S = 5.0
@@ -49,6 +51,7 @@ def gather_live(grid: Grid, roster: Roster, task: TaskSpec, emit: Emit) -> Fleet
     """
     told: set[tuple[object, object]] = set()
     end = time.monotonic() + roster.patience_s
+    again = Again(roster, roster.patience_s, emit)
     while True:
         events: list[Event] = []
         fleet, reason = None, ""
@@ -56,7 +59,7 @@ def gather_live(grid: Grid, roster: Roster, task: TaskSpec, emit: Emit) -> Fleet
         nodes = sorted(roster.here(grid))
         try:
             fleet = gather_fleet(
-                grid, nodes, task, deadline_s, events.append, roster.objection, roster.called
+                grid, nodes, task, deadline_s, events.append, roster.objection, roster.called, again
             )
         except RunError as error:
             reason = f"; {error}"
@@ -88,6 +91,7 @@ def gather_live(grid: Grid, roster: Roster, task: TaskSpec, emit: Emit) -> Fleet
 @dataclass(frozen=True, slots=True)
 class _Invitation:
     node: int
+    activated: str
     sent: float
 
 
@@ -123,13 +127,13 @@ class Newcomers:
         if not self._roster.live:
             return {}
         now = time.monotonic()
-        self._open = {i: o for i, o in self._open.items() if now - o.sent < _INVITATION_S}
         here = self._roster.here(grid)
+        self._forget_lost(here, now)
         invited = {each.node for each in self._open.values()}
         strangers = sorted(here.keys() - set(fleet.nodes.values()))
         fresh = [node for node in strangers if node not in invited]
         never_asked = {node for node in fresh if node not in self._reasons}
-        self._invite(grid, fresh, now)
+        self._invite(grid, {node: here[node] for node in fresh}, now)
         found: dict[str, tuple[int, SiteReport]] = {}
         while self._open:
             self._take(grid, here, fleet, known, found)
@@ -145,7 +149,18 @@ class Newcomers:
             self._reasons[node] = reason
             self._emit(excluded(device, reason))
 
-    def _invite(self, grid: Grid, nodes: list[int], now: float) -> None:
+    def _forget_lost(self, here: Mapping[int, str], now: float) -> None:
+        """Forget invitations that are too old, and those that were lost with their node."""
+        kept = {i: o for i, o in self._open.items() if now - o.sent < _INVITATION_S}
+        lost = {i for i, o in kept.items() if began_anew(o.activated, here.get(o.node, ""))}
+        for message_id in lost:
+            node = kept[message_id].node
+            self._reasons.setdefault(node, "")  # the round has waited for it once
+            self._emit(asked_again(self._roster.called(node), PROFILE))
+        self._open = {i: o for i, o in kept.items() if i not in lost}
+
+    def _invite(self, grid: Grid, nodes: Mapping[int, str], now: float) -> None:
+        """Ask nodes, each of which was activated at some time."""
         if not nodes:
             return
         by_token = {f"node {node}": node for node in nodes}
@@ -153,7 +168,8 @@ class Newcomers:
         contents = dict.fromkeys(by_token, record)
         ttl_s = dict.fromkeys(by_token, _INVITATION_S)
         ids = post(grid, contents, by_token, kind=PROFILE, group="profile", ttl_s=ttl_s)
-        self._open |= {i: _Invitation(by_token[token], now) for i, token in ids.items()}
+        asked = {i: by_token[token] for i, token in ids.items()}
+        self._open |= {i: _Invitation(node, nodes[node], now) for i, node in asked.items()}
 
     def _take(
         self,

@@ -54,6 +54,7 @@ from fedtune_server.importance import (
     calibrate,
     find_calibration,
 )
+from fedtune_server.presence import Again
 from fedtune_server.run_folder import RunFolder
 from fedtune_server.state import Known
 
@@ -104,12 +105,18 @@ class Planning:
         return self._plan_fleet
 
     def measure(
-        self, grid: Grid, run: str, heads: Mapping[str, FloatArray], deadline_s: float
+        self,
+        grid: Grid,
+        run: str,
+        heads: Mapping[str, FloatArray],
+        deadline_s: float,
+        again: Again | None = None,
     ) -> None:
         """Let the devices say which weights matter and what a step costs, where that is wanted.
 
         Args:
             heads: values of the parameters that are trained whole.
+            again: how devices that come and go are asked again; default: they stay.
         """
         config = self._config
         if config.plan.file:
@@ -118,7 +125,8 @@ class Planning:
 
         def ask(terms: CalibrationTerms) -> Calibration:
             first = self._plan_fleet(self._profiles).by_device()
-            return calibrate(grid, self._fleet, [first[name] for name in chosen], terms, self._emit)
+            plans = [first[name] for name in chosen]
+            return calibrate(grid, self._fleet, plans, terms, self._emit, again)
 
         ranks = (pins.rank_max for pins in plan_pins(config).values())
         terms = CalibrationTerms(

@@ -1,22 +1,31 @@
-"""Which devices of a fleet the link can reach now."""
+"""Which devices the link can reach now, and how long those that it lost are waited for."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from flwr.serverapp import Grid
 
+from fedtune.records import Event
 from fedtune_server.deadlines import Allowances
-from fedtune_server.roster import Roster
 
 RETURN_S = 60.0
-"""How long a round waits for a device whose work was lost. Flower takes up to 60 s to let a node
+"""How long a device whose work was lost is waited for. Flower takes up to 60 s to let a node
 that was killed connect again, and tells of the loss only 37 to 60 s after it; measured, 1.41."""
 
 LOOK_S = 2.0
 """Between two looks at the link; each is a request, and a node's own polls take 3 s."""
+
+
+class Reach(Protocol):
+    """Tells which nodes there are; a `Roster` does."""
+
+    def here(self, grid: Grid) -> Mapping[int, str]:
+        """Nodes that can be reached now -> when each was last activated."""
+        ...
 
 
 class Presence:
@@ -27,7 +36,7 @@ class Presence:
     """
 
     def __init__(
-        self, grid: Grid, nodes: Mapping[str, int], roster: Roster, every_s: float = LOOK_S
+        self, grid: Grid, nodes: Mapping[str, int], roster: Reach, every_s: float = LOOK_S
     ) -> None:
         self._grid, self._roster, self._every_s = grid, roster, every_s
         self._name_of = {node: name for name, node in nodes.items()}
@@ -58,4 +67,20 @@ class Live:
     presence: Presence
     allowances: Allowances
     patience_s: float
+    return_s: float = RETURN_S
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """What is told beside rounds of how devices come and go.
+
+    Attributes:
+        longest_s: that a question may take, however often a device is asked it.
+        emit: told of each time that a device is asked again.
+        return_s: for a device whose question was lost, to be asked it again.
+    """
+
+    reach: Reach
+    longest_s: float
+    emit: Callable[[Event], None]
     return_s: float = RETURN_S

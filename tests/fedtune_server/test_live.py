@@ -10,21 +10,14 @@ from typing import Any
 
 import pytest
 
-from fedtune.config import parse_run_config
 from fedtune.errors import RoundError
 from fedtune.export.plan_check import plan_difference
-from fedtune.records import Event, GlobalAdapter
-from fedtune.wire.checkpoint import latest_checkpoint
+from fedtune.records import Event
 from fedtune.wire.flower import TRAIN
-from fedtune_server import presence
-from fedtune_server.coordinator import Coordinator
-from fedtune_server.roster import Registered
-from fedtune_server.run_folder import RunFolder
-from fedtune_server.saved_state import find_state
-from tests.fedtune_server.live_grid import Directory, LiveGrid
+from tests.fedtune_server.live_grid import LiveGrid
+from tests.fedtune_server.live_runs import Runs, hurry
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
-Tree = dict[str, dict[str, Any]]
 
 
 class Killed(BaseException):
@@ -33,54 +26,7 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look often, and wait little."""
-    monkeypatch.setattr(presence.Presence.__init__, "__defaults__", (0.02,))
-    monkeypatch.setattr(presence.Live.__init__, "__defaults__", (1.0,))
-
-
-class Runs:
-    """Plays a run of a fake fleet whose devices come and go."""
-
-    def __init__(self, fleet_of: FleetOf, folder: Path) -> None:
-        self.fake = fleet_of("a", "b", "c")
-        self.folder = folder / "run"
-        self.tree: Tree = {
-            "run": {"name": "unit", "rounds": 3, "round_deadline_s": 30.0},
-            "model": {"path": "not/read/here"},
-            "data": {"max_tokens": 16},
-            "lora": {"rank_max": 3, "rank_cap": 6},
-            "train": {"batch_size": 4, "local_steps": 3},
-            "importance": {"method": "uniform"},
-            "deployment": {"sites": ["*"]},
-        }
-        self.watch: Callable[[Event], None] = lambda event: None
-        self.needed, self.patience_s, self.grace_s = 2, 5.0, 0.1
-
-    def play(self, grid: LiveGrid) -> GlobalAdapter:
-        config = parse_run_config(self.tree, "test")
-        directory = Directory(grid.names)
-        roster = Registered(
-            ("*",), directory.sites, directory.name_of_node, self.needed, 1,
-            self.patience_s, self.grace_s,
-        )  # fmt: skip
-        shapes = self.fake.shapes
-
-        def emit(event: Event) -> None:
-            self.fake.events.append(event)
-            self.watch(event)
-
-        with RunFolder.enter(self.folder, config) as folder:
-            saved = find_state(folder.checkpoints, shapes.digest, folder.run)
-            coordinator = Coordinator(config, shapes, folder, emit, saved=saved)
-            return coordinator.run(grid, roster)
-
-    def asked(self) -> list[tuple[int, str]]:
-        return [(order.round, order.plan.device) for order in self.fake.orders]
-
-    def checkpoint(self) -> bytes:
-        path = latest_checkpoint(self.folder / "checkpoints")
-        assert path is not None
-        return path.read_bytes()
+    hurry(monkeypatch)
 
 
 @pytest.fixture
@@ -326,6 +272,25 @@ def test_a_device_that_dies_each_time_is_asked_three_times_a_round(runs: Runs) -
         grid._own_fault = befalls
         runs.play(grid)
     assert len(runs.fake.all("device_asked_again")) == 2
+    assert [f["reported"] for f in runs.fake.all("round_finished")] == [2, 3, 3]
+
+
+def test_a_device_that_begins_anew_each_time_is_given_up_after_three(runs: Runs) -> None:
+    with LiveGrid(runs.fake) as grid:
+
+        def befalls(node: int, message: Any) -> Any:
+            if grid.names[node - 1000] != "b" or message.metadata.message_type != TRAIN:
+                return None
+            grid.come("b")
+            return "lost" if message.metadata.group_id == "1" else None
+
+        grid._own_fault = befalls
+        began = time.monotonic()
+        runs.play(grid)
+    assert time.monotonic() - began < 10  # run.round_deadline_s is 30
+    assert len(runs.fake.all("device_asked_again")) == 2
+    (refused,) = runs.fake.all("device_refused")
+    assert (refused["device"], refused["reason"]) == ("b", "its node began anew each of 3 times")
     assert [f["reported"] for f in runs.fake.all("round_finished")] == [2, 3, 3]
 
 

@@ -56,7 +56,7 @@ from fedtune_server.hierarchy.group_rule import (
 from fedtune_server.newcomers import gather_live
 from fedtune_server.open_round import OpenRounds
 from fedtune_server.planning import Planning
-from fedtune_server.presence import Live, Presence
+from fedtune_server.presence import Again, Live, Presence
 from fedtune_server.roster import Counted, Roster
 from fedtune_server.round import train
 from fedtune_server.run_folder import RunFolder
@@ -220,6 +220,7 @@ class SubCoordinator:
             [within(plan, order.plan) for name, plan in run.plans.items() if name in here],
             terms,
             self._emit,
+            Again(self._roster, terms.deadline_s, self._emit) if self._roster.live else None,
         )
         metrics = _means(measured.values(), {"held_out_loss": "held_out_units"})
         if measured and all("accuracy" in each for each in measured.values()):

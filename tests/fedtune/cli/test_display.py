@@ -432,6 +432,11 @@ def test_late_devices_and_repeated_rounds_are_shown() -> None:
         ),
         ("site_joined", {"round": 3, "device": "b"}, "b takes part from round 3 on"),
         ("device_asked_again", {"round": 3, "device": "b"}, "b is back, and does its round again"),
+        (
+            "device_asked_again",
+            {"device": "b", "message": "query.calibration"},
+            "b is back, and is asked query.calibration again",
+        ),
     ],
 )
 def test_a_person_sees_sites_come_and_go(kind: str, fields: dict[str, object], words: str) -> None:
