@@ -219,6 +219,35 @@ ROUTES: tuple[Fault, ...] = (
     ),
 )
 
+
+def _distant(name: str, **link: object) -> Fault:
+    """All sites' links are shaped so."""
+
+    def inject(deployment: Deployment) -> None:
+        for site in ("site-1", "site-2", "site-3"):
+            deployment.call(site, "link", **link)
+
+    return Fault(name, inject, nothing, "equal", at=0.0)
+
+
+DISTANCES: tuple[Fault, ...] = (
+    _distant("100 ms each way", delay_ms=100, jitter_ms=10),
+    _distant("2 of 100 packets lost", loss_percent=2),
+    _distant("1 Mbit/s", rate="1mbit"),
+    _distant(
+        "1 Mbit/s, 100 ms, 2 of 100 lost", delay_ms=100, jitter_ms=10, loss_percent=2, rate="1mbit"
+    ),
+    Fault(
+        "an interface is down for 2 minutes",
+        call("site-2", "cut"),
+        call("site-2", "heal"),
+        "equal or named",
+        after_s=120.0,
+        at=0.35,
+    ),
+)
+"""What befalls packets; for deployments in network namespaces."""
+
 FAULTS: tuple[Fault, ...] = (
     Fault(
         "a device's step is aborted",
