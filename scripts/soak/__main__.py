@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.soak import guided
-from scripts.soak.faults import DISTANCES, FAULTS, KILLS, ROUTES, UNDISTURBED, Fault, play
+from scripts.soak.faults import DISTANCES, FAULTS, KILLS, LOST, ROUTES, UNDISTURBED, Fault, play
 from scripts.soak.fuzz import fuzz_in_processes, keep, unlike
 from scripts.soak.netem import network, why_not
 from scripts.soak.results import Journal, Result, Tell, failed, table
@@ -115,8 +115,9 @@ PARTS: Mapping[str, Callable[[Budget, Tell], None]] = {
     "netem": _faults("netem", DISTANCES, distant=True),
     "kills": _faults("kills", KILLS),
     "routes": _faults("routes", ROUTES),
+    "lost": _faults("lost", LOST),
     "faults": _faults("faults", FAULTS),
-    "all-faults": _faults("all-faults", (*FAULTS, *KILLS, *ROUTES)),
+    "all-faults": _faults("all-faults", (*FAULTS, *KILLS, *ROUTES, *LOST)),
     "tests": play_tests,
 }
 

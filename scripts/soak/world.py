@@ -233,9 +233,9 @@ class Befallen:
         assert started is not None
         started.stop()
 
-    def _fail_routes(self, who: str, routes: Sequence[str] = ()) -> None:
+    def _fail_routes(self, who: str, routes: Sequence[str] = (), how: str = "") -> None:
         for route in routes:
-            (self._world.routes / route.replace("/", "+")).touch()
+            (self._world.routes / (how + route.replace("/", "+"))).touch()
 
     def _set_clock(self, who: str, seconds: float = 0.0) -> None:
         with (self._world.folder / f"{who}.clock").open("r+b") as file:
