@@ -467,6 +467,7 @@ def link_app(arguments: Sequence[str], on_activate: Callable[[bytes], None]) -> 
     sql_corestate.HEARTBEAT_PATIENCE = TASK_PATIENCE
     _look_for_lost_tasks_once_a_second(sql_corestate.SqlCoreState)
     _keep_connections(sql_mixin)
+    _deliver_until_confirmed()
     layers = _only_where_they_act(main._get_middleware())
     main._get_middleware = lambda: layers
     activate = fleet_handlers.activate_node
@@ -560,6 +561,123 @@ def _keep_connections(sql: Any) -> None:
         return create(url, **options)
 
     sql.create_engine = create_engine
+
+
+def _deliver_until_confirmed() -> None:
+    """Let a link deliver a message again to who asks again before having confirmed it.
+
+    Flower counts a message as delivered, and takes a reply out of its tables, before the answer
+    that carries it has left. Where that answer is lost, since the link was killed or the connection
+    broke, the message is lost, too, and the other side waits for it until its time is over. A node
+    asks for its next message once it is done with the last one, and a coordinator for the replies
+    that it lacks: who asks again has not got it.
+    """
+    from flwr.server.superlink.linkstate import sql_linkstate
+    from flwr.superlink.servicer.runtime import runtime_handlers
+
+    _claim_lost_instructions_again(sql_linkstate)
+    pull, confirm = runtime_handlers.pull_messages, runtime_handlers.confirm_message_received
+    result = sql_linkstate.MessageResModel
+
+    def pull_messages(request: Any, state: Any, task: Any) -> Any:
+        asked = result.reply_to_message_id.in_(list(request.message_ids))
+        with state.session() as session:
+            again = session.scalars(
+                sql_linkstate.select(result.message_id).where(asked, result.delivered_at != "")
+            ).all()
+            if again:
+                lost = result.message_id.in_(again)
+                session.execute(sql_linkstate.update(result).where(lost).values(delivered_at=""))
+        keeping = _Keeping(state)
+        answer = pull(request, keeping, task)
+        there = {each.metadata.reply_to_message_id for each in answer.messages_list}
+        with state.session() as session:
+            kept = session.scalars(
+                sql_linkstate.select(result.reply_to_message_id).where(
+                    result.reply_to_message_id.in_(there & keeping.to_delete)
+                )
+            ).all()
+        state.delete_messages(keeping.to_delete - set(kept))
+        return answer
+
+    def confirm_message_received(request: Any, state: Any, task: Any) -> Any:
+        answer = confirm(request, state, task)
+        with state.session() as session:
+            done = session.scalars(
+                sql_linkstate.select(result.reply_to_message_id).where(
+                    result.message_id == request.message_object_id
+                )
+            ).all()
+        state.delete_messages(set(done))
+        return answer
+
+    runtime_handlers.pull_messages = pull_messages
+    runtime_handlers.confirm_message_received = confirm_message_received
+
+
+class _Keeping:
+    """A link's state that only notes which messages it is told to delete."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+        self.to_delete: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    def delete_messages(self, message_ins_ids: set[str]) -> None:
+        self.to_delete |= message_ins_ids
+
+
+def _claim_lost_instructions_again(sql: Any) -> None:
+    """Let a node have an instruction again whose parts it has not confirmed, and asks for more.
+
+    One that was sent before the node came back is left: the coordinator asks such a node anew.
+    """
+    from flwr.supercore.state.schema.objectstore_models import StoredObject
+
+    ins, node = sql.MessageInsModel, sql.NodeModel
+    claim = sql.SqlLinkState._claim_message_ins_rows
+    tries: dict[str, int] = {}
+
+    def _claim_message_ins_rows(self: Any, node_id: int, *args: Any, **kwargs: Any) -> Any:
+        with self.session() as session:
+            found = session.execute(
+                sql.select(ins.message_id, ins.delivered_at)
+                .join(node, node.node_id == ins.dst_node_id)
+                .join(StoredObject, StoredObject.object_id == ins.message_id)
+                .where(
+                    ins.dst_node_id == sql.uint64_to_int64(node_id),
+                    ins.delivered_at != "",
+                    ins.delivered_at > node.last_activated_at,
+                )
+            ).all()
+            lost = [message for message, at in found if _is_time(tries, message, at)]
+            if lost:
+                where = ins.message_id.in_(lost)
+                session.execute(sql.update(ins).where(where).values(delivered_at=""))
+        return claim(self, node_id, *args, **kwargs)
+
+    sql.SqlLinkState._claim_message_ins_rows = _claim_message_ins_rows
+
+
+LONGEST_PAUSE_S: Final = 60.0
+"""Between two deliveries of a message to a node that fails to take it, such as with a full disk."""
+
+
+def _is_time(tries: dict[str, int], message: str, delivered_at: str) -> bool:
+    """Whether a message may be delivered once more; the pauses double."""
+    since = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(delivered_at)
+    count = tries.get(message, 0)
+    if since.total_seconds() < min(2.0**count - 1, LONGEST_PAUSE_S):
+        return False
+    if len(tries) >= _MOST_TRIES_KEPT:
+        tries.clear()
+    tries[message] = count + 1
+    return True
+
+
+_MOST_TRIES_KEPT: Final = 10_000
 
 
 class LinkNodes:

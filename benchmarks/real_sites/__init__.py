@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import psutil
 
-_LOCAL = re.compile(r"[('\" b](127\.0\.0\.1|::1|localhost|0\.0\.0\.0)'|^socket\.connect b?'")
-"""This machine, or a socket of its file system."""
+_LOCAL = r"[('\" b](127\.0\.0\.1|::1|localhost|0\.0\.0\.0|{coordinator})'|^socket\.connect b?'"
+"""This machine, the coordinator, or a socket of the file system."""
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 _OFF = (
@@ -38,6 +39,24 @@ _OFF = (
 
 class FederationError(AssertionError):
     """What was waited for did not come."""
+
+
+class Places(Protocol):
+    """Where the coordinator and the sites are."""
+
+    def address(self, host: str, /) -> str:
+        """By which others reach `coordinator`."""
+
+    def command(self, host: str, command: Sequence[str], /) -> Sequence[str]:
+        """A command as it is run at `coordinator`, or at a site."""
+
+
+Wrap = Callable[[Sequence[str]], Sequence[str]]
+"""Makes of a command one that runs in another place."""
+
+
+def _here(command: Sequence[str]) -> Sequence[str]:
+    return command
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -55,9 +74,11 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-def fedtune(*arguments: str, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+def fedtune(
+    *arguments: str, check: bool = True, wrap: Wrap = _here, **more: str
+) -> subprocess.CompletedProcess[str]:
     """Run one command to its end."""
-    command = [sys.executable, "-m", "fedtune", *arguments]
+    command = wrap([sys.executable, "-m", "fedtune", *arguments])
     done = subprocess.run(
         command, env=environment(**more), capture_output=True, text=True, timeout=120, check=False
     )
@@ -97,11 +118,13 @@ def free_ports(count: int) -> list[int]:
 class Started:
     """A command that runs until it is ended, with all that it starts."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, **more: str) -> None:
+    def __init__(
+        self, arguments: Sequence[str], log: Path, wrap: Wrap = _here, **more: str
+    ) -> None:
         self.log = log
         self._file = log.open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fedtune", *arguments],
+            wrap([sys.executable, "-m", "fedtune", *arguments]),
             env=environment(**more),
             stdin=subprocess.DEVNULL,
             stdout=self._file,
@@ -180,16 +203,23 @@ sys.addaudithook(_watch)
 """Written as sitecustomize.py: every Python process below notes whom it connects to."""
 
 
-def answers(port: int, started: Started | None) -> bool:
-    """Whether all processes are up, as a health page says.
+_ASK = "import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=2)"
+
+
+def answers(port: int, started: Started | None, wrap: Wrap = _here) -> bool:
+    """Whether all processes are up, as a health page says, which only its own place can reach.
 
     Raises:
         FederationError: what was started has ended.
     """
     if started is not None and started.process.poll() is not None:
         raise FederationError(f"it ended with {started.process.returncode}; see {started.log}")
+    address = f"http://{HOST}:{port}/health"
+    if wrap is not _here:
+        words = wrap([sys.executable, "-S", "-c", _ASK, address])
+        return subprocess.run(words, capture_output=True, timeout=20, check=False).returncode == 0
     try:
-        with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2) as answer:
+        with urllib.request.urlopen(address, timeout=2) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False
@@ -203,6 +233,7 @@ class Federation:
         base: folder of the base model, which all sites have.
         rows: site -> its JSONL file.
         more: `coordinator` or site -> environment of its processes, beside the usual one.
+        places: where they are; None: all on this machine's loopback.
     """
 
     def __init__(
@@ -211,8 +242,11 @@ class Federation:
         base: Path,
         rows: Mapping[str, Path],
         more: Mapping[str, Mapping[str, str]] | None = None,
+        places: Places | None = None,
     ) -> None:
         self.folder, self.base, self.rows, self.more = folder, base, dict(rows), dict(more or {})
+        self.places = places
+        self.host = places.address("coordinator") if places else HOST
         self.home = folder / "coordinator"
         self.connections = folder / "connections.txt"
         watched = folder / "watched"
@@ -228,7 +262,7 @@ class Federation:
         first, *_ = ports = free_ports(4 + 2 * len(rows))
         self.port, self.service_port, self.dashboard_port, self.health_port = ports[:4]
         self._site_ports = dict(zip(rows, zip(ports[4::2], ports[5::2], strict=True), strict=True))
-        fedtune("server", "init", str(self.home), "--host", HOST, "--port", str(first))
+        fedtune("server", "init", str(self.home), "--host", self.host, "--port", str(first))
 
     def __enter__(self) -> Federation:
         return self
@@ -242,6 +276,13 @@ class Federation:
         for started in [*self.sites.values(), *([self.server] if self.server else [])]:
             started.kill()
 
+    def at(self, who: str) -> Wrap:
+        """Makes of a command one that runs at `coordinator`, or at a site."""
+        places = self.places
+        if places is None:
+            return _here
+        return lambda command: places.command(who, command)
+
     def site_home(self, site: str) -> Path:
         return self.folder / site
 
@@ -251,14 +292,22 @@ class Federation:
 
     def fedtune(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run one command as this coordinator's operator."""
-        return fedtune(*arguments, check=check, FEDTUNE_OPERATOR=str(self.operator))
+        return fedtune(
+            *arguments,
+            check=check,
+            wrap=self.at("coordinator"),
+            FEDTUNE_OPERATOR=str(self.operator),
+        )
 
     def start_server(self, *options: str) -> Started:
         """Start the coordinator, and wait until it answers; as before, where no options say how."""
         self._options = options or self._options
         arguments = ["server", "start", str(self.home), *self._options]
         self.server = Started(
-            arguments, self.folder / "coordinator.out", **self._environment_of("coordinator")
+            arguments,
+            self.folder / "coordinator.out",
+            self.at("coordinator"),
+            **self._environment_of("coordinator"),
         )
         wait_for("the coordinator's health", self.healthy, 60)
         return self.server
@@ -268,10 +317,7 @@ class Federation:
 
     def healthy(self) -> bool:
         """Whether all processes of the coordinator are up."""
-        return self._healthy(self.health_port, self.server)
-
-    def _healthy(self, port: int, started: Started | None) -> bool:
-        return answers(port, started)
+        return answers(self.health_port, self.server, self.at("coordinator"))
 
     def join(self, site: str) -> None:
         """Invite a site and let it join."""
@@ -279,9 +325,9 @@ class Federation:
             self.fedtune("server", "invite", site, "--dir", str(self.home), "--json").stdout
         )["code"]
         fedtune(
-            "client", "join", code, "--server", f"{HOST}:{self.port}",
+            "client", "join", code, "--server", f"{self.host}:{self.port}",
             "--dir", str(self.site_home(site)),
-            "--data", str(self.rows[site]), "--base", str(self.base),
+            "--data", str(self.rows[site]), "--base", str(self.base), wrap=self.at(site),
         )  # fmt: skip
         health, node = self._site_ports[site]
         self.set(site, health_port=health, node_port=node, threads=1)
@@ -299,7 +345,7 @@ class Federation:
         """Start a site, and wait until both of its processes are up."""
         arguments = ["client", "start", str(self.site_home(site))]
         self.sites[site] = Started(
-            arguments, self.folder / f"{site}.out", **self._environment_of(site)
+            arguments, self.folder / f"{site}.out", self.at(site), **self._environment_of(site)
         )
         if wait:
             self.wait_for_site(site)
@@ -307,7 +353,11 @@ class Federation:
 
     def wait_for_site(self, site: str, within_s: float = 60) -> None:
         port = self._site_ports[site][0]
-        wait_for(f"{site}'s health", lambda: self._healthy(port, self.sites[site]), within_s)
+
+        def up() -> bool:
+            return answers(port, self.sites[site], self.at(site))
+
+        wait_for(f"{site}'s health", up, within_s)
 
     def start_all(self, *options: str) -> None:
         """The coordinator, and all sites, which join first."""
@@ -374,7 +424,8 @@ class Federation:
         if not self.connections.exists():
             raise FederationError("no process noted its connections")
         lines = set(self.connections.read_text(encoding="utf-8").splitlines())
-        return sorted(line for line in lines if not _LOCAL.search(line))
+        allowed = re.compile(_LOCAL.format(coordinator=re.escape(self.host)))
+        return sorted(line for line in lines if not allowed.search(line))
 
     def stop_all(self) -> float:
         """End everything in order; the longest that one took, in seconds."""
@@ -388,13 +439,17 @@ class Federation:
 
 @contextmanager
 def federation(
-    folder: Path, base: Path, rows: Mapping[str, Path], *options: str
+    folder: Path,
+    base: Path,
+    rows: Mapping[str, Path],
+    *options: str,
+    places: Places | None = None,
 ) -> Iterator[Federation]:
     """A federation with all sites started, ended at the end.
 
     Args:
         options: of `fedtune server start`.
     """
-    with Federation(folder, base, rows) as started:
+    with Federation(folder, base, rows, places=places) as started:
         started.start_all(*options)
         yield started

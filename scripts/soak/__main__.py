@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.soak import guided
-from scripts.soak.faults import FAULTS, KILLS, ROUTES, UNDISTURBED, Fault, play
+from scripts.soak.faults import DISTANCES, FAULTS, KILLS, LOST, ROUTES, UNDISTURBED, Fault, play
 from scripts.soak.fuzz import fuzz_in_processes, keep, unlike
-from scripts.soak.netem import Link, why_not
+from scripts.soak.netem import network, why_not
 from scripts.soak.results import Journal, Result, Tell, failed, table
 
 
@@ -58,32 +59,29 @@ def play_fuzz(budget: Budget, tell: Tell) -> None:
     tell(Result("fuzz", "all readers", "failed" if kinds else "passed", seconds, words, numbers))
 
 
-def play_netem(budget: Budget, tell: Tell) -> None:
-    """What this kernel can do to a link."""
-    cases = {
-        "delay": Link(delay_ms=100),
-        "loss": Link(loss_percent=2),
-        "1 Mbit/s": Link(rate="1mbit"),
-        "all": Link(delay_ms=100, jitter_ms=10, loss_percent=2, rate="1mbit"),
-    }
-    for case, link in cases.items():
-        began = time.monotonic()
-        reason = why_not(link)
-        state = "skipped" if reason else "passed"
-        tell(Result("netem", case, state, time.monotonic() - began, reason))  # type: ignore[arg-type]
+def _faults(
+    part: str, faults: Sequence[Fault], *, distant: bool = False
+) -> Callable[[Budget, Tell], None]:
+    """A part that lets faults happen to a real federation.
 
-
-def _faults(part: str, faults: Sequence[Fault]) -> Callable[[Budget, Tell], None]:
-    """A part that lets faults happen to a real federation."""
+    Args:
+        distant: the coordinator and the sites are in network namespaces.
+    """
 
     def play_faults(budget: Budget, tell: Tell) -> None:
-        from scripts.soak.world import ROUNDS, World, clear, make_base
+        from scripts.soak.world import ROUNDS, SITES, World, clear, make_base
 
+        if distant and (reason := why_not()):
+            tell(Result(part, "all", "skipped", 0.0, reason))
+            return
         chosen = [f for f in (UNDISTURBED, *faults) if re.search(budget.only, f.name)]
         folder = clear(budget.folder / part)
         mount = sys.platform == "linux" and os.geteuid() == 0
         until = time.monotonic() + budget.seconds
-        with World(folder, make_base(folder / "base"), mount=mount) as world:
+        with ExitStack() as stack:
+            base = make_base(folder / "base")
+            net = stack.enter_context(network(("coordinator", *SITES))) if distant else None
+            world = stack.enter_context(World(folder, base, mount=mount, net=net))
             play(
                 chosen, world.start, tell, part=part, rounds=ROUNDS, deadline_s=DEADLINE_S,
                 until=until, seed=budget.seed, expected=world.simulated(),
@@ -114,11 +112,12 @@ def play_tests(budget: Budget, tell: Tell) -> None:
 PARTS: Mapping[str, Callable[[Budget, Tell], None]] = {
     "fuzz": play_fuzz,
     "guided": lambda budget, tell: guided.play(budget.seconds, budget.folder, tell),
-    "netem": play_netem,
+    "netem": _faults("netem", DISTANCES, distant=True),
     "kills": _faults("kills", KILLS),
     "routes": _faults("routes", ROUTES),
+    "lost": _faults("lost", LOST),
     "faults": _faults("faults", FAULTS),
-    "all-faults": _faults("all-faults", (*FAULTS, *KILLS, *ROUTES)),
+    "all-faults": _faults("all-faults", (*FAULTS, *KILLS, *ROUTES, *LOST)),
     "tests": play_tests,
 }
 

@@ -164,7 +164,16 @@ KILLS: tuple[Fault, ...] = (
     ),
     *(
         Fault(f"{part} killed", send(f"coordinator/{part}", signal.SIGKILL), nothing, "equal")
-        for part in ("link", "runner", "run", "desk")
+        for part in ("runner", "run", "desk")
+    ),
+    *(
+        Fault(
+            f"link killed, {i + 1} of 5",
+            send("coordinator/link", signal.SIGKILL),
+            nothing,
+            "equal",
+        )
+        for i in range(5)
     ),
     _killed("the coordinator's supervisor killed", "coordinator/supervisor", "coordinator"),
     *(_killed(f"{site} killed", site, site) for site in ("site-1", "site-2", "site-3")),
@@ -193,14 +202,14 @@ RUNTIME_ROUTES = tuple(
 CONTROL_ROUTES = ("/v1/control/list-runs", "/v1/control/list-nodes", "/v1/control/start-run")
 
 
-def _fails(name: str, routes: Sequence[str]) -> Fault:
-    inject = call("coordinator", "fail-routes", routes=routes)
+def _fails(name: str, routes: Sequence[str], how: str = "") -> Fault:
+    inject = call("coordinator", "fail-routes", routes=routes, how=how)
     return Fault(name, inject, nothing, "equal", at=0.0)
 
 
-def _fails_and_restarts(name: str, routes: Sequence[str]) -> Fault:
+def _fails_and_restarts(name: str, routes: Sequence[str], how: str = "") -> Fault:
     """As `_fails`; and a node is ended, so that the routes of coming and going are asked, too."""
-    fault = _fails(name, routes)
+    fault = _fails(name, routes, how)
 
     def inject(deployment: Deployment) -> None:
         fault.inject(deployment)
@@ -218,6 +227,45 @@ ROUTES: tuple[Fault, ...] = (
         for route in (*FLEET_ROUTES, *RUNTIME_ROUTES, *CONTROL_ROUTES)
     ),
 )
+
+LOST: tuple[Fault, ...] = (
+    _fails_and_restarts("an answer lost once on each fleet route", FLEET_ROUTES, "lost"),
+    _fails("an answer lost once on each runtime route", RUNTIME_ROUTES, "lost"),
+    *(
+        _fails(f"an answer lost on {route}", [route], "lost")
+        for route in (*FLEET_ROUTES, *RUNTIME_ROUTES, *CONTROL_ROUTES)
+    ),
+)
+"""Requests that did what they should, and whose answers did not come."""
+
+
+def _distant(name: str, **link: object) -> Fault:
+    """All sites' links are shaped so."""
+
+    def inject(deployment: Deployment) -> None:
+        for site in ("site-1", "site-2", "site-3"):
+            deployment.call(site, "link", **link)
+
+    return Fault(name, inject, nothing, "equal", at=0.0)
+
+
+DISTANCES: tuple[Fault, ...] = (
+    _distant("100 ms each way", delay_ms=100, jitter_ms=10),
+    _distant("2 of 100 packets lost", loss_percent=2),
+    _distant("1 Mbit/s", rate="1mbit"),
+    _distant(
+        "1 Mbit/s, 100 ms, 2 of 100 lost", delay_ms=100, jitter_ms=10, loss_percent=2, rate="1mbit"
+    ),
+    Fault(
+        "an interface is down for 2 minutes",
+        call("site-2", "cut"),
+        call("site-2", "heal"),
+        "equal or named",
+        after_s=120.0,
+        at=0.35,
+    ),
+)
+"""What befalls packets; for deployments in network namespaces."""
 
 FAULTS: tuple[Fault, ...] = (
     Fault(
@@ -365,6 +413,8 @@ def _judged(expect: Expectation, ended: str, deployment: Deployment, expected: s
         return f"it ended {ended}: {deployment.reason()}"
     if deployment.result() == expected:
         return ""
-    if expect == "equal or named" and deployment.missing():
+    missing = deployment.missing()
+    if expect == "equal or named" and missing:
         return ""
-    return "its result differs, and its ledger names nobody who was missing"
+    named = ", ".join(f"{who} in round {rounds[0]}" for who, rounds in missing.items())
+    return f"its result differs; missing by its ledger: {named or 'nobody'}"

@@ -3,8 +3,9 @@
     host: bridge 10.N.0.1  --veth-->  namespace `coordinator` 10.N.0.2
                            --veth-->  namespace `site-1`      10.N.0.3 ...
 
-A link is shaped on both of its ends, so a rate counts in each direction. It needs Linux, root, and
-a kernel that lets this process make namespaces; `why_not` says what is missing.
+A link is shaped in each direction: by netem on both ends of a veth pair, or, where the kernel has
+no netem, by a cable of ours in the place of the pair. It needs Linux, root, and a kernel that lets
+this process make namespaces; `why_not` says what is missing.
 """
 
 from __future__ import annotations
@@ -16,47 +17,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count
 
+from scripts.soak.cable import Cable, Link
+
 _MADE = count()
-
-
-@dataclass(frozen=True)
-class Link:
-    """How a link is shaped; the defaults leave it as it is.
-
-    Attributes:
-        delay_ms: one way.
-        jitter_ms: standard deviation of the delay.
-        loss_percent: of packets, in each direction.
-        rate: as `tc` reads it, such as `1mbit`; empty: as fast as the machine.
-    """
-
-    delay_ms: float = 0.0
-    jitter_ms: float = 0.0
-    loss_percent: float = 0.0
-    rate: str = ""
-
-    @property
-    def rate_alone(self) -> bool:
-        return bool(self.rate) and not (self.delay_ms or self.loss_percent)
-
-    def words(self) -> list[str]:
-        """How `tc qdisc` shapes it; nothing where nothing is shaped.
-
-        A rate alone goes by a token bucket, which kernels have that lack netem.
-        """
-        if self.rate_alone:
-            return ["tbf", "rate", self.rate, "burst", "16kb", "latency", "400ms"]
-        words = []
-        if self.delay_ms:
-            jitter = [f"{self.jitter_ms:g}ms"] if self.jitter_ms else []
-            words += ["delay", f"{self.delay_ms:g}ms", *jitter]
-        if self.loss_percent:
-            words += ["loss", f"{self.loss_percent:g}%"]
-        if self.rate:
-            words += ["rate", self.rate]
-        return ["netem", *words] if words else []
 
 
 @dataclass(frozen=True)
@@ -70,6 +36,10 @@ class Network:
     prefix: str
     addresses: Mapping[str, str]
     _ends: Mapping[str, str] = field(default_factory=dict)
+    _cables: dict[str, Cable] = field(default_factory=dict)
+
+    def address(self, host: str) -> str:
+        return self.addresses[host]
 
     def namespace(self, host: str) -> str:
         return f"{self.prefix}-{host}"
@@ -84,6 +54,9 @@ class Network:
         Raises:
             OSError: the kernel cannot shape a link so.
         """
+        if host in self._cables:
+            self._cables[host].link = link
+            return
         for inside, device in ((host, "eth0"), (None, self._ends[host])):
             where = ["ip", "netns", "exec", self.namespace(inside)] if inside else []
             with suppress(OSError):  # nothing was shaped before
@@ -100,8 +73,8 @@ class Network:
         _run(["ip", "link", "set", self._ends[host], "up"])
 
 
-def why_not(link: Link | None = None) -> str:
-    """What is missing on this machine for namespaces, and for such a link; empty: nothing."""
+def why_not() -> str:
+    """What is missing on this machine for namespaces and shaped links; empty: nothing."""
     if sys.platform != "linux":
         return f"network namespaces need Linux, this is {sys.platform}"
     if os.geteuid() != 0:
@@ -110,10 +83,25 @@ def why_not(link: Link | None = None) -> str:
         if shutil.which(tool) is None:
             return f"the command {tool} is not there; install iproute2"
     try:
-        with network(("probe",), {"probe": link or Link()}):
+        with network(("probe",), {"probe": Link(delay_ms=1)}):
             return ""
     except OSError as error:
         return f"this kernel cannot do it: {error}"
+
+
+@lru_cache
+def has_netem() -> bool:
+    """Whether the kernel shapes links itself."""
+    probe = f"ft{os.getpid():x}np"
+    try:
+        _run(["ip", "link", "add", probe, "type", "veth"])
+        try:
+            _run(["tc", "qdisc", "add", "dev", probe, "root", *Link(delay_ms=1).words()])
+        finally:
+            _run(["ip", "link", "del", probe])
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -150,8 +138,13 @@ def _join(stack: ExitStack, net: Network, host: str, bridge: str) -> None:
     space, end = net.namespace(host), net._ends[host]
     _make(stack, ["ip", "netns", "add", space], ["ip", "netns", "del", space])
     stack.callback(_end_all_in, space)
-    pair = ["ip", "link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", space]
-    _make(stack, pair, ["ip", "link", "del", end])
+    if has_netem():
+        pair = ["ip", "link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", space]
+        _make(stack, pair, ["ip", "link", "del", end])
+    else:
+        cable = net._cables[host] = Cable(end, f"{end}x")
+        stack.callback(cable.close)
+        _run(["ip", "link", "set", f"{end}x", "netns", space, "name", "eth0"])
     _run(["ip", "link", "set", end, "master", bridge])
     _run(["ip", "link", "set", end, "up"])
     inside = ["ip", "-n", space]

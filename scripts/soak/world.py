@@ -30,6 +30,8 @@ from fedtune.deploy.certificates import SERVER_DAYS, KeyPair, make_server_certif
 from fedtune.deploy.homes import CoordinatorHome
 from fedtune.wire.checkpoint import latest_checkpoint, read_checkpoint
 from fedtune_server.desk.player import read_status
+from scripts.soak.cable import Link
+from scripts.soak.netem import Network
 from scripts.soak.wire import Shape, Wire
 
 SITES = ("site-1", "site-2", "site-3")
@@ -55,13 +57,21 @@ class World:
         folder: empty; everything is kept below it.
         base: folder of a small base model.
         mount: give each place a small file system of its own; needs root.
+        net: where the places are; None: on loopback, with wires of ours between them.
         local_steps: of a device's round; more make it longer.
     """
 
     def __init__(
-        self, folder: Path, base: Path, *, mount: bool = False, local_steps: int = 80
+        self,
+        folder: Path,
+        base: Path,
+        *,
+        mount: bool = False,
+        net: Network | None = None,
+        local_steps: int = 80,
     ) -> None:
         self.folder, self._base, self._stack = folder, base, ExitStack()
+        self.net = net
         self._tree = _tree(base, folder, local_steps)
         self.routes = folder / "routes"
         self.routes.mkdir(parents=True)
@@ -72,7 +82,7 @@ class World:
             if mount:
                 _mount(self._stack, places / who)
         rows = {site: _rows(folder / f"{site}.jsonl", at) for at, site in enumerate(SITES)}
-        self.federation = Federation(places, base, rows, self._environments())
+        self.federation = Federation(places, base, rows, self._environments(), net)
         self.wires: dict[str, tuple[Wire, Wire]] = {}
 
     def _environments(self) -> Mapping[str, Mapping[str, str]]:
@@ -86,6 +96,8 @@ class World:
         ports = (self.federation.port, self.federation.service_port)
         for site in SITES:
             self.federation.join(site)
+            if self.net is not None:
+                continue
             link, service = (self._stack.enter_context(Wire(port)) for port in ports)
             self.wires[site] = (link, service)
             self.federation.set(
@@ -98,14 +110,23 @@ class World:
 
     def shape(self, site: str, **changes: Any) -> None:
         """Change what a site's wires do."""
-        for wire in self.wires[site]:
+        for wire in self.wires.get(site, ()):
             for key, value in changes.items():
                 setattr(wire.shape, key, value)
+
+    @property
+    def network(self) -> Network:
+        """Of a world in namespaces."""
+        assert self.net is not None
+        return self.net
 
     def mend(self) -> None:
         """Start what is not running, and wait until all is well."""
         for site in SITES:
             self.shape(site, **vars(Shape()))
+            if self.net is not None:
+                self.net.heal(site)
+                self.net.shape(site, Link())
             (self.folder / f"{site}.clock").write_bytes(struct.pack("d", 0.0))
         for path in self.routes.iterdir():
             path.unlink()
@@ -184,6 +205,15 @@ class Befallen:
     def _shape(self, who: str, **changes: object) -> None:
         self._world.shape(who, **changes)
 
+    def _link(self, who: str, **link: Any) -> None:
+        self._world.network.shape(who, Link(**link))
+
+    def _cut(self, who: str) -> None:
+        self._world.network.cut(who)
+
+    def _heal(self, who: str) -> None:
+        self._world.network.heal(who)
+
     def _start(self, who: str) -> None:
         """Start a place whose processes were killed, as a machine does that has power again."""
         fed = self._world.federation
@@ -203,9 +233,9 @@ class Befallen:
         assert started is not None
         started.stop()
 
-    def _fail_routes(self, who: str, routes: Sequence[str] = ()) -> None:
+    def _fail_routes(self, who: str, routes: Sequence[str] = (), how: str = "") -> None:
         for route in routes:
-            (self._world.routes / route.replace("/", "+")).touch()
+            (self._world.routes / (how + route.replace("/", "+"))).touch()
 
     def _set_clock(self, who: str, seconds: float = 0.0) -> None:
         with (self._world.folder / f"{who}.clock").open("r+b") as file:

@@ -28,6 +28,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.run import RunNotRunningException
 from starlette.middleware import Middleware
 
+import fedtune
 from fedtune import flwr_compat
 from fedtune.flwr_compat import (
     HEARTBEAT_PATIENCE,
@@ -238,6 +239,8 @@ def test_a_site_that_was_stopped_is_not_taken_for_a_broken_link() -> None:
         ("flwr.superlink.cli.flower_superlink", "SuperLinkLifespan"),
         ("flwr.superlink.main", "create_app"),
         ("flwr.superlink.servicer.fleet.fleet_handlers", "activate_node"),
+        ("flwr.superlink.servicer.runtime.runtime_handlers", "pull_messages"),
+        ("flwr.superlink.servicer.runtime.runtime_handlers", "confirm_message_received"),
         ("flwr.supercore.sql_mixin", "SQLITE_PRAGMAS"),
         ("flwr.supercore.corestate.sql_corestate", "HEARTBEAT_PATIENCE"),
         ("flwr.supernode.cli.flower_supernode", "flower_supernode"),
@@ -419,6 +422,19 @@ def test_the_links_database_learns_of_nodes_and_forgets_them(tmp_path: Path) -> 
     environment = {**os.environ, "FLWR_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_link_delivers_again_what_was_lost_on_its_way(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("link_redelivers.py")
+    paths = [str(Path(fedtune.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path / "state.db")],
+        env={**os.environ, "FLWR_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 

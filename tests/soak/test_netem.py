@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 import subprocess
 import sys
 import time
@@ -9,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from scripts.soak.netem import Link, Network, network, why_not
+from scripts.soak.cable import Link, _Way
+from scripts.soak.netem import Network, network, why_not
 
 pytestmark = pytest.mark.deployment
 
@@ -65,15 +68,8 @@ def seconds(net: Network, host: str, size: int = 1, timeout_s: float = 20.0) -> 
     return time.monotonic() - started
 
 
-def need(link: Link) -> Link:
-    """The link, where this kernel can shape it."""
-    if reason := why_not(link):
-        pytest.skip(reason)
-    return link
-
-
 def test_a_delay_counts_for_one_host_and_not_for_the_other(net: Network) -> None:
-    net.shape("site-1", need(Link(delay_ms=400)))
+    net.shape("site-1", Link(delay_ms=400))
     slow, fast = seconds(net, "site-1"), seconds(net, "site-2")
     net.shape("site-1", Link())
     assert slow > 1.6  # there and back to connect, and once more for the answer
@@ -81,7 +77,7 @@ def test_a_delay_counts_for_one_host_and_not_for_the_other(net: Network) -> None
 
 
 def test_a_rate_counts_and_is_taken_back(net: Network) -> None:
-    net.shape("site-1", need(Link(rate="1mbit")))
+    net.shape("site-1", Link(rate="1mbit"))
     slow = seconds(net, "site-1", 250_000)
     net.shape("site-1", Link())
     assert slow > 1.5  # 2 Mbit, less what a first burst lets through
@@ -89,7 +85,7 @@ def test_a_rate_counts_and_is_taken_back(net: Network) -> None:
 
 
 def test_loss_slows_and_breaks_nothing(net: Network) -> None:
-    net.shape("site-2", need(Link(delay_ms=5, jitter_ms=2, loss_percent=5)))
+    net.shape("site-2", Link(delay_ms=5, jitter_ms=2, loss_percent=5))
     seconds(net, "site-2", 200_000)
     net.shape("site-2", Link())
 
@@ -119,5 +115,22 @@ def test_a_link_is_written_as_tc_reads_it() -> None:
     link = Link(delay_ms=50, jitter_ms=5, loss_percent=1, rate="1mbit")
     words = ["netem", "delay", "50ms", "5ms", "loss", "1%", "rate", "1mbit"]
     assert link.words() == words
-    assert Link(rate="1mbit").words()[:3] == ["tbf", "rate", "1mbit"]
+    assert Link(rate="1mbit").bytes_per_s == 125_000
     assert Link().words() == []
+
+
+def test_a_cable_delays_loses_and_queues_what_its_link_says() -> None:
+    way = _Way(random.Random(1))
+    lossy = Link(delay_ms=50, jitter_ms=10, loss_percent=5)
+    at = [way.leaves_at(lossy, 1000, float(second)) for second in range(10_000)]
+    late = [when - second for second, when in enumerate(at) if when is not None]
+    assert 0.94 < len(late) / len(at) < 0.96
+    assert 0.049 < statistics.mean(late) < 0.051
+    assert 0.009 < statistics.stdev(late) < 0.011
+    slow = _Way(random.Random(1))
+    queued = [slow.leaves_at(Link(rate="1mbit"), 1250, 0.0) for _ in range(100)]
+    kept = [when for when in queued if when is not None]
+    assert kept == pytest.approx([0.01 * (i + 1) for i in range(len(kept))])
+    assert len(kept) in (50, 51)  # half a second of them
+    jittery = [way.leaves_at(Link(delay_ms=20, jitter_ms=20), 1, 1e6 + i / 1e3) for i in range(99)]
+    assert jittery == sorted(jittery)  # type: ignore[type-var]

@@ -3,7 +3,8 @@
 - `FEDTUNE_SOAK_CLOCK` names a file of one double, by which this machine's clock is wrong from then
   on, in seconds; it may change while the process runs.
 - `FEDTUNE_SOAK_ROUTES` names a folder; each file in it is called like a route of the link, with
-  `+` for `/`, and has the next request to that route answered with HTTP 500. It is then gone.
+  `+` for `/`, and has the next request to that route answered with HTTP 500. It is then gone. With
+  `lost` before its name, the request does what it shall, and then its answer is HTTP 500.
 """
 
 from __future__ import annotations
@@ -40,20 +41,41 @@ def _shift_clock(path: str) -> None:
     datetime.datetime = Shifted  # type: ignore[misc]
 
 
+def _take(folder: str, name: str) -> bool:
+    try:
+        os.unlink(os.path.join(folder, name))
+    except OSError:
+        return False
+    return True
+
+
+async def _nobody(message: object) -> None:
+    """Hears an answer in the place of who asked."""
+
+
 def _fail_routes(folder: str) -> None:
     from dataclasses import replace
 
-    from fedtune_server.link import serving
+    from fedtune_server.link import guard, serving
 
-    whole = serving.deployed_parts
+    whole, make = serving.deployed_parts, guard.Guard.__init__
 
     async def hook(scope):  # type: ignore[no-untyped-def]
-        try:
-            os.unlink(os.path.join(folder, scope["path"].replace("/", "+")))
-        except OSError:
-            return None
-        return 500
+        return 500 if _take(folder, scope["path"].replace("/", "+")) else None
 
+    def make_losing(self, flower, *others, **named):  # type: ignore[no-untyped-def]
+        async def losing(scope, receive, send):  # type: ignore[no-untyped-def]
+            lost = scope["type"] == "http" and _take(
+                folder, "lost" + scope["path"].replace("/", "+")
+            )
+            await flower(scope, receive, _nobody if lost else send)
+            if lost:
+                await send({"type": "http.response.start", "status": 500, "headers": []})
+                await send({"type": "http.response.body", "body": b"lost"})
+
+        make(self, losing, *others, **named)
+
+    guard.Guard.__init__ = make_losing
     serving.deployed_parts = lambda home: replace(whole(home), hook=hook)
 
 
