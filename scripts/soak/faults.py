@@ -65,8 +65,8 @@ class Deployment(Protocol):
         """Processes that are still there once everything was told to end."""
 
 
-Start: TypeAlias = Callable[[str], AbstractContextManager[Deployment]]
-"""Starts a deployment for a case; leaving it ends everything that it started."""
+Start: TypeAlias = Callable[[str, int], AbstractContextManager[Deployment]]
+"""Starts a deployment for a case, with a run of so many rounds; leaving it ends what it started."""
 Act: TypeAlias = Callable[[Deployment], None]
 
 
@@ -80,6 +80,8 @@ class Fault:
         after_s: from the injection to the healing.
         at: share of the run at which it happens; None: drawn by the seed.
         working: a process that must be computing at that moment.
+        rounds: of its run; 0: as many as the others' runs have.
+        returns: device that must miss a round, and be there again in the last one.
     """
 
     name: str
@@ -89,6 +91,8 @@ class Fault:
     after_s: float = 0.0
     at: float | None = None
     working: str = ""
+    rounds: int = 0
+    returns: str = ""
 
 
 def nothing(deployment: Deployment) -> None:
@@ -326,12 +330,32 @@ FAULTS: tuple[Fault, ...] = (
         at=0.35,
     ),
     Fault(
+        "a device stands still for 90 s, and comes back",
+        send("site-1", signal.SIGSTOP, most=99),
+        send("site-1", signal.SIGCONT, most=99),
+        "equal or named",
+        after_s=90.0,
+        at=0.02,
+        rounds=60,
+        returns="site-1",
+    ),
+    Fault(
         "a link cut for 2 minutes amid a transfer",
         amid_transfer("site-2"),
         call("site-2", "shape", cut=False, bytes_per_s=0.0),
         "equal or named",
         after_s=120.0,
         at=0.35,
+    ),
+    Fault(
+        "a link cut for 2 minutes amid a transfer, and whole again",
+        amid_transfer("site-2"),
+        call("site-2", "shape", cut=False, bytes_per_s=0.0),
+        "equal or named",
+        after_s=120.0,
+        at=0.02,
+        rounds=80,
+        returns="site-2",
     ),
 )
 
@@ -376,7 +400,8 @@ def _befall(
     """What is wrong after a fault, empty: nothing; and what was measured."""
     share = random.Random(f"{seed} {fault.name}").random() if fault.at is None else fault.at
     end = time.monotonic() + deadline_s
-    with start(fault.name) as deployment:
+    rounds = fault.rounds or rounds
+    with start(fault.name, rounds) as deployment:
 
         def reached() -> bool:
             if deployment.progress() < share * rounds:
@@ -398,10 +423,21 @@ def _befall(
             "healed_to_end_s": round(time.monotonic() - healed, 1),
             **deployment.numbers(),
         }
-        words = _judged(fault.expect, ended, deployment, expected)
+        words = _judged(fault.expect, ended, deployment, expected) or _returned(
+            fault.returns, deployment.missing(), rounds
+        )
         numbers["differs"] = float(ended != "finished" or deployment.result() != expected)
         left = deployment.left()
     return words or (f"processes are left: {list(left)}" if left else ""), numbers
+
+
+def _returned(device: str, missing: Mapping[str, Sequence[int]], rounds: int) -> str:
+    """What is wrong with the way back of a device; empty: nothing, or none is to come back."""
+    if device and not missing.get(device):
+        return f"{device} was to miss a round, and missed none"
+    if device and rounds in missing[device]:
+        return f"{device} has not come back: it missed the rounds {list(missing[device])}"
+    return ""
 
 
 def _judged(expect: Expectation, ended: str, deployment: Deployment, expected: str) -> str:

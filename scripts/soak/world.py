@@ -147,25 +147,27 @@ class World:
             simulate_config(parse_run_config(self._tree, "soak"), watch=lambda event: None)
         return result_of(folder)
 
-    def run_file(self, name: str) -> dict[str, Any]:
+    def run_file(self, name: str, rounds: int) -> dict[str, Any]:
         """The run of a case, with the simulated run's plan."""
         plan = Path(self._tree["outputs"]["folder"]) / "plan.json"
         kept = {k: v for k, v in self._tree.items() if k not in ("outputs", "simulation")}
         return {
             **kept,
-            "run": {**self._tree["run"], "name": name},
+            "run": {**self._tree["run"], "name": name, "rounds": rounds},
             "data": {"max_tokens": 40},
             "plan": {"file": str(plan)},
             "outputs": {"exports": []},
         }
 
     @contextmanager
-    def start(self, case: str) -> Iterator[Befallen]:
-        """Hand in the run of a case, with everything well; afterwards its run has ended."""
+    def start(self, case: str, rounds: int) -> Iterator[Befallen]:
+        """Hand in a case's run of so many rounds, with everything well; afterwards it has ended."""
         self.simulated()
         self.mend()
         slug = re.sub(r"[^a-z0-9]+", "-", case.lower()).strip("-")
-        name = self.federation.hand_in(self.run_file(f"{slug}-{int(time.time()) % 100_000}"))
+        name = self.federation.hand_in(
+            self.run_file(f"{slug}-{int(time.time()) % 100_000}", rounds)
+        )
         befallen = Befallen(self, name)
         try:
             yield befallen

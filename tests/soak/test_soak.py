@@ -79,7 +79,7 @@ def played(tmp_path: Path, *faults: Fault, until: float = 60.0) -> dict[str, Res
     results: list[Result] = []
 
     @contextmanager
-    def start(case: str) -> Iterator[Deployment]:
+    def start(case: str, rounds: int) -> Iterator[Deployment]:
         toy = Toy(tmp_path, case)
         try:
             yield toy
@@ -119,6 +119,20 @@ def test_what_counts_as_passed(tmp_path: Path, case: str, words: str) -> None:
 def test_named_is_not_enough_where_the_result_must_be_equal(tmp_path: Path) -> None:
     found = played(tmp_path, Fault("differs, named", nothing, nothing, "equal"))
     assert found["differs, named"].state == "failed"
+
+
+@pytest.mark.parametrize(
+    ("returns", "rounds", "words"),
+    [("site-1", 3, ""), ("site-1", 2, "has not come back"), ("site-2", 3, "missed none")],
+)
+def test_a_device_that_must_return_misses_a_round_and_not_the_last(
+    tmp_path: Path, returns: str, rounds: int, words: str
+) -> None:
+    fault = Fault(
+        "differs, named", nothing, nothing, "equal or named", rounds=rounds, returns=returns
+    )
+    found = played(tmp_path, fault)["differs, named"]
+    assert (found.state, words in found.words) == ("failed" if words else "passed", True)
 
 
 def test_a_case_that_cannot_happen_fails_alone(tmp_path: Path) -> None:
