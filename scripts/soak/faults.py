@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
+from fedtune.wire.flower import CALIBRATE, EVALUATE, PROFILE
 from scripts.soak.results import Result, Tell, failed
 
 Expectation: TypeAlias = Literal["equal", "equal or named", "refused"]
@@ -46,6 +47,9 @@ class Deployment(Protocol):
     def working(self, who: str) -> bool:
         """Whether a process computes now."""
 
+    def asked(self, who: str, message: str) -> bool:
+        """Whether a site's node has been given a message whole, and has not sent its answer."""
+
     def numbers(self) -> Mapping[str, float]:
         """What was measured of the run; units in the names."""
 
@@ -54,6 +58,9 @@ class Deployment(Protocol):
 
     def result(self) -> str:
         """Digest of the run's last checkpoint, tensors only."""
+
+    def simulated(self) -> str:
+        """Digest of what a simulation comes to that follows the run's own plan."""
 
     def missing(self) -> Mapping[str, Sequence[int]]:
         """Device -> rounds that the ledger says it was missing in."""
@@ -65,8 +72,6 @@ class Deployment(Protocol):
         """Processes that are still there once everything was told to end."""
 
 
-Start: TypeAlias = Callable[[str, int], AbstractContextManager[Deployment]]
-"""Starts a deployment for a case, with a run of so many rounds; leaving it ends what it started."""
 Act: TypeAlias = Callable[[Deployment], None]
 
 
@@ -80,6 +85,10 @@ class Fault:
         after_s: from the injection to the healing.
         at: share of the run at which it happens; None: drawn by the seed.
         working: a process that must be computing at that moment.
+        asked: a site, and the message that must be out to it at that moment.
+        measures: the run lets its sites measure, and plans them by that; its result must be that of
+            a simulation of this plan.
+        shows: what must have been counted at the end, or the fault has hit nothing.
         rounds: of its run; 0: as many as the others' runs have.
         returns: device that must miss a round, and be there again in the last one.
     """
@@ -91,8 +100,15 @@ class Fault:
     after_s: float = 0.0
     at: float | None = None
     working: str = ""
+    asked: tuple[str, str] | None = None
+    measures: bool = False
+    shows: str = ""
     rounds: int = 0
     returns: str = ""
+
+
+Start: TypeAlias = Callable[[Fault], AbstractContextManager[Deployment]]
+"""Starts a deployment for a case, with a run of its `rounds`; leaving it ends what it started."""
 
 
 def nothing(deployment: Deployment) -> None:
@@ -128,6 +144,8 @@ def amid_transfer(site: str) -> Act:
 
 
 _BALLAST = "ballast"
+_LOOK_S = 0.02
+"""Between two looks whether a moment has come; a site may answer a question in 0.1 s."""
 
 
 def fill_disk(who: str) -> Act:
@@ -159,6 +177,20 @@ def _killed(name: str, who: str, place: str) -> Fault:
     return Fault(name, everything, call(place, "start"), "equal or named", after_s=3.0)
 
 
+def _forgets(question: str, message: str, at: float, *, measures: bool = False) -> Fault:
+    """A node is killed that has taken a question: Flower does not deliver it twice."""
+    return Fault(
+        f"a site's node killed while it is asked {question}",
+        send("site-2/node", signal.SIGKILL),
+        nothing,
+        "equal",
+        at=at,
+        asked=("site-2", message),
+        measures=measures,
+        shows="asked_again",
+    )
+
+
 UNDISTURBED = Fault("undisturbed", nothing, nothing, "equal", at=0.0)
 
 KILLS: tuple[Fault, ...] = (
@@ -185,6 +217,9 @@ KILLS: tuple[Fault, ...] = (
         Fault(f"a site's {part} killed", send(f"site-2/{part}", signal.SIGKILL), nothing, "equal")
         for part in ("node", "executor")
     ),
+    _forgets("what it is", PROFILE, 0.0),
+    _forgets("what matters to it", CALIBRATE, 0.0, measures=True),
+    _forgets("for the final loss", EVALUATE, 1.0),
 )
 """Processes that end without a word; their supervisors, or the boot, start them again."""
 
@@ -401,17 +436,20 @@ def _befall(
     share = random.Random(f"{seed} {fault.name}").random() if fault.at is None else fault.at
     end = time.monotonic() + deadline_s
     rounds = fault.rounds or rounds
-    with start(fault.name, rounds) as deployment:
+    with start(replace(fault, rounds=rounds)) as deployment:
 
         def reached() -> bool:
             if deployment.progress() < share * rounds:
                 return False
+            if fault.asked is not None:
+                return deployment.asked(*fault.asked)
             return not fault.working or deployment.working(fault.working)
 
         while not reached():
-            if deployment.progress() >= rounds or time.monotonic() > end or deployment.wait(0.0):
+            past = share < 1 and deployment.progress() >= rounds
+            if past or time.monotonic() > end or deployment.wait(0.0):
                 return f"the moment of the fault did not come: {deployment.reason()}", {}
-            time.sleep(0.05)
+            time.sleep(_LOOK_S)
         at = deployment.progress()
         fault.inject(deployment)
         time.sleep(fault.after_s)
@@ -423,10 +461,14 @@ def _befall(
             "healed_to_end_s": round(time.monotonic() - healed, 1),
             **deployment.numbers(),
         }
+        if fault.measures and ended == "finished":
+            expected = deployment.simulated()
         words = _judged(fault.expect, ended, deployment, expected) or _returned(
             fault.returns, deployment.missing(), rounds
         )
         numbers["differs"] = float(ended != "finished" or deployment.result() != expected)
+        if fault.shows and not numbers.get(fault.shows):
+            words = words or f"it has hit nothing: {fault.shows} is 0"
         left = deployment.left()
     return words or (f"processes are left: {list(left)}" if left else ""), numbers
 

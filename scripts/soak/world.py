@@ -31,6 +31,7 @@ from fedtune.deploy.homes import CoordinatorHome
 from fedtune.wire.checkpoint import latest_checkpoint, read_checkpoint
 from fedtune_server.desk.player import read_status
 from scripts.soak.cable import Link
+from scripts.soak.faults import Fault
 from scripts.soak.netem import Network
 from scripts.soak.wire import Shape, Wire
 
@@ -147,27 +148,42 @@ class World:
             simulate_config(parse_run_config(self._tree, "soak"), watch=lambda event: None)
         return result_of(folder)
 
-    def run_file(self, name: str, rounds: int) -> dict[str, Any]:
-        """The run of a case, with the simulated run's plan."""
+    def simulated_by(self, plan: Path) -> str:
+        """Play the run in a simulation that follows a plan; the digest of its result."""
+        folder = self.folder / f"simulated-{plan.parent.name}"
+        tree = {
+            **self._tree,
+            "fleet": {"site": {"count": len(SITES), "memory": "8 GB", "formats": ["fp32"]}},
+            "plan": {"file": str(plan)},
+            "outputs": {"folder": str(folder), "exports": []},
+        }
+        simulate_config(parse_run_config(tree, "soak"), watch=lambda event: None)
+        return result_of(folder)
+
+    def run_file(self, name: str, rounds: int, *, measures: bool = False) -> dict[str, Any]:
+        """The run of a case, with the simulated run's plan, or one that it makes by measuring."""
         plan = Path(self._tree["outputs"]["folder"]) / "plan.json"
+        planned: dict[str, Any] = {"plan": {"file": str(plan)}}
+        if measures:
+            planned = {"plan": {"replan": False}, "importance": {"method": "sensitivity"}}
         kept = {k: v for k, v in self._tree.items() if k not in ("outputs", "simulation")}
         return {
             **kept,
             "run": {**self._tree["run"], "name": name, "rounds": rounds},
             "data": {"max_tokens": 40},
-            "plan": {"file": str(plan)},
+            **planned,
             "outputs": {"exports": []},
         }
 
     @contextmanager
-    def start(self, case: str, rounds: int) -> Iterator[Befallen]:
-        """Hand in a case's run of so many rounds, with everything well; afterwards it has ended."""
+    def start(self, case: Fault) -> Iterator[Befallen]:
+        """Hand in a case's run, with everything well; afterwards it has ended."""
         self.simulated()
         self.mend()
-        slug = re.sub(r"[^a-z0-9]+", "-", case.lower()).strip("-")
-        name = self.federation.hand_in(
-            self.run_file(f"{slug}-{int(time.time()) % 100_000}", rounds)
-        )
+        slug = re.sub(r"[^a-z0-9]+", "-", case.name.lower()).strip("-")
+        name = f"{slug}-{int(time.time()) % 100_000}"
+        tree = self.run_file(name, case.rounds or ROUNDS, measures=case.measures)
+        self.federation.hand_in(tree)
         befallen = Befallen(self, name)
         try:
             yield befallen
@@ -285,10 +301,18 @@ class Befallen:
 
     def working(self, who: str) -> bool:
         """Whether a site has been given a round's work whole, and has not said that it did it."""
-        path = self._world.federation.folder / f"{who.partition('/')[0]}.out"
-        text = path.read_text(encoding="utf-8", errors="replace")[-50_000:]
-        _, found, after = text.rpartition("Receiving: train.lora")
+        _, found, after = self._said(who).rpartition("Receiving: train.lora")
         return bool(found) and "Received successfully" in after and "did train.lora" not in after
+
+    def asked(self, who: str, message: str) -> bool:
+        """As a site's node says."""
+        _, found, after = self._said(who).rpartition(f"Receiving: {message}")
+        answered = f"Sending: {message}" in after
+        return bool(found) and "Received successfully" in after and not answered
+
+    def _said(self, who: str) -> str:
+        path = self._world.federation.folder / f"{who.partition('/')[0]}.out"
+        return path.read_text(encoding="utf-8", errors="replace")[-50_000:]
 
     def wait(self, seconds: float) -> str:
         end = time.monotonic() + seconds
@@ -304,6 +328,9 @@ class Befallen:
 
     def result(self) -> str:
         return result_of(self._folder)
+
+    def simulated(self) -> str:
+        return self._world.simulated_by(self._folder / "plan.json")
 
     def missing(self) -> Mapping[str, Sequence[int]]:
         """Devices that a round which was started has no update of."""

@@ -263,3 +263,18 @@ def test_a_newcomer_that_lost_its_invitation_is_invited_again(
     assert asked_again(runs) == [("b", PROFILE)]
     (joined,) = runs.fake.all("site_joined")
     assert (joined["device"], joined["round"]) == ("b", 3)
+
+
+def test_a_run_that_goes_on_asks_again_who_lost_its_first_question(
+    runs: Runs, fleet_of: FleetOf
+) -> None:
+    with LiveGrid(runs.fake) as grid:
+        runs.play(grid)
+    runs.fake = fleet_of("a", "b", "c")
+    runs.tree["run"]["rounds"] = 2
+    with LiveGrid(runs.fake) as grid:
+        grid._own_fault = befalls(grid, "b", PROFILE, killed(grid, "b", "soon"))
+        runs.play(grid)
+    assert asked_again(runs) == [("b", PROFILE)]
+    assert not runs.fake.all("site_excluded")
+    assert [f["reported"] for f in runs.fake.all("round_finished")] == [3]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,17 @@ class Toy:
     def working(self, who: str) -> bool:
         return True
 
+    def asked(self, who: str, message: str) -> bool:
+        return (who, message) == ("site-1", "query.profile")
+
     def numbers(self) -> Mapping[str, float]:
         return {"run_s": 1.0}
 
     def wait(self, seconds: float) -> str:
         return "" if self._case == "hangs" or not seconds else "finished"
+
+    def simulated(self) -> str:
+        return "other"
 
     def result(self) -> str:
         return "other" if self._case.startswith("differs") else "same"
@@ -79,8 +86,8 @@ def played(tmp_path: Path, *faults: Fault, until: float = 60.0) -> dict[str, Res
     results: list[Result] = []
 
     @contextmanager
-    def start(case: str, rounds: int) -> Iterator[Deployment]:
-        toy = Toy(tmp_path, case)
+    def start(case: Fault) -> Iterator[Deployment]:
+        toy = Toy(tmp_path, case.name)
         try:
             yield toy
         finally:
@@ -133,6 +140,25 @@ def test_a_device_that_must_return_misses_a_round_and_not_the_last(
     )
     found = played(tmp_path, fault)["differs, named"]
     assert (found.state, words in found.words) == ("failed" if words else "passed", True)
+
+
+def test_a_case_may_wait_for_a_question_and_must_hit_it(tmp_path: Path) -> None:
+    kill = send("site-1", signal.SIGKILL)
+    asked = Fault("asked", kill, nothing, "equal", at=0.0, asked=("site-1", "query.profile"))
+    never = replace(asked, name="never", asked=("site-1", "evaluate.loss"), shows="run_s")
+    missed = replace(asked, name="missed", shows="asked_again")
+    shown = replace(asked, name="shown", shows="run_s")
+    found = played(tmp_path, asked, never, missed, shown)
+    assert found["asked"].state == found["shown"].state == "passed"
+    assert "the moment of the fault did not come" in found["never"].words
+    assert found["missed"].words == "it has hit nothing: asked_again is 0"
+
+
+def test_a_run_that_plans_itself_must_equal_a_simulation_of_its_plan(tmp_path: Path) -> None:
+    alike = Fault("differs from the others", nothing, nothing, "equal", measures=True)
+    found = played(tmp_path, alike, replace(alike, name="as the others"))
+    assert found["differs from the others"].state == "passed"
+    assert "its result differs" in found["as the others"].words
 
 
 def test_a_case_that_cannot_happen_fails_alone(tmp_path: Path) -> None:

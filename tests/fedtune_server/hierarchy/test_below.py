@@ -21,7 +21,7 @@ from fedtune.deploy.site_task import TASK_KEY, site_task
 from fedtune.records import DevicePlan, GlobalAdapter, LoraScale, MatrixPlan
 from fedtune.settings import RunConfig
 from fedtune.wire import messages
-from fedtune.wire.flower import CALIBRATE, PROFILE, TRAIN
+from fedtune.wire.flower import CALIBRATE, EVALUATE, PROFILE, TRAIN
 from fedtune.wire.packing import tensors_digest
 from fedtune.wire.tensors import pack_dispatch
 from fedtune_server.hierarchy import Group, SubCoordinator, below
@@ -29,6 +29,7 @@ from fedtune_server.hierarchy.below import Answering, Wanted, WantedGrid, answer
 from fedtune_server.roster import Registered
 from fedtune_server.run_folder import RunFolder
 from tests.fedtune_server.live_grid import Directory, LiveGrid
+from tests.fedtune_server.live_runs import hurry
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
 
@@ -127,6 +128,36 @@ def test_a_group_trains_and_says_how_far_it_is(ward: Ward) -> None:
     assert (report.device, report.devices, report.held_samples) == ("east", 2, 30)
     assert found.tensors
     assert ward.folder.read_status().round == 2
+
+
+def test_a_site_of_a_group_that_lost_its_question_is_asked_again(
+    ward: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurry(monkeypatch)
+    ward.say(PROFILE, ward.task())
+    body, packed = ward.order()
+    train = messages.decode_train_instruction(body)
+    order = messages.EvaluateInstruction(
+        run=train.run, round=0, base_digest=train.base_digest, plan=train.plan,
+        tensors_digest=train.tensors_digest, scale=train.scale,
+    )  # fmt: skip
+    lost: list[int] = []
+
+    def befalls(node: int, message: Any) -> str | None:
+        if node != 1001 or message.metadata.message_type != EVALUATE or lost:
+            return None
+        lost.append(node)
+        ward.grid.come("b")
+        return "lost"
+
+    ward.grid._own_fault = befalls
+    began = time.monotonic()
+    found = ward.say(EVALUATE, messages.encode_evaluate_instruction(order), packed)
+    report = messages.decode_evaluate_report(found.body)
+    assert time.monotonic() - began < 10  # the level above waits 20 s
+    assert report.metrics["held_out_units"] == 30
+    (again,) = ward.fake.all("device_asked_again")
+    assert again == {"device": "b", "message": EVALUATE}
 
 
 def test_the_same_work_is_not_done_twice(ward: Ward) -> None:
