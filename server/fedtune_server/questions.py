@@ -91,6 +91,7 @@ class _Question:
             for device in self._returning.back():
                 self._emit(asked_again(self._called(device), self._kind))
                 self._ask([device])
+                poll_s = FIRST_POLL_S
             found, self._landed = self._landed, []
             yield from found
             poll_s = FIRST_POLL_S if found else min(poll_s * 1.5, LONGEST_POLL_S)

@@ -179,25 +179,29 @@ def test_a_node_that_is_not_there_is_not_asked(fleet_of: FleetOf) -> None:
     assert not answers["c"].failure
 
 
-def test_a_silent_node_fails_at_its_deadline_and_one_that_is_asked_again_has_its_own(
-    fleet_of: FleetOf,
-) -> None:
+def test_a_node_that_is_asked_again_has_as_long_as_before(fleet_of: FleetOf) -> None:
     fake = fleet_of("a", "b", "c")
     with LiveGrid(fake) as grid:
-        begins = befalls(grid, "b", PROFILE, lambda: "lost")
+        after_s = iter([1.5, 1.6])
 
-        def fault(node: int, message: Any) -> Any:
-            if node == 1002:
-                return "lost"
-            if found := begins(node, message):
-                threading.Timer(0.5, grid.come, ["b"]).start()
-                return found
-            return 0.8 if node == 1001 else None
+        def lost() -> str:
+            threading.Timer(next(after_s), grid.come, ["b"]).start()
+            return "lost"
 
-        grid._own_fault = fault
-        answers = {each.device: each for each in a_question(grid, fake.events.append)}
-    assert answers["c"].failure
-    assert not answers["b"].failure  # 0.5 s and 0.8 s, of 1 s each
+        grid._own_fault = befalls(grid, "b", PROFILE, lost, times=2)
+        answers = a_question(grid, fake.events.append, deadline_s=3.0)
+    assert len(fake.all("device_asked_again")) == 2
+    assert not any(each.failure for each in answers)  # after 3.1 s
+
+
+def test_a_silent_node_fails_at_the_deadline(fleet_of: FleetOf) -> None:
+    fake = fleet_of("a", "b", "c")
+    with LiveGrid(fake, fake.lose("b", PROFILE)) as grid:
+        began = time.monotonic()
+        answers = a_question(grid, fake.events.append, deadline_s=9.0, longest_s=0.5)
+    assert 0.4 < time.monotonic() - began < 3
+    assert [bool(each.failure) for each in answers] == [False, False, True]
+    assert not fake.all("device_asked_again")
 
 
 def test_however_often_it_is_asked_a_question_has_an_end(fleet_of: FleetOf) -> None:
