@@ -6,6 +6,7 @@ above; and `site`, each of the group's sites.
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import sys
@@ -24,7 +25,6 @@ from tests.deployment.conftest import real_sites
 from tests.docs.walk import (
     COORDINATOR_PORTS,
     DOCS,
-    RUN_S,
     SITE_PORTS,
     Walk,
     fenced,
@@ -38,6 +38,9 @@ SITES = ("ward-1", "ward-2")
 GROUP = "east"
 BELOW = "east-server/operator.toml"
 INTERRUPTED = 130
+WATCH_S = 60.0
+ENDS_S = 10.0
+"""From the end of a run to that of its process, on a machine that does other work, too."""
 
 
 def block(what: str) -> str:
@@ -127,11 +130,17 @@ class HierarchyWalk(Walk):
         log = self.folder / f"{machine}-watch.out"
         watching = self.tools.Started(words, log)
         try:
-            self.tools.wait_for("both rounds", lambda: "round 2/20" in log.read_text(), RUN_S)
-        finally:
+            self.tools.wait_for("both rounds", lambda: "round 2/20" in log.read_text(), WATCH_S)
             watching.process.send_signal(signal.SIGINT)
-        assert watching.wait(RUN_S) == INTERRUPTED
+            assert watching.wait(WATCH_S) == INTERRUPTED
+        finally:
+            watching.kill()
         assert self.state(GROUP, GROUP, BELOW) == "running"
+
+    def group_has_ended(self) -> bool:
+        """Whether the process of the group's run is over."""
+        path = self.folder / "east/east-server/runs/east/status.json"
+        return bool(json.loads(path.read_text(encoding="utf-8"))["state"] == "interrupted")
 
 
 @pytest.fixture
@@ -159,6 +168,7 @@ def test_a_stranger_sets_up_two_levels_by_the_page(walk: HierarchyWalk) -> None:
     for block in marked(PAGE):
         walk.do(block)
     walk.wait_until("east", GROUP, BELOW, "stopped")
+    walk.tools.wait_for("the end of the group's process", walk.group_has_ended, ENDS_S)
     assert walk.state("top", "wards", "top/operator.toml") == "finished"
     shown = (walk.folder / "east-watch.out").read_text(encoding="utf-8")
     for site in SITES:
