@@ -468,6 +468,7 @@ def link_app(arguments: Sequence[str], on_activate: Callable[[bytes], None]) -> 
     _look_for_lost_tasks_once_a_second(sql_corestate.SqlCoreState)
     _keep_connections(sql_mixin)
     _deliver_until_confirmed()
+    _take_what_is_there_as_stored(sql_corestate.SqlCoreState)
     layers = _only_where_they_act(main._get_middleware())
     main._get_middleware = lambda: layers
     activate = fleet_handlers.activate_node
@@ -659,6 +660,20 @@ def _claim_lost_instructions_again(sql: Any) -> None:
         return claim(self, node_id, *args, **kwargs)
 
     sql.SqlLinkState._claim_message_ins_rows = _claim_message_ins_rows
+
+
+def _take_what_is_there_as_stored(state: Any) -> None:
+    """Let a link say of a part that is pushed again that it has it.
+
+    Flower says no, and whoever pushes the part, since the answer to its first push was lost, ends.
+    """
+    store = state.store_object
+
+    def store_object(self: Any, run_id: int, session: str, name: str, content: bytes) -> bool:
+        stored = store(self, run_id, session, name, content)
+        return bool(stored or (content and self.object_store.get(name) == content))
+
+    state.store_object = store_object
 
 
 LONGEST_PAUSE_S: Final = 60.0

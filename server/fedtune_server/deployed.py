@@ -122,9 +122,7 @@ def play_deployed(
             the folder says `interrupted`, and the run can go on.
         FedtuneError: the run cannot be played; its folder says why, if it has one.
     """
-    order = read_order(home, name)
-    if order.stopped:
-        raise StoppedError(f"run {name} was stopped; fedtune resume {name} goes on with it")
+    order = _check_wanted(home, name)
     config = deployed_config(order.config, home.runs / name)
     model = resolve_model(config.model.path, config.model.revision)
     shapes = read_shapes(model, config.lora.targets, cache_folder() / "digests")
@@ -138,9 +136,9 @@ def play_deployed(
     try:
         with _ended_by_signal():
             if group:
-                mailbox = Mailbox(home.group(group))
+                mailbox, wanted = Mailbox(home.group(group)), partial(_check_wanted, home, name)
                 with _named_ends(home, name):
-                    return answer_above(config, shapes, grid, roster, mailbox, _tell)
+                    return answer_above(config, shapes, grid, roster, mailbox, _tell, wanted)
             return play_run(
                 config,
                 shapes,
@@ -201,6 +199,19 @@ def read_order(home: CoordinatorHome, name: str) -> Order:
     if found.run.name != name:
         raise RunError(f"{path} holds run {found.run.name!r}; start the run again")
     return Order(found, stopped)
+
+
+def _check_wanted(home: CoordinatorHome, name: str) -> Order:
+    """A run of the queue, as `read_order`.
+
+    Raises:
+        StoppedError: the operator stopped it. Between questions of the level above nothing else
+            would tell a group's run so for up to 30 s, until its next heartbeat.
+    """
+    order = read_order(home, name)
+    if order.stopped:
+        raise StoppedError(f"run {name} was stopped; fedtune resume {name} goes on with it")
+    return order
 
 
 @contextmanager

@@ -37,6 +37,7 @@ def test_the_quick_step_benchmark_gives_its_figures_and_the_same_loss() -> None:
     assert found["memory_ratio"] < 0.5
 
 
+@pytest.mark.soak
 def test_large_fleets_are_planned_in_time() -> None:
     found = json.loads(run("plan_scale.py", "--quick", "--json").splitlines()[-1])
     assert found["seconds_7b_100"] < 30
@@ -45,6 +46,7 @@ def test_large_fleets_are_planned_in_time() -> None:
     assert found["milp_gain"] > 0
 
 
+@pytest.mark.soak
 def test_three_bits_both_ways_take_a_ninth_of_the_bytes() -> None:
     found = json.loads(run("bytes.py", "--quick", "--json").splitlines()[-1])
     assert found["bytes_ratio"] > 8.5

@@ -59,7 +59,10 @@ def put(state: Any, run: int, message: Message) -> None:
     assert stored
     objects = get_all_nested_objects(message)
     for name in wanted:
-        assert state.store_object(run, session, name, objects[name].deflate())
+        content = objects[name].deflate()
+        assert state.store_object(run, session, name, content)
+        assert state.store_object(run, session, name, content), "the answer to its push was lost"
+        assert not state.store_object(run, session, name, content[:-1] + b"?")
 
 
 def node_polls(state: Any, node: int, run: int, order: Message) -> None:

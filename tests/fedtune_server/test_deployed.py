@@ -20,6 +20,7 @@ from fedtune.errors import ConfigError, RoundError, RunError, StoppedError
 from fedtune.records import Event
 from fedtune.wire.ledger_chain import verify_ledger
 from fedtune_server import deployed
+from fedtune_server.hierarchy.below import Answering
 from tests.fedtune_server.live_grid import Directory, LiveGrid, Site
 
 FleetOf = Callable[..., Any]  # tests/fedtune_server/conftest.py
@@ -187,6 +188,27 @@ def test_an_operators_stop_and_a_lost_link_leave_a_run_that_can_go_on(desk: Desk
     assert desk.status() | {"updated": ""} == {
         "state": "finished", "round": 3, "updated": "", "run": desk.status()["run"],
     }  # fmt: skip
+
+
+def test_a_groups_run_that_is_asked_nothing_ends_when_it_is_stopped(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.tree["deployment"]["group"] = "east"
+    desk.queue()
+    looks: list[int] = []
+
+    def step(self: Answering) -> None:
+        looks.append(1)
+        assert len(looks) < 5
+        if len(looks) == 2:
+            desk.queue("stopped")
+
+    monkeypatch.setattr(Answering, "step", step)
+    with LiveGrid(desk.fake) as grid, pytest.raises(StoppedError, match="was stopped"):
+        desk.play(grid)
+    assert len(looks) == 2
+    assert desk.status()["state"] == "interrupted"
+    assert len(desk.ledger("run_interrupted")) == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")

@@ -48,6 +48,7 @@ def answer_above(
     roster: Roster,
     mailbox: Mailbox,
     watch: Callable[[Event], None],
+    check: Callable[[], object],
 ) -> Path:
     """Answer what a site of the level above is asked, until this process is interrupted.
 
@@ -55,9 +56,11 @@ def answer_above(
         config: of the group; `deployment.group` is the site's name.
         roster: tells the group's own sites.
         watch: told of every event, beside the ledger.
+        check: asked between questions; raises StoppedError where the run was stopped.
 
     Raises:
         KeyboardInterrupt: it was; the folder says so.
+        StoppedError: the run was stopped; the folder says `interrupted`.
         RunError: the folder is of another run.
     """
     with ExitStack() as stack:
@@ -81,7 +84,7 @@ def answer_above(
             emit(Event("warning", {"text": note}))
         try:
             with _said_to_be_alive(mailbox):
-                Answering(config, group, folder, mailbox, wanted).play()
+                Answering(config, group, folder, mailbox, wanted).play(check)
         except BaseException as error:
             _end(folder, error, emit)
             raise
@@ -171,9 +174,10 @@ class Answering:
         self._done = ""
         self._last: tuple[bytes, Answer] | None = None
 
-    def play(self) -> None:
-        """Answer until interrupted."""
+    def play(self, check: Callable[[], object]) -> None:
+        """Answer until interrupted, or until `check` raises."""
         while True:
+            check()
             self.step()
             time.sleep(_POLL_S)
 

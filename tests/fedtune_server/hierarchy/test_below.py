@@ -291,7 +291,7 @@ def test_a_run_lasts_until_it_is_interrupted_and_goes_on(
         with pytest.raises(KeyboardInterrupt):
             answer_above(
                 config, ward.fake.shapes, ward.grid, ward.roster, ward.mailbox,
-                lambda event: kinds.append(event.kind),
+                lambda event: kinds.append(event.kind), lambda: None,
             )  # fmt: skip
     assert kinds == ["run_started", "run_interrupted", "run_resumed", "run_interrupted"]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"
