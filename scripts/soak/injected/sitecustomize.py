@@ -75,7 +75,7 @@ def _fail_routes(folder: str) -> None:
 
         make(self, losing, *others, **named)
 
-    guard.Guard.__init__ = make_losing
+    guard.Guard.__init__ = make_losing  # type: ignore[method-assign]
     serving.deployed_parts = lambda home: replace(whole(home), hook=hook)
 
 
