@@ -1,8 +1,8 @@
 """Devices whose work was lost, and that may come back to do it; one rule for all they are asked.
 
-Flower never delivers a message twice. One that a node had taken when it died is lost: the link says
-so once it marks the node offline, or, where the node is back before that, only its new activation
-tells. A device that is back in time is asked again, up to a number of times.
+A message that a node had taken when it died is not delivered again: the link says so once it marks
+the node offline, or, where the node is back before that, only its new activation tells. A device
+that is back in time is asked again, up to a number of times.
 """
 
 from __future__ import annotations
