@@ -640,8 +640,9 @@ def _claim_lost_instructions_again(sql: Any) -> None:
     ins, node = sql.MessageInsModel, sql.NodeModel
     claim = sql.SqlLinkState._claim_message_ins_rows
     tries: dict[str, int] = {}
+    nothing_open: set[int] = set()
 
-    def _claim_message_ins_rows(self: Any, node_id: int, *args: Any, **kwargs: Any) -> Any:
+    def give_lost_ones_back(self: Any, node_id: int) -> None:
         with self.session() as session:
             found = session.execute(
                 sql.select(ins.message_id, ins.delivered_at)
@@ -657,7 +658,16 @@ def _claim_lost_instructions_again(sql: Any) -> None:
             if lost:
                 where = ins.message_id.in_(lost)
                 session.execute(sql.update(ins).where(where).values(delivered_at=""))
-        return claim(self, node_id, *args, **kwargs)
+        if not found:
+            nothing_open.add(node_id)
+
+    def _claim_message_ins_rows(self: Any, node_id: int, *args: Any, **kwargs: Any) -> Any:
+        if node_id not in nothing_open:  # as after the link's start
+            give_lost_ones_back(self, node_id)
+        claimed = claim(self, node_id, *args, **kwargs)
+        if claimed:
+            nothing_open.discard(node_id)
+        return claimed
 
     sql.SqlLinkState._claim_message_ins_rows = _claim_message_ins_rows
 
