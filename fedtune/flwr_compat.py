@@ -565,13 +565,17 @@ def _keep_connections(sql: Any) -> None:
 
 
 def _deliver_until_confirmed() -> None:
-    """Let a link deliver a message again to who asks again before having confirmed it.
+    """Let a link deliver messages that are whole, and again to who asks before having confirmed.
 
     Flower counts a message as delivered, and takes a reply out of its tables, before the answer
     that carries it has left. Where that answer is lost, since the link was killed or the connection
     broke, the message is lost, too, and the other side waits for it until its time is over. A node
     asks for its next message once it is done with the last one, and a coordinator for the replies
     that it lacks: who asks again has not got it.
+
+    Flower delivers a message as soon as it is announced. Whoever takes it then asks for its parts
+    again and again while they are still pushed, which slows those who push, and takes no other
+    message meanwhile.
     """
     from flwr.server.superlink.linkstate import sql_linkstate
     from flwr.superlink.servicer.runtime import runtime_handlers
@@ -599,7 +603,7 @@ def _deliver_until_confirmed() -> None:
                 )
             ).all()
         state.delete_messages(keeping.to_delete - set(kept))
-        return answer
+        return _whole(answer, state, sql_linkstate)
 
     def confirm_message_received(request: Any, state: Any, task: Any) -> Any:
         answer = confirm(request, state, task)
@@ -614,6 +618,38 @@ def _deliver_until_confirmed() -> None:
 
     runtime_handlers.pull_messages = pull_messages
     runtime_handlers.confirm_message_received = confirm_message_received
+
+
+def _whole(answer: Any, state: Any, sql: Any) -> Any:
+    """The answer without replies whose parts are not all there; they may be asked for again."""
+    replies = [message.metadata.message_id for message in answer.messages_list]
+    with state.session() as session:
+        if not (missing := _not_whole(session, sql, replies)):
+            return answer
+        reply = sql.MessageResModel
+        where = reply.message_id.in_(missing)
+        session.execute(sql.update(reply).where(where).values(delivered_at=""))
+    pairs = zip(answer.messages_list, answer.message_object_trees, strict=True)
+    kept = [(message, tree) for message, tree in pairs if tree.object_id not in missing]
+    return type(answer)(
+        messages_list=[message for message, _ in kept],
+        message_object_trees=[tree for _, tree in kept],
+    )
+
+
+def _not_whole(session: Any, sql: Any, messages: Sequence[str]) -> set[str]:
+    """Those of which parts are still to come: the part that holds the others is pushed last."""
+    from flwr.supercore.state.schema.objectstore_models import StoredObject
+
+    if not messages:
+        return set()
+    return set(
+        session.scalars(
+            sql.select(StoredObject.object_id).where(
+                StoredObject.object_id.in_(messages), StoredObject.is_available == 0
+            )
+        )
+    )
 
 
 class _Keeping:
@@ -665,9 +701,15 @@ def _claim_lost_instructions_again(sql: Any) -> None:
         if node_id not in nothing_open:  # as after the link's start
             give_lost_ones_back(self, node_id)
         claimed = claim(self, node_id, *args, **kwargs)
-        if claimed:
-            nothing_open.discard(node_id)
-        return claimed
+        if not claimed:
+            return claimed
+        nothing_open.discard(node_id)
+        with self.session() as session:
+            missing = _not_whole(session, sql, [row["message_id"] for row in claimed])
+            if missing:
+                where = ins.message_id.in_(missing)
+                session.execute(sql.update(ins).where(where).values(delivered_at=""))
+        return [row for row in claimed if row["message_id"] not in missing]
 
     sql.SqlLinkState._claim_message_ins_rows = _claim_message_ins_rows
 

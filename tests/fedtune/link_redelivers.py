@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,34 +44,52 @@ def main(database: str) -> None:
     assert state.activate_task(made.primary_task_id)
     become_coordinator(run)
     order = Message(to_record(TRAIN, b"body", b"tensors"), node, TRAIN, ttl=90.0, group_id="2")
-    put(state, run, order)
+    announced = announce(state, run, order)
+    assert of_node(state, node) == [], "its parts are not there"
+    put(state, run, *announced)
     node_polls(state, node, run, order)
     reply = error_reply(order, ValueError("no"))
     set_source(reply, node)
-    put(state, run, reply)
+    announced = announce(state, run, reply)
+    assert of_coordinator(state, run, order) == [], "its parts are not there"
+    put(state, run, *announced)
     coordinator_polls(state, run, order, reply)
 
 
-def put(state: Any, run: int, message: Message) -> None:
-    """A message with all its parts, as if it had been pushed."""
+def announce(state: Any, run: int, message: Message) -> tuple[str, dict[str, bytes]]:
+    """Push a message without its parts; the session in which they may follow, and the parts."""
     set_message_id(message, message.object_id)
     session = state.start_session(run)
     stored, wanted = state.store_message_and_object_tree(message, get_object_tree(message), session)
     assert stored
     objects = get_all_nested_objects(message)
-    for name in wanted:
-        content = objects[name].deflate()
+    return session, {name: objects[name].deflate() for name in objects if name in wanted}
+
+
+def put(state: Any, run: int, session: str, parts: dict[str, bytes]) -> None:
+    """Push a message's parts."""
+    for name, content in parts.items():
         assert state.store_object(run, session, name, content)
         assert state.store_object(run, session, name, content), "the answer to its push was lost"
         assert not state.store_object(run, session, name, content[:-1] + b"?")
 
 
-def node_polls(state: Any, node: int, run: int, order: Message) -> None:
-    def polled() -> list[str]:
-        request = PullMessagesRequest(node=Node(node_id=node))
-        answer = fleet_handlers.pull_messages(request, state, state.object_store)
-        return [message.metadata.message_id for message in answer.messages_list]
+def of_node(state: Any, node: int) -> list[str]:
+    """Messages that a node is given."""
+    request = PullMessagesRequest(node=Node(node_id=node))
+    answer = fleet_handlers.pull_messages(request, state, state.object_store)
+    return [message.metadata.message_id for message in answer.messages_list]
 
+
+def of_coordinator(state: Any, run: int, order: Message) -> list[str]:
+    """Replies to an order that a run is given."""
+    request = PullAppMessagesRequest(message_ids=[order.metadata.message_id])
+    answer = runtime_handlers.pull_messages(request, state, SimpleNamespace(run_id=run))
+    return [message.metadata.message_id for message in answer.messages_list]
+
+
+def node_polls(state: Any, node: int, run: int, order: Message) -> None:
+    polled = partial(of_node, state, node)
     (name,) = polled()
     assert polled() == [name], "its first answer was lost"
     assert polled() == [], "a node that fails to take a message is not flooded with it"
@@ -90,11 +109,7 @@ def node_polls(state: Any, node: int, run: int, order: Message) -> None:
 def coordinator_polls(state: Any, run: int, order: Message, reply: Message) -> None:
     task = SimpleNamespace(run_id=run)
 
-    def polled() -> list[str]:
-        request = PullAppMessagesRequest(message_ids=[order.metadata.message_id])
-        answer = runtime_handlers.pull_messages(request, state, task)
-        return [message.metadata.message_id for message in answer.messages_list]
-
+    polled = partial(of_coordinator, state, run, order)
     (name,) = polled()
     assert name == reply.metadata.message_id
     assert polled() == [name], "its first answer was lost"
