@@ -383,8 +383,10 @@ def patient_retries() -> Any:
     with SIGINT on 401, where we let the caller see it.
     """
     from flwr.supercore.retry import make_simple_http_retry_invoker
+    from flwr.supercore.retry.retry_invoker import exponential
 
     invoker = make_simple_http_retry_invoker()
+    invoker.wait_gen_factory = lambda: exponential(max_delay=LONGEST_RETRY_S)
     flowers_choice = invoker.should_giveup
 
     def should_give_up(error: Exception) -> bool:
@@ -400,6 +402,46 @@ def patient_retries() -> Any:
 
     invoker.should_giveup = should_give_up
     return invoker
+
+
+LONGEST_RETRY_S: Final = 6
+"""Between two attempts at a link that is away, at random up to this; Flower's 20 s make a round
+wait twice as long as its link was away."""
+
+
+class _Absence:
+    """Seconds in which calls waited for a link that was away; those of several at once count once.
+
+    Args:
+        invoker: whose attempts are watched.
+    """
+
+    def __init__(self, invoker: Any) -> None:
+        self._lock = threading.Lock()
+        self._until = 0.0
+        self._seconds = 0.0
+        self._done = invoker.on_success
+        invoker.on_success = self._succeeded
+
+    def seconds(self) -> float:
+        """In all until now, less those of a call that waits."""
+        with self._lock:
+            return self._seconds
+
+    def _succeeded(self, state: Any) -> None:
+        if self._done is not None:
+            self._done(state)
+        if state.tries > 1:
+            now = time.monotonic()
+            with self._lock:
+                self._seconds += now - max(self._until, now - state.elapsed_time)
+                self._until = now
+
+
+def absence(grid: Any) -> Callable[[], float]:
+    """Tells how long a grid's link was away in all, in seconds; of a `ServerTask`'s, or 0."""
+    found = getattr(grid, "_fedtune_absence", None)
+    return found.seconds if found is not None else lambda: 0.0
 
 
 _now = date.now
@@ -1267,6 +1309,7 @@ class ServerTask:
         self._retries = patient_retries()
         self.grid = HttpGrid(address, ca_pem is None, ca_pem, token=task_token)
         self.grid._retry_invoker = self._retries
+        self.grid._fedtune_absence = _Absence(self._retries)
         self.grid._client = client(retry_invoker=self._retries)
         self._beats = client()
         self._heartbeat = _Heartbeat(self._beats, gone)

@@ -104,7 +104,8 @@ def play_tests(budget: Budget, tell: Tell) -> None:
         words, good = f"not over within {budget.seconds:g} s", False
     else:
         lines = done.stdout.strip().splitlines()
-        words, good = lines[-1] if lines else done.stderr[-200:], done.returncode == 0
+        named = [line.partition(" - ")[0] for line in lines if line.startswith("FAILED")]
+        words, good = "; ".join([*lines[-1:], *named]) or done.stderr[-200:], not done.returncode
     state = "passed" if good else "failed"
     tell(Result("tests", "all", state, time.monotonic() - began, words))  # type: ignore[arg-type]
 

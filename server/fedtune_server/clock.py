@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.002, 1.0
@@ -22,6 +23,11 @@ class Clock(Protocol):
     @property
     def virtual(self) -> bool:
         """Whether its seconds are those of simulated devices."""
+        ...
+
+    @property
+    def slack_s(self) -> float:
+        """That a message may live beyond what its device is allowed: the clock may stand still."""
         ...
 
     def now(self) -> float:
@@ -41,19 +47,39 @@ class RealClock:
     """This machine's time."""
 
     virtual = False
+    slack_s = 0.0
 
     def now(self) -> float:
         return time.monotonic()
 
     def wait(self, poll_s: float, end: float) -> None:
-        before_last_stretch = end - _LAST_STRETCH_S - time.monotonic()
+        before_last_stretch = end - _LAST_STRETCH_S - self.now()
         time.sleep(min(poll_s, max(FIRST_POLL_S, before_last_stretch)))
+
+
+class LinkClock(RealClock):
+    """This machine's time, which stands still while the coordinator's link is away.
+
+    A device cannot answer then, and what it was allowed does not go by.
+
+    Args:
+        away_s: how long the link was away in all, in seconds; it grows only in calls to the link.
+    """
+
+    slack_s = 60.0
+
+    def __init__(self, away_s: Callable[[], float]) -> None:
+        self._away_s = away_s
+
+    def now(self) -> float:
+        return time.monotonic() - self._away_s()
 
 
 class VirtualClock:
     """A time that stands still while devices compute, and jumps from answer to answer."""
 
     virtual = True
+    slack_s = 0.0
 
     def __init__(self) -> None:
         self._now = 0.0

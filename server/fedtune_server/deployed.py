@@ -31,10 +31,12 @@ from fedtune.deploy.homes import CoordinatorHome
 from fedtune.deploy.mailbox import Mailbox
 from fedtune.deploy.site_task import RUN_KEY
 from fedtune.errors import ConfigError, FedtuneError, RunError, StoppedError
+from fedtune.flwr_compat import absence
 from fedtune.model.shapes import read_shapes
 from fedtune.model.source import resolve_model
 from fedtune.records import DistortionTable, Event, MatrixForm, ModelShapes
 from fedtune.settings import RunConfig
+from fedtune_server.clock import LinkClock
 from fedtune_server.coordinator import Coordinator
 from fedtune_server.deployed_config import deployed_config
 from fedtune_server.distortion import Measure
@@ -147,6 +149,7 @@ def play_deployed(
                 watch=_tell,
                 finish=partial(finish, config),
                 measure=_measure(model, shapes),
+                clock=LinkClock(absence(grid)),
             )
     except KeyboardInterrupt:
         if read_order(home, name).stopped:

@@ -103,7 +103,8 @@ class Flights:
             ttl_s: device -> how long it may take, in seconds.
         """
         left = self.clock.now()
-        ids = post(grid, contents, nodes, kind=TRAIN, group=str(round), ttl_s=ttl_s)
+        lives_s = {name: seconds + self.clock.slack_s for name, seconds in ttl_s.items()}
+        ids = post(grid, contents, nodes, kind=TRAIN, group=str(round), ttl_s=lives_s)
         flights = {
             name: Flight(name, nodes[name], round, plans[name], sent[name], left, ttl_s[name])
             for name in sorted(contents)

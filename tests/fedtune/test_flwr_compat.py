@@ -16,6 +16,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -214,6 +215,28 @@ def test_retries_outlast_what_passes_and_nothing_else(status: int, again: bool) 
     request = httpx.Request("POST", "https://link/")
     answer = httpx.Response(status, text="", request=request)
     assert retried(httpx.HTTPStatusError("", request=request, response=answer)) is again
+
+
+def test_the_absence_of_a_link_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    invoker = patient_retries()
+    counted = flwr_compat._Absence(invoker)
+    for at, elapsed_s, tries in (
+        (110.0, 8.0, 4),
+        (111.0, 9.0, 5),
+        (120.0, 7.0, 1),
+        (130.0, 3.0, 2),
+    ):
+        now[0] = at
+        invoker.on_success(SimpleNamespace(elapsed_time=elapsed_s, tries=tries))
+    assert counted.seconds() == 8.0 + 1.0 + 3.0
+    assert flwr_compat.absence(object())() == 0.0
+
+
+def test_a_link_that_is_back_is_found_soon() -> None:
+    waits = itertools.islice(patient_retries().wait_gen_factory(), 9)
+    assert max(waits) <= flwr_compat.LONGEST_RETRY_S
 
 
 def test_a_link_that_breaks_a_handshake_is_asked_again() -> None:

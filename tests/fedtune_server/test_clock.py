@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from fedtune_server.clock import RealClock, VirtualClock
+from fedtune_server.clock import LinkClock, RealClock, VirtualClock
 
 
 def test_virtual_time_stands_still_until_something_is_waited_for() -> None:
@@ -43,3 +43,16 @@ def test_a_real_wait_ends_shortly_before_the_end(monkeypatch: pytest.MonkeyPatch
         clock.wait(1.0, end)
     assert slept == pytest.approx([1.0, 0.45, 0.002])
     assert not clock.virtual
+
+
+def test_time_in_which_the_link_was_away_does_not_go_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, away, slept = [100.0], [0.0], list[float]()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", slept.append)
+    clock = LinkClock(lambda: away[0])
+    before = clock.now()
+    now[0], away[0] = 125.0, 18.0  # as after a call that waited for 18 s
+    assert clock.now() - before == 7.0
+    clock.wait(5.0, before + 8.0)
+    assert slept == pytest.approx([0.95])
+    assert clock.slack_s > RealClock.slack_s == 0.0
