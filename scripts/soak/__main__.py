@@ -146,6 +146,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     journal = Journal(chosen.out)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))  # and what was started ends
+    # A shell that starts this in the background has it, and all below it, ignore Ctrl-C; tests
+    # interrupt commands by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for part in chosen.parts or PARTS:
         began = time.monotonic()
         try:

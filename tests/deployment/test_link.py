@@ -177,7 +177,7 @@ def test_a_run_whose_process_dies_fails_at_once_and_the_next_one_plays(tmp_path:
         wait_for(lambda: deployment.control.runs()[run].status == "running", "the run begins")
         deployment.control.stop_run(run)
         assert deployment.ended(run, 10).sub_status == "stopped"
-        wait_for(lambda: "not be told" in deployment.output("runner"), "the app is told", 40)
+        wait_for(lambda: "not be told" in deployment.output("run"), "the app is told", 40)
     finally:
         deployment.close()
 
