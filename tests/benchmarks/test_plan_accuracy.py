@@ -29,6 +29,7 @@ def test_the_first_line_calibrates_the_seconds_of_the_others() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux only")
 def test_a_round_finishes_within_its_plans_bytes_and_not_within_six_tenths(
     tmp_path: Path,

@@ -99,6 +99,7 @@ def test_the_table_marks_what_stays_within_the_claim() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_benchmark_runs_from_end_to_end(shared_folder: Path) -> None:
     paths = [str(ROOT), str(ROOT / "server"), str(ROOT / "client")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
