@@ -101,8 +101,12 @@ def wait_for(what: str, found: Callable[[], object], within_s: float, every_s: f
 
 
 def free_ports(count: int) -> list[int]:
-    """Consecutive ports that nobody listens on, below those that systems give to connections."""
-    for first in range(20_000 + os.getpid() % 10_000, 32_000, count):
+    """Consecutive ports that nobody listens on, below those that systems give to connections.
+
+    Processes that were started one after another look in places far from each other, because what
+    one has found stays free until it is used.
+    """
+    for first in range(20_000 + 97 * os.getpid() % 10_000, 32_000, count):
         sockets = ExitStack()
         with sockets:
             try:
