@@ -25,6 +25,8 @@ A deployment needs more, which is imported where it is used, because it is heavy
 - `create_app` of the link, its settings, `SQLITE_PRAGMAS`, `HEARTBEAT_PATIENCE` and the handler of
   `activate-node`: Flower's waits are too short for a loaded machine, and a node that was killed may
   not come back for a minute.
+- The link's tables of messages and the handlers of `pull-messages` and `confirm-message-received`:
+  what is lost on its way is not delivered again, and what is announced is delivered in parts.
 - `flower_supernode` and what it makes its connection of: one HTTP 500 ends it, or its heartbeat;
   and its loop, which keeps the task of a message whose run ended while it was received.
 - `now`: what Flower signs and compares; a site's clock may be wrong.
@@ -43,7 +45,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -632,9 +634,7 @@ def _deliver_until_confirmed() -> None:
             again = session.scalars(
                 sql_linkstate.select(result.message_id).where(asked, result.delivered_at != "")
             ).all()
-            if again:
-                lost = result.message_id.in_(again)
-                session.execute(sql_linkstate.update(result).where(lost).values(delivered_at=""))
+            _give_back(session, sql_linkstate, result, again)
         keeping = _Keeping(state)
         answer = pull(request, keeping, task)
         there = {each.metadata.reply_to_message_id for each in answer.messages_list}
@@ -668,15 +668,20 @@ def _whole(answer: Any, state: Any, sql: Any) -> Any:
     with state.session() as session:
         if not (missing := _not_whole(session, sql, replies)):
             return answer
-        reply = sql.MessageResModel
-        where = reply.message_id.in_(missing)
-        session.execute(sql.update(reply).where(where).values(delivered_at=""))
+        _give_back(session, sql, sql.MessageResModel, missing)
     pairs = zip(answer.messages_list, answer.message_object_trees, strict=True)
     kept = [(message, tree) for message, tree in pairs if tree.object_id not in missing]
     return type(answer)(
         messages_list=[message for message, _ in kept],
         message_object_trees=[tree for _, tree in kept],
     )
+
+
+def _give_back(session: Any, sql: Any, table: Any, messages: Collection[str]) -> None:
+    """Let messages of a table count as not delivered."""
+    if messages:
+        lost = table.message_id.in_(messages)
+        session.execute(sql.update(table).where(lost).values(delivered_at=""))
 
 
 def _not_whole(session: Any, sql: Any, messages: Sequence[str]) -> set[str]:
@@ -733,9 +738,7 @@ def _claim_lost_instructions_again(sql: Any) -> None:
                 )
             ).all()
             lost = [message for message, at in found if _is_time(tries, message, at)]
-            if lost:
-                where = ins.message_id.in_(lost)
-                session.execute(sql.update(ins).where(where).values(delivered_at=""))
+            _give_back(session, sql, ins, lost)
         if not found:
             nothing_open.add(node_id)
 
@@ -748,9 +751,7 @@ def _claim_lost_instructions_again(sql: Any) -> None:
         nothing_open.discard(node_id)
         with self.session() as session:
             missing = _not_whole(session, sql, [row["message_id"] for row in claimed])
-            if missing:
-                where = ins.message_id.in_(missing)
-                session.execute(sql.update(ins).where(where).values(delivered_at=""))
+            _give_back(session, sql, ins, missing)
         return [row for row in claimed if row["message_id"] not in missing]
 
     sql.SqlLinkState._claim_message_ins_rows = _claim_message_ins_rows

@@ -306,6 +306,13 @@ DISTANCES: tuple[Fault, ...] = (
 )
 """What befalls packets; for deployments in network namespaces."""
 
+
+def _and_back(fault: Fault, device: str, rounds: int) -> tuple[Fault, Fault]:
+    """A fault in the first round; and one in the second, in a run that outlasts it."""
+    name = f"{fault.name}; the run goes on until it is back"
+    return fault, replace(fault, name=name, at=0.02, rounds=rounds, returns=device)
+
+
 FAULTS: tuple[Fault, ...] = (
     Fault(
         "a device's step is aborted",
@@ -356,41 +363,29 @@ FAULTS: tuple[Fault, ...] = (
         "equal",
         at=0.0,
     ),
-    Fault(
-        "a device stands still for 90 s",
-        send("site-1", signal.SIGSTOP, most=99),
-        send("site-1", signal.SIGCONT, most=99),
-        "equal or named",
-        after_s=90.0,
-        at=0.35,
-    ),
-    Fault(
-        "a device stands still for 90 s, and comes back",
-        send("site-1", signal.SIGSTOP, most=99),
-        send("site-1", signal.SIGCONT, most=99),
-        "equal or named",
-        after_s=90.0,
-        at=0.02,
+    *_and_back(
+        Fault(
+            "a device stands still for 90 s",
+            send("site-1", signal.SIGSTOP, most=99),
+            send("site-1", signal.SIGCONT, most=99),
+            "equal or named",
+            after_s=90.0,
+            at=0.35,
+        ),
+        "site-1",
         rounds=60,
-        returns="site-1",
     ),
-    Fault(
-        "a link cut for 2 minutes amid a transfer",
-        amid_transfer("site-2"),
-        call("site-2", "shape", cut=False, bytes_per_s=0.0),
-        "equal or named",
-        after_s=120.0,
-        at=0.35,
-    ),
-    Fault(
-        "a link cut for 2 minutes amid a transfer, and whole again",
-        amid_transfer("site-2"),
-        call("site-2", "shape", cut=False, bytes_per_s=0.0),
-        "equal or named",
-        after_s=120.0,
-        at=0.02,
+    *_and_back(
+        Fault(
+            "a link cut for 2 minutes amid a transfer",
+            amid_transfer("site-2"),
+            call("site-2", "shape", cut=False, bytes_per_s=0.0),
+            "equal or named",
+            after_s=120.0,
+            at=0.35,
+        ),
+        "site-2",
         rounds=80,
-        returns="site-2",
     ),
 )
 
